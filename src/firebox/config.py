@@ -1,0 +1,185 @@
+"""Everything a user can set, as frozen dataclasses; the command line and docs/config.md are made from these fields.
+
+A field's `help` is its documentation; `choices`, where given, is closed. None means "derived": `resolve` fills it from the
+checkpoint and the hardware and records why, and `serve --explain` prints those derivations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from firebox.errors import ConfigError, OutOfMemory
+from firebox.hardware.base import Gpu
+
+DEFAULT_MODEL = "firebox-tiny"
+CPU_KV_BYTES = 256 * 1024 * 1024  # a CPU is for trying: more only by --kv-pages
+
+
+def option(default: Any, help: str, *, choices: tuple[str, ...] = ()) -> Any:
+    """A config field with its documentation."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which weights, and in what arithmetic."""
+
+    model: str = option(DEFAULT_MODEL, "Hugging Face id in the local cache, a folder, or the name of a bundled card")
+    served_model_name: str | None = option(None, "name in /v1/models; default: the last part of MODEL")
+    dtype: str = option(
+        "auto",
+        "compute dtype; auto: the checkpoint's own",
+        choices=("auto", "bfloat16", "float16", "float32"),
+    )
+    load_format: str = option(
+        "auto", "auto: read the checkpoint; dummy: random values in the real shapes", choices=("auto", "dummy")
+    )
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The engine's budgets. Units are in the names."""
+
+    context_length: int | None = option(None, "tokens a request may hold; default: what the model was made for")
+    max_running_requests: int = option(64, "requests computed together in one step")
+    max_batch_tokens: int = option(2048, "tokens computed in one step: decode tokens plus prefill chunks")
+    prefill_chunk_tokens: int = option(512, "most prompt tokens of one request in one step")
+    page_tokens: int = option(16, "tokens per KV page")
+    kv_pages: int | None = option(None, "KV pages; default: as many as --mem-fraction allows")
+    kv_cache_dtype: str = option("auto", "auto: the compute dtype", choices=("auto", "bfloat16", "float16", "float32"))
+    mem_fraction: float = option(0.85, "share of the memory free at start that weights, KV cache and workspace may take")
+    prefix_cache: bool = option(True, "reuse the KV pages of earlier requests with the same prefix")
+    attention_backend: str = option("auto", "an attention backend by name; auto: the fastest that accepts the model")
+    moe_backend: str = option("auto", "an expert kernel by name; auto: the fastest that accepts the model")
+    threads: int | None = option(None, "CPU threads of the engine process; default: one core is left to the server")
+    strict: bool = option(False, "refuse to start where a choice is a fallback")
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """The HTTP side."""
+
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(30000, "port to listen on")
+    api_key: str | None = option(None, "key that requests must carry as 'Authorization: Bearer KEY'")
+    max_queued_requests: int = option(256, "requests waiting beyond those running; one more is answered 429")
+    max_body_bytes: int = option(4 * 1024 * 1024, "largest request body; a larger one is answered 413")
+    drain_timeout_s: float = option(30.0, "seconds that running requests get to finish after SIGTERM")
+    explain: bool = option(False, "print the ledger (what runs, and why) before the port opens")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All of it. What one engine process receives is this tree, resolved."""
+
+    model: ModelConfig = ModelConfig()
+    engine: EngineConfig = EngineConfig()
+    server: ServerConfig = ServerConfig()
+
+
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """What `resolve` needs to know of a checkpoint; `weights.checkpoint` reads it from config.json.
+
+    `model_type`: the file in models/ that serves it; `dtype`: the checkpoint's compute dtype; `context_tokens`: the longest
+    context it was made for; `weights_bytes`: bytes of its tensors in the compute dtype; `kv_bytes_per_token`: over all
+    layers; `kv_dtype_bytes` is already in it.
+    """
+
+    model_type: str
+    dtype: str
+    context_tokens: int
+    weights_bytes: int
+    kv_bytes_per_token: int
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """The engine's settings with nothing left open, and one line of reason for each derived one."""
+
+    dtype: str
+    kv_dtype: str
+    context_tokens: int
+    max_running_requests: int
+    max_batch_tokens: int
+    prefill_chunk_tokens: int
+    page_tokens: int
+    kv_pages: int
+    threads: int
+    reasons: tuple[str, ...]
+
+
+def resolve(config: EngineConfig, dtype: str, checkpoint: CheckpointFacts, gpu: Gpu) -> Resolved:
+    """Fills every open setting from the checkpoint and the machine. Pure: same arguments, same answer.
+
+    Raises ConfigError for values that cannot work and OutOfMemory when the budget does not hold the weights and one KV page.
+    """
+    reasons: list[str] = []
+    for name in ("max_running_requests", "max_batch_tokens", "prefill_chunk_tokens", "page_tokens"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} is {getattr(config, name)}", hint="it must be at least 1")
+    if not 0.0 < config.mem_fraction <= 1.0:
+        raise ConfigError(f"mem_fraction is {config.mem_fraction}", hint="a share between 0 and 1, such as 0.85")
+
+    compute_dtype = checkpoint.dtype if dtype == "auto" else dtype
+    kv_dtype = compute_dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+    reasons.append(f"dtype {compute_dtype}: {'the checkpoint says so' if dtype == 'auto' else 'asked for'}")
+
+    context_tokens = _context_tokens(config.context_length, checkpoint.context_tokens, reasons)
+    max_running = min(config.max_running_requests, config.max_batch_tokens)
+    if max_running < config.max_running_requests:
+        reasons.append(f"max_running_requests {max_running}: every running request needs a token of max_batch_tokens")
+
+    kv_pages = config.kv_pages or _kv_pages(config, context_tokens * max_running, checkpoint, gpu, reasons)
+    if kv_pages * config.page_tokens < context_tokens:
+        reasons.append(
+            f"context_length {kv_pages * config.page_tokens}: {kv_pages} KV pages of {config.page_tokens} tokens hold no more"
+        )
+        context_tokens = kv_pages * config.page_tokens
+    threads = config.threads or max(1, gpu.cpu_cores - 1)
+    reasons.append(f"threads {threads}: " + ("asked for" if config.threads else "one core is left to the server process"))
+    return Resolved(
+        dtype=compute_dtype,
+        kv_dtype=kv_dtype,
+        context_tokens=context_tokens,
+        max_running_requests=max_running,
+        max_batch_tokens=config.max_batch_tokens,
+        prefill_chunk_tokens=min(config.prefill_chunk_tokens, config.max_batch_tokens),
+        page_tokens=config.page_tokens,
+        kv_pages=kv_pages,
+        threads=threads,
+        reasons=tuple(reasons),
+    )
+
+
+def _context_tokens(asked: int | None, made_for: int, reasons: list[str]) -> int:
+    if asked is None:
+        reasons.append(f"context_length {made_for}: max_position_embeddings of the checkpoint")
+        return made_for
+    if asked < 1 or asked > made_for:
+        raise ConfigError(f"context_length is {asked}", hint=f"this checkpoint was made for 1 to {made_for} tokens")
+    return asked
+
+
+def _kv_pages(
+    config: EngineConfig, useful_tokens: int, checkpoint: CheckpointFacts, gpu: Gpu, reasons: list[str]
+) -> int:
+    """As many pages as the memory budget allows and `useful_tokens` can fill."""
+    budget_bytes = int(gpu.memory_free_bytes * config.mem_fraction) - checkpoint.weights_bytes
+    page_bytes = checkpoint.kv_bytes_per_token * config.page_tokens
+    if budget_bytes < page_bytes:
+        raise OutOfMemory(
+            f"{gpu.memory_free_bytes * config.mem_fraction / 1e9:.1f} GB (mem_fraction {config.mem_fraction} of what is free) do not "
+            f"hold {checkpoint.weights_bytes / 1e9:.1f} GB of weights and one KV page of {page_bytes / 1e6:.1f} MB",
+            hint="a smaller model, a higher --mem-fraction, or more memory",
+        )
+    why = f"{config.mem_fraction} of {gpu.memory_free_bytes / 1e9:.1f} GB free, less weights"
+    if gpu.kind == "cpu" and budget_bytes > CPU_KV_BYTES:
+        budget_bytes, why = CPU_KV_BYTES, f"{CPU_KV_BYTES // 2**20} MiB on a CPU"
+    pages, useful_pages = budget_bytes // page_bytes, -(-useful_tokens // config.page_tokens)
+    if useful_pages < pages:
+        pages, why = useful_pages, "max_running_requests of context_length each"
+    reasons.append(f"kv_pages {pages}: {why}; {pages * config.page_tokens} tokens, {pages * page_bytes / 2**20:.0f} MiB")
+    return pages

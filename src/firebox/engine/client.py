@@ -1,0 +1,295 @@
+"""The engine as the server and the offline API see it: submit token ids, iterate over deltas.
+
+An engine process is started with `EngineProcess`, which costs nothing but a fork, so that its imports and its loading run
+beside the caller's own start-up; `AsyncEngine.connect` then waits until it is ready. The two processes speak the messages of
+`engine.messages` over two ZeroMQ sockets in a private folder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+import firebox.errors
+from firebox.config import Config
+from firebox.engine.limits import validate
+from firebox.engine.messages import (
+    Abort,
+    Delta,
+    Drain,
+    Failed,
+    FromEngine,
+    Generate,
+    LedgerRow,
+    LoadProgress,
+    Outputs,
+    Progress,
+    Ready,
+    SamplingParams,
+    Stats,
+    ToEngine,
+    TokenLogprobs,
+)
+from firebox.errors import ConfigError, EngineDied, FireboxError, QueueFull
+
+__all__ = [
+    "AsyncEngine",
+    "Delta",
+    "EngineProcess",
+    "LedgerRow",
+    "LoadProgress",
+    "Progress",
+    "Ready",
+    "RequestStream",
+    "SamplingParams",
+    "Stats",
+    "TokenLogprobs",
+]
+
+
+class EngineProcess:
+    """One engine process and the sockets to it. `start` returns at once; loading goes on in the process."""
+
+    def __init__(self, process: subprocess.Popen[bytes], folder: str, alive_fd: int) -> None:
+        self.process = process
+        self.folder = folder
+        self._alive_fd: int | None = alive_fd
+
+    @classmethod
+    def start(cls, config: Config) -> EngineProcess:
+        """Starts `python -m firebox.engine`. It ends by itself when this process does: it watches a pipe held here."""
+        folder = tempfile.mkdtemp(prefix="firebox-")
+        with open(os.path.join(folder, "config.json"), "wb") as file:
+            file.write(msgspec.json.encode(config))
+        watch_fd, alive_fd = os.pipe()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "firebox.engine", folder, str(watch_fd)],
+            stdin=subprocess.DEVNULL,
+            stdout=sys.stderr,
+            pass_fds=(watch_fd,),
+            start_new_session=True,  # a Ctrl-C at the terminal reaches the server, which then drains
+        )
+        os.close(watch_fd)
+        return cls(process, folder, alive_fd)
+
+    def address(self, direction: str) -> str:
+        """The ZeroMQ endpoint of one direction: "to-engine" or "from-engine"."""
+        return f"ipc://{self.folder}/{direction}"
+
+    def stop(self, timeout_s: float = 5.0) -> int:
+        """Ends the process, by force after `timeout_s`, removes the folder and returns the exit status. Harmless twice."""
+        if self._alive_fd is not None:
+            os.close(self._alive_fd)
+            self._alive_fd = None
+        try:
+            status = self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            status = self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return status
+
+
+class RequestStream:
+    """One submitted request: `async for delta in stream`. Leaving early must be followed by `abort()`."""
+
+    def __init__(self, engine: AsyncEngine, request_id: int, params: SamplingParams) -> None:
+        self.request_id = request_id
+        self.params = params
+        self.finished = False
+        self.progress: Progress | None = None
+        self._engine = engine
+        self._deltas: list[Delta] = []
+        self._arrived = asyncio.Event()
+
+    def __aiter__(self) -> RequestStream:
+        return self
+
+    async def __anext__(self) -> Delta:
+        """The next delta. Raises EngineDied if the engine process ended before the request did."""
+        await self._some()
+        return self._deltas.pop(0)
+
+    async def next_deltas(self) -> list[Delta]:
+        """All deltas that have arrived, at least one; ends and raises as `__anext__` does."""
+        await self._some()
+        deltas, self._deltas = self._deltas, []
+        return deltas
+
+    async def _some(self) -> None:
+        while not self._deltas:
+            if self.finished:
+                raise StopAsyncIteration
+            self._engine.raise_if_dead()
+            self._arrived.clear()
+            await self._arrived.wait()
+
+    def abort(self) -> None:
+        """Frees the request's pages within a step. Harmless when it has already finished."""
+        if not self.finished:
+            self.finished = True
+            self._engine.forget(self.request_id)
+
+    def _put(self, delta: Delta) -> None:
+        self._deltas.append(delta)
+        self.finished = delta.finish_reason is not None
+        self._arrived.set()
+
+
+class AsyncEngine:
+    """The client side of one engine process. All methods belong to one event loop."""
+
+    def __init__(self, process: EngineProcess, max_queued_requests: int) -> None:
+        self.stats = Stats()
+        self.ready: Ready
+        self.died: EngineDied | None = None
+        self.on_death: Callable[[], None] = lambda: None
+        self._process = process
+        self._max_queued_requests = max_queued_requests
+        self._streams: dict[int, RequestStream] = {}
+        self._next_id = 0
+        self._stopping = False
+        self._reader: asyncio.Task[None] | None = None
+        self._context = zmq.asyncio.Context()
+        self._out = self._context.socket(zmq.PUSH)
+        self._in = self._context.socket(zmq.PULL)
+        for socket, direction in ((self._out, "to-engine"), (self._in, "from-engine")):
+            socket.set_hwm(0)  # backpressure is max_queued_requests, not a dropped message
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.bind(process.address(direction))
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(FromEngine)
+
+    @classmethod
+    async def connect(
+        cls,
+        process: EngineProcess,
+        max_queued_requests: int,
+        on_load_progress: Callable[[LoadProgress], None] = lambda progress: None,
+    ) -> AsyncEngine:
+        """Waits until the process is ready. Raises the user's mistake it met (see errors.py), or EngineDied."""
+        engine = cls(process, max_queued_requests)
+        engine._watch_process(asyncio.get_running_loop())
+        while True:
+            message = await engine._receive()
+            if isinstance(message, Ready):
+                engine.ready = message
+                engine.stats = Stats(kv_pages_total=message.kv_pages, kv_pages_free=message.kv_pages)
+                engine._reader = asyncio.create_task(engine._read_outputs())
+                return engine
+            if isinstance(message, Failed):
+                engine.stop()
+                raise _as_error(message)
+            assert isinstance(message, LoadProgress), message
+            on_load_progress(message)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests submitted and not yet finished."""
+        return len(self._streams)
+
+    def require_room(self, requests: int) -> None:
+        """Raises QueueFull if that many more requests do not fit running plus queued, EngineDied if nothing can run."""
+        self.raise_if_dead()
+        limit = self.ready.max_running_requests + self._max_queued_requests
+        if self.in_flight + requests > limit:
+            raise QueueFull(f"{self.in_flight} requests are in flight; the limit is {limit}", retry_after_s=1)
+
+    def submit(self, prompt_ids: list[int], params: SamplingParams, priority: int = 0) -> RequestStream:
+        """Queues one request. Raises RequestError for wrong values, QueueFull, EngineDied."""
+        params = validate(prompt_ids, params, self.ready)
+        self.require_room(1)
+        stream = RequestStream(self, self._next_id, params)
+        self._next_id += 1
+        self._streams[stream.request_id] = stream
+        self._send(Generate(stream.request_id, prompt_ids, params, priority))
+        return stream
+
+    def forget(self, request_id: int) -> None:
+        """Aborts one request by id; RequestStream.abort is the usual way."""
+        if self._streams.pop(request_id, None) is not None and self.died is None:
+            self._send(Abort([request_id]))
+
+    def raise_if_dead(self) -> None:
+        """Raises EngineDied once the engine process has ended."""
+        if self.died is not None:
+            raise EngineDied(str(self.died))
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Lets requests in flight finish; True if all did within `timeout_s`."""
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while self._streams and self.died is None and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.02)
+        return not self._streams
+
+    def stop(self) -> int:
+        """Ends the engine process and closes the sockets. Returns the process's exit status."""
+        self._stopping = True
+        if self.died is None:
+            self._send(Drain())
+        if self._reader is not None:
+            self._reader.cancel()
+        status = self._process.stop()
+        self._context.destroy(linger=0)
+        return status
+
+    def _send(self, message: ToEngine) -> None:
+        self._out.send(self._encoder.encode(message), zmq.NOBLOCK)
+
+    async def _receive(self) -> FromEngine:
+        """The next message; raises EngineDied if the process ends first."""
+        while True:
+            if await self._in.poll(timeout=100):
+                return self._decoder.decode(await self._in.recv())
+            self.raise_if_dead()
+
+    async def _read_outputs(self) -> None:
+        while True:
+            message = self._decoder.decode(await self._in.recv())
+            assert isinstance(message, Outputs), message
+            self.stats = message.stats
+            for progress in message.progress:
+                if stream := self._streams.get(progress.request_id):
+                    stream.progress = progress
+            for delta in message.deltas:
+                stream = self._streams.get(delta.request_id)
+                if stream is None:  # aborted here while the step was under way
+                    continue
+                if delta.finish_reason is not None:
+                    del self._streams[delta.request_id]
+                stream._put(delta)
+
+    def _watch_process(self, loop: asyncio.AbstractEventLoop) -> None:
+        def wait() -> None:
+            status = self._process.process.wait()
+            with contextlib.suppress(RuntimeError):  # the loop has closed: nobody is waiting any more
+                loop.call_soon_threadsafe(self._on_exit, status)
+
+        threading.Thread(target=wait, name="engine-watch", daemon=True).start()
+
+    def _on_exit(self, status: int) -> None:
+        if self._stopping:
+            return
+        self.died = EngineDied(f"the engine process ended with status {status}")
+        for stream in self._streams.values():
+            stream._arrived.set()
+        self.on_death()
+
+
+def _as_error(failed: Failed) -> FireboxError:
+    """The engine's start-up error, as the class it had there (errors with more arguments than a message become ConfigError)."""
+    kind = getattr(firebox.errors, failed.error, ConfigError)
+    if not issubclass(kind, FireboxError):
+        kind = ConfigError
+    return kind(failed.message, hint=failed.hint)

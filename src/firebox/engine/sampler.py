@@ -1,0 +1,128 @@
+"""From logits to tokens: penalties, bias, temperature, filters, and a draw that depends on (seed, position) alone.
+
+Order, as in OpenAI's and vLLM's servers: repetition, then frequency and presence penalties, then bias, then the ban of stop tokens
+before min_tokens; temperature; top_k, top_p, min_p; softmax; draw. Reported logprobs are the model's own, before all of it.
+
+The draw is inversion: u = Philox4x32-10(seed; position) in [0, 1), token = the first in vocabulary order whose cumulative
+probability exceeds u. Nothing in it depends on the other requests of the batch. Philox: Salmon et al., "Parallel random numbers:
+as easy as 1, 2, 3", SC 2011; counter-based, so a GPU kernel can draw the very same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from firebox.engine.messages import SamplingParams, TokenLogprobs
+from firebox.engine.request import Request
+
+_MASK = 0xFFFFFFFF
+
+
+def philox_uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) with 24 random bits: word 0 of Philox4x32-10 at counter (position, 0, 0, 0) under the key `seed`."""
+    c0, c1, c2, c3 = position & _MASK, (position >> 32) & _MASK, 0, 0
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        high0, low0 = divmod(0xD2511F53 * c0, 1 << 32)
+        high1, low1 = divmod(0xCD9E8D57 * c2, 1 << 32)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return (c0 >> 8) / (1 << 24)
+
+
+def is_plain_greedy(params: SamplingParams, output_tokens: int) -> bool:
+    """Is the next token simply the argmax of the logits?"""
+    return (
+        params.temperature == 0.0
+        and not params.logit_bias
+        and params.repetition_penalty == 1.0
+        and params.presence_penalty == 0.0
+        and params.frequency_penalty == 0.0
+        and output_tokens >= params.min_tokens
+    )
+
+
+def sample(logits: torch.Tensor, requests: Sequence[Request], eos_token_ids: frozenset[int]) -> list[int]:
+    """One token per request from `logits` [requests, vocab] float32, which is left unchanged."""
+    if all(is_plain_greedy(request.params, request.output_tokens) for request in requests):
+        return logits.argmax(-1).tolist()
+    adjusted = logits.clone()
+    for row, request in zip(adjusted, requests, strict=True):
+        _penalise(row, request)
+        _ban_early_stop(row, request, eos_token_ids)
+    token_ids: list[int] = adjusted.argmax(-1).tolist()
+    drawn = [i for i, request in enumerate(requests) if request.params.temperature > 0.0]
+    if drawn:
+        chosen = [requests[i] for i in drawn]
+        for i, token_id in zip(drawn, _draw(adjusted[drawn], chosen), strict=True):
+            token_ids[i] = token_id
+    return token_ids
+
+
+def token_logprobs(logits: torch.Tensor, token_ids: Sequence[int], top: int) -> list[TokenLogprobs]:
+    """Logprobs of `token_ids` [rows] under `logits` [rows, vocab] float32, with the `top` likeliest alternatives of each."""
+    logprobs = logits.log_softmax(-1)
+    ids = torch.tensor(token_ids, dtype=torch.int64, device=logits.device).unsqueeze(-1)
+    chosen = logprobs.gather(-1, ids)
+    ranks = (logprobs > chosen).sum(-1).tolist()
+    top_values, top_ids = logprobs.topk(top, dim=-1) if top else (chosen[:, :0], ids[:, :0])
+    columns = (token_ids, chosen.squeeze(-1).tolist(), ranks, top_ids.tolist(), top_values.tolist())
+    return [TokenLogprobs(*row) for row in zip(*columns, strict=True)]
+
+
+def _penalise(row: torch.Tensor, request: Request) -> None:
+    """Changes one request's logits [vocab] in place: repetition (prompt and output), frequency, presence (output), bias."""
+    params = request.params
+    if params.repetition_penalty != 1.0:
+        seen = torch.tensor(sorted(set(request.token_ids)), device=row.device)
+        values = row[seen]
+        row[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+    output = request.token_ids[request.prompt_tokens :]
+    if output and (params.frequency_penalty != 0.0 or params.presence_penalty != 0.0):
+        ids, counts = torch.tensor(output, device=row.device).unique(return_counts=True)
+        row[ids] -= params.frequency_penalty * counts + params.presence_penalty
+    if params.logit_bias:
+        ids = torch.tensor(list(params.logit_bias), device=row.device)
+        row[ids] += torch.tensor(list(params.logit_bias.values()), dtype=row.dtype, device=row.device)
+
+
+def _ban_early_stop(row: torch.Tensor, request: Request, eos_token_ids: frozenset[int]) -> None:
+    params = request.params
+    if request.output_tokens >= params.min_tokens:
+        return
+    banned = set(params.stop_token_ids) | (set() if params.ignore_eos else eos_token_ids)
+    if banned:
+        row[sorted(banned)] = -torch.inf
+
+
+def _draw(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
+    """Temperature, filters and the draw for requests that sample; `logits` [requests, vocab] is used up."""
+    params = [request.params for request in requests]
+    temperature = logits.new_tensor([p.temperature for p in params]).unsqueeze(-1)
+    scaled = logits / temperature
+    for row, p in zip(scaled, params, strict=True):
+        _filter(row, p)
+    cumulative = scaled.softmax(-1, dtype=torch.float64).cumsum(-1)
+    # position = how many tokens are known: the same for a request however it is batched, retracted or resumed
+    uniform = [philox_uniform(p.seed or 0, len(r.token_ids)) for p, r in zip(params, requests, strict=True)]
+    threshold = cumulative.new_tensor(uniform).unsqueeze(-1) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[-1] - 1).squeeze(-1).tolist()
+
+
+def _filter(row: torch.Tensor, params: SamplingParams) -> None:
+    """Sets to −inf, in place, what top_k, top_p and min_p exclude from one request's scaled logits [vocab].
+
+    Ties at the border of top_k are all kept; top_p keeps the smallest set of likeliest tokens that reaches it.
+    """
+    if 0 < params.top_k < row.shape[-1]:
+        row.masked_fill_(row < row.topk(params.top_k).values[-1], -torch.inf)
+    if params.top_p < 1.0:
+        values, order = row.sort(descending=True, stable=True)
+        probabilities = values.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities
+        row[order[before >= params.top_p]] = -torch.inf
+    if params.min_p > 0.0:
+        probabilities = row.softmax(-1)
+        row.masked_fill_(probabilities < params.min_p * probabilities.max(), -torch.inf)

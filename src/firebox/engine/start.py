@@ -1,0 +1,139 @@
+"""From a config to a loaded engine: checkpoint, derived settings, model, weights, cache, warm-up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from firebox.cache.kv_cache import KVCache
+from firebox.cache.pool import allocate_pool
+from firebox.config import CheckpointFacts, Config, Resolved, resolve
+from firebox.engine.ledger import ledger_rows, refuse_fallbacks
+from firebox.engine.messages import Ready, SamplingParams
+from firebox.engine.request import Request
+from firebox.engine.runner import Runner
+from firebox.engine.scheduler import Scheduler
+from firebox.errors import UnsupportedFormat, UnsupportedModel
+from firebox.find import load, names
+from firebox.hardware.base import Gpu
+from firebox.hardware.probe import probe_cpu
+from firebox.kernels._cpu import set_threads
+from firebox.layers.base import Build
+from firebox.models.base import Model
+from firebox.weights.checkpoint import Checkpoint, open_checkpoint
+from firebox.weights.load import load_dummy, load_weights
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def start(
+    config: Config, on_progress: Callable[[int, int], None] = lambda loaded, total: None
+) -> tuple[Scheduler, Runner, Ready]:
+    """Loads everything; `config.model.model` is a folder. Raises the FireboxError that says what is wrong."""
+    began = time.perf_counter()
+    gpu = probe_cpu()
+    checkpoint = open_checkpoint(Path(config.model.model))
+    settings = resolve(config.engine, config.model.dtype, facts(checkpoint, config, gpu), gpu)
+    torch.set_num_threads(settings.threads)
+    set_threads(settings.threads)
+
+    build = _build(config, settings.dtype, settings.kv_dtype, settings.context_tokens, gpu, torch.device("cpu"), settings.threads)
+    model = make_model(checkpoint, build)
+    rows = ledger_rows(build.choices, settings.max_batch_tokens, settings.dtype)
+    if config.engine.strict:
+        refuse_fallbacks(rows)
+    if config.model.load_format == "dummy":
+        load_dummy(model)
+    else:
+        load_weights(model, checkpoint, on_progress)
+
+    caches = allocate_pool(
+        model.cache_specs, settings.kv_pages, settings.page_tokens, DTYPES[settings.kv_dtype], build.device
+    )
+    runner = Runner(model, caches, settings.page_tokens, checkpoint.eos_token_ids)
+    warm_up(runner, make_scheduler(settings, prefix_cache=False, eos_token_ids=frozenset()))
+    scheduler = make_scheduler(settings, config.engine.prefix_cache, checkpoint.eos_token_ids)
+    found = facts(checkpoint, config, gpu)
+    ready = Ready(
+        model_type=checkpoint.model_type,
+        device=gpu.name,
+        dtype=settings.dtype,
+        vocab_size=int(checkpoint.config["vocab_size"]),
+        context_tokens=settings.context_tokens,
+        max_running_requests=settings.max_running_requests,
+        kv_pages=settings.kv_pages,
+        page_tokens=settings.page_tokens,
+        weights_bytes=found.weights_bytes,
+        kv_bytes_per_token=found.kv_bytes_per_token,
+        eos_token_ids=sorted(checkpoint.eos_token_ids),
+        ledger=rows,
+        reasons=list(settings.reasons),
+        load_seconds=time.perf_counter() - began,
+    )
+    return scheduler, runner, ready
+
+
+def make_model(checkpoint: Checkpoint, build: Build) -> Model:
+    """The architecture's model with uninitialised weights. Raises UnsupportedModel."""
+    if checkpoint.model_type not in names("models"):
+        raise UnsupportedModel(
+            f"{checkpoint.folder} is a {checkpoint.model_type!r}", hint=f"supported: {', '.join(names('models'))}"
+        )
+    if "quantization_config" in checkpoint.config:
+        method = checkpoint.config["quantization_config"].get("quant_method")
+        raise UnsupportedFormat(f"{checkpoint.folder} is quantised ({method})", hint="supported: bf16, fp16, fp32 weights")
+    module = load("models", checkpoint.model_type)
+    model: Model = module.Model(module.Config.from_hf(checkpoint.config), build)
+    return model
+
+
+def facts(checkpoint: Checkpoint, config: Config, gpu: Gpu) -> CheckpointFacts:
+    """What `resolve` needs, counted on a model on the meta device."""
+    dtype = checkpoint.dtype if config.model.dtype == "auto" else config.model.dtype
+    if dtype not in DTYPES:
+        raise UnsupportedFormat(f"{checkpoint.folder} computes in {dtype}", hint=f"supported: {', '.join(DTYPES)}")
+    kv_dtype = dtype if config.engine.kv_cache_dtype == "auto" else config.engine.kv_cache_dtype
+    model = make_model(checkpoint, _build(config, dtype, kv_dtype, 1, gpu, torch.device("meta"), 1))
+    return CheckpointFacts(
+        model_type=checkpoint.model_type,
+        dtype=checkpoint.dtype,
+        context_tokens=int(checkpoint.config["max_position_embeddings"]),
+        weights_bytes=sum(slot.target.nbytes for slot in model.slots()),
+        kv_bytes_per_token=sum(spec.bytes_per_token(DTYPES[kv_dtype].itemsize) for spec in model.cache_specs),
+    )
+
+
+def make_scheduler(settings: Resolved, prefix_cache: bool, eos_token_ids: frozenset[int]) -> Scheduler:
+    """A scheduler over an empty cache of the settings' size."""
+    return Scheduler(
+        KVCache(settings.kv_pages, settings.page_tokens, prefix_cache),
+        max_running_requests=settings.max_running_requests,
+        max_batch_tokens=settings.max_batch_tokens,
+        prefill_chunk_tokens=settings.prefill_chunk_tokens,
+        eos_token_ids=eos_token_ids,
+    )
+
+
+def warm_up(runner: Runner, scheduler: Scheduler) -> None:
+    """Runs one prompt and one decode step, so that no request waits for a kernel to be compiled or read from disk."""
+    scheduler.add(Request(-1, [0, 0, 0], SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)))
+    while (plan := scheduler.plan()) is not None:
+        scheduler.apply(plan, runner.run(plan))
+
+
+def _build(
+    config: Config, dtype: str, kv_dtype: str, max_positions: int, gpu: Gpu, device: torch.device, threads: int
+) -> Build:
+    return Build(
+        gpu=gpu,
+        device=device,
+        dtype=DTYPES[dtype],
+        kv_dtype=DTYPES[kv_dtype],
+        max_positions=max_positions,
+        threads=threads,
+        attention_backend=config.engine.attention_backend,
+        moe_backend=config.engine.moe_backend,
+    )

@@ -1,0 +1,1 @@
+"""The machines: numbers and named facts, one file a machine; `probe` asks the driver which one is here."""

@@ -1,0 +1,30 @@
+"""What every layer is built with, and the two moments of its life before it runs: `slots` fills it, `finish` readies it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from firebox.hardware.base import Gpu
+from firebox.kernels.select import Choice
+
+
+@dataclass(frozen=True)
+class Build:
+    """Where and how layers are built. `device` "meta" gives shapes without memory. `threads`: CPU threads of the kernels.
+    `max_positions`: the longest context. `choices` collects one Choice per operation, for the ledger."""
+
+    gpu: Gpu
+    device: torch.device
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    max_positions: int
+    threads: int = 1
+    attention_backend: str = "auto"
+    moe_backend: str = "auto"
+    choices: list[Choice] = field(default_factory=list)
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Uninitialised weights on the device, in the compute dtype unless another is given."""
+        return torch.empty(*shape, dtype=dtype or self.dtype, device=self.device)

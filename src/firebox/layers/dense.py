@@ -1,0 +1,50 @@
+"""A dense gated MLP with its norm and residual."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from firebox.formats.base import Slots
+from firebox.kernels import cpu_dense_block
+from firebox.kernels.select import select
+from firebox.layers.base import Build
+from firebox.layers.linear import Linear
+from firebox.layers.norm import RMSNorm
+
+
+class DenseBlock:
+    """x + down(silu(gate(h)) · up(h)), h = norm(x)."""
+
+    def __init__(self, build: Build, hidden: int, inter: int, eps: float) -> None:
+        self.norm = RMSNorm(build, hidden, eps)
+        self.gate_up = Linear(build, hidden, {"gate_proj": inter, "up_proj": inter})
+        self.down = Linear(build, inter, {"down_proj": hidden})
+        self._problem = cpu_dense_block.Problem(hidden, inter, eps, build.dtype)
+        self._choice = select(cpu_dense_block.OP, self._problem, build.gpu)
+        self._threads = build.threads
+        self._run: Callable[[torch.Tensor], torch.Tensor] = self._compose
+        build.choices.append(self._choice)
+
+    def slots(self, norm: str, mlp: str) -> Slots:
+        """The norm's tensor and `{mlp}.gate_proj`, `.up_proj`, `.down_proj`."""
+        yield from self.norm.slots(norm)
+        yield from self.gate_up.slots(f"{mlp}.")
+        yield from self.down.slots(f"{mlp}.")
+
+    def finish(self) -> None:
+        """Binds the chosen kernel; its packed copy replaces the weights."""
+        if self._choice.kernel is not None:
+            weights = {"norm": self.norm.weight, "gate_up": self.gate_up.weight, "down": self.down.weight}
+            self._run = self._choice.kernel.bind(self._problem, weights, self._threads)
+            del self.norm, self.gate_up, self.down
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` [tokens, hidden] → the same shape."""
+        return self._run(x)
+
+    def _compose(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up(self.norm(x)).chunk(2, dim=-1)
+        return x + self.down(F.silu(gate) * up)

@@ -1,0 +1,1 @@
+"""The architectures, one file each, found by the checkpoint's `model_type`."""

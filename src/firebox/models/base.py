@@ -1,0 +1,69 @@
+"""The contract of a model. A model is a file in this room; its name is the checkpoint's `model_type`.
+
+    Config.from_hf(config)     the config.json values the code relies on, checked; UnsupportedModel names the one it does not know
+    Model(config, build)       the layers, with uninitialised weights
+    TINY                       a config.json of the same architecture, small enough for tests
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+
+from firebox.cache.specs import PagedSpec
+from firebox.errors import UnsupportedModel
+from firebox.formats.base import Slots
+from firebox.step import Step
+
+
+class Model(Protocol):
+    """What the engine and the loader see of a model."""
+
+    cache_specs: tuple[PagedSpec, ...]
+    attention_backend: Any  # the module of attention/ that plans each step; None where no layer needs one
+
+    def slots(self) -> Slots:
+        """Every checkpoint tensor the model reads, and where it goes."""
+        ...
+
+    def unused(self, name: str) -> str | None:
+        """Why a checkpoint tensor is not read, or None if it should be."""
+        ...
+
+    def finish(self) -> None:
+        """All slots are filled: kernels may pack their weights."""
+        ...
+
+    def __call__(self, token_ids: torch.Tensor, step: Step) -> torch.Tensor:
+        """`token_ids` [tokens] int64 → hidden states [tokens, hidden]; writes the step's cache."""
+        ...
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` [rows, hidden] → [rows, vocab] float32."""
+        ...
+
+
+def require(config: Mapping[str, Any], key: str, *supported: Any) -> None:
+    """UnsupportedModel unless `config[key]` is absent or one of `supported`."""
+    if key in config and config[key] not in supported:
+        raise UnsupportedModel(
+            f"config.json has {key} = {config[key]!r}; this code supports {', '.join(repr(value) for value in supported)}"
+        )
+
+
+def need(config: Mapping[str, Any], key: str, kind: Callable[[Any], Any] = int) -> Any:
+    """`config[key]` as `kind`; UnsupportedModel when it is absent."""
+    if config.get(key) is None:
+        raise UnsupportedModel(f"config.json has no {key!r}")
+    return kind(config[key])
+
+
+def rope_theta(config: Mapping[str, Any], default: float) -> float:
+    """The rotary base, from `rope_parameters` (transformers 5) or the top level. Any scaling is refused here."""
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind != "default":
+        raise UnsupportedModel(f"config.json asks for rope type {kind!r}; this code supports 'default'")
+    return float(parameters.get("rope_theta", config.get("rope_theta", default)))

@@ -1,0 +1,101 @@
+"""A model folder in Hugging Face's layout: config.json, generation_config.json, and safetensors shards with or without an index.
+
+Nothing in a folder is executed: no pickle, no remote code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from firebox.errors import CheckpointError, CorruptShard
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder's parsed files. `shards`: the safetensors files in reading order; empty when there is only a config.json."""
+
+    folder: Path
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    shards: tuple[Path, ...]
+
+    @property
+    def model_type(self) -> str:
+        """The architecture's name: the file in models/."""
+        model_type = self.config.get("model_type")
+        if not isinstance(model_type, str):
+            raise CheckpointError(f"{self.folder / 'config.json'} has no model_type")
+        return model_type
+
+    @property
+    def dtype(self) -> str:
+        """The compute dtype that config.json names ("torch_dtype" before transformers 5); float32 if it names none."""
+        return str(self.config.get("dtype") or self.config.get("torch_dtype") or "float32")
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """End-of-sequence ids: generation_config.json's, else config.json's; possibly none."""
+        for source in (self.generation_config, self.config):
+            found = source.get("eos_token_id")
+            if found is not None:
+                return frozenset(found if isinstance(found, list) else [found])
+        return frozenset()
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all shards on disk."""
+        return sum(shard.stat().st_size for shard in self.shards)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor, Path]]:
+        """Every tensor with its name and shard, one at a time, as it is stored. Raises CorruptShard, naming the file."""
+        for shard in self.shards:
+            try:
+                with safe_open(shard, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
+                        yield name, file.get_tensor(name), shard
+            except (SafetensorError, OSError) as error:
+                raise CorruptShard(f"{shard}: {error}", hint="download the file again") from error
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Reads a folder's JSON files and finds its shards. Raises CheckpointError or CorruptShard."""
+    config = _read_json(folder / "config.json")
+    if config is None:
+        raise CheckpointError(f"{folder} has no config.json", hint="MODEL is a folder in Hugging Face's layout")
+    generation_config = _read_json(folder / "generation_config.json") or {}
+    return Checkpoint(folder, config, generation_config, _shards(folder))
+
+
+def _shards(folder: Path) -> tuple[Path, ...]:
+    index = _read_json(folder / INDEX)
+    if index is not None:
+        shards = tuple(folder / name for name in sorted(set(index["weight_map"].values())))
+    else:
+        shards = tuple(path for path in (folder / SINGLE,) if path.exists())
+    for shard in shards:
+        if not shard.exists():
+            raise CorruptShard(f"{shard} is missing; {INDEX} names it", hint="download the file again")
+    return shards
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The parsed file, or None if there is none. Raises CheckpointError if it is not a JSON object."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return found
