@@ -117,11 +117,9 @@ def resolve(config: EngineConfig, dtype: str, checkpoint: CheckpointFacts, gpu: 
     Raises ConfigError for values that cannot work and OutOfMemory when the budget does not hold the weights and one KV page.
     """
     reasons: list[str] = []
-    for name in ("max_running_requests", "max_batch_tokens", "prefill_chunk_tokens", "page_tokens"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} is {getattr(config, name)}", hint="it must be at least 1")
-    if not 0.0 < config.mem_fraction <= 1.0:
-        raise ConfigError(f"mem_fraction is {config.mem_fraction}", hint="a share between 0 and 1, such as 0.85")
+    _check_ranges(config)
+    _check_choice(ModelConfig, "dtype", dtype)
+    _check_choice(EngineConfig, "kv_cache_dtype", config.kv_cache_dtype)
 
     compute_dtype = checkpoint.dtype if dtype == "auto" else dtype
     kv_dtype = compute_dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
@@ -152,6 +150,28 @@ def resolve(config: EngineConfig, dtype: str, checkpoint: CheckpointFacts, gpu: 
         threads=threads,
         reasons=tuple(reasons),
     )
+
+
+def _check_ranges(config: EngineConfig) -> None:
+    for name in (
+        "max_running_requests",
+        "max_batch_tokens",
+        "prefill_chunk_tokens",
+        "page_tokens",
+        "kv_pages",
+        "threads",
+    ):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}", hint="it must be at least 1")
+    if not 0.0 < config.mem_fraction <= 1.0:
+        raise ConfigError(f"mem_fraction is {config.mem_fraction}", hint="a share between 0 and 1, such as 0.85")
+
+
+def _check_choice(group: type, name: str, value: str) -> None:
+    (field,) = (field for field in dataclasses.fields(group) if field.name == name)
+    if value not in field.metadata["choices"]:
+        raise ConfigError(f"{name} is {value!r}", hint=f"one of {', '.join(field.metadata['choices'])}")
 
 
 def _context_tokens(asked: int | None, made_for: int, reasons: list[str]) -> int:

@@ -19,6 +19,8 @@ from firebox.errors import ConfigError
 from firebox.find import load, names
 from firebox.hardware.base import Gpu
 
+__all__ = ["Backend", "PagedSpec", "select"]  # layers see cache specs through attention
+
 
 class Backend(Protocol):
     """One backend's module (see above)."""

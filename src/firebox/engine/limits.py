@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import msgspec
 
 from firebox.engine.messages import Ready, SamplingParams
@@ -11,7 +13,10 @@ MAX_LOGPROBS = 20
 
 
 def validate(prompt_ids: list[int], params: SamplingParams, ready: Ready) -> SamplingParams:
-    """Returns `params` with `max_tokens` filled in; raises RequestError (naming the field) or ContextTooLong."""
+    """Returns `params` with `max_tokens` and, if absent, a random `seed` filled in.
+
+    Raises RequestError, naming the field, or ContextTooLong.
+    """
     _require(len(prompt_ids) > 0, "prompt", "is empty; the model needs at least one token")
     for token_id in prompt_ids:
         _require(0 <= token_id < ready.vocab_size, "prompt", f"has token id {token_id}; the vocabulary ends at {ready.vocab_size}")
@@ -29,7 +34,11 @@ def validate(prompt_ids: list[int], params: SamplingParams, ready: Ready) -> Sam
             f"{len(prompt_ids) + params.max_tokens} in all; the context is {ready.context_tokens}",
             param="max_tokens",
         )
-    return msgspec.structs.replace(params, max_tokens=room_tokens if params.max_tokens is None else params.max_tokens)
+    return msgspec.structs.replace(
+        params,
+        max_tokens=room_tokens if params.max_tokens is None else params.max_tokens,
+        seed=random.getrandbits(63) if params.seed is None else params.seed,
+    )
 
 
 def _ranges(params: SamplingParams, vocab_size: int) -> None:

@@ -15,7 +15,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     `max_tokens` None: up to the context's end. `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 and `min_p` 0 switch those filters off. `logprobs`: how many top
     alternatives to report beside each chosen token (0: only the chosen one; None: none). `prompt_logprobs`: likewise for every
     prompt token but the first. Logprobs are those of the model, before temperature, penalties, bias and filters. `seed` makes
-    the sample a function of (seed, position) alone, whatever the batch.
+    the sample a function of (seed, position) alone, whatever the batch; None: a random one is chosen on submission.
     """
 
     max_tokens: int | None = None

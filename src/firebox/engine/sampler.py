@@ -106,9 +106,15 @@ def _draw(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
         _filter(row, p)
     cumulative = scaled.softmax(-1, dtype=torch.float64).cumsum(-1)
     # position = how many tokens are known: the same for a request however it is batched, retracted or resumed
-    uniform = [philox_uniform(p.seed or 0, len(r.token_ids)) for p, r in zip(params, requests, strict=True)]
+    uniform = [philox_uniform(_seed(r), len(r.token_ids)) for r in requests]
     threshold = cumulative.new_tensor(uniform).unsqueeze(-1) * cumulative[:, -1:]
     return torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[-1] - 1).squeeze(-1).tolist()
+
+
+def _seed(request: Request) -> int:
+    seed = request.params.seed
+    assert seed is not None, f"request {request.request_id} samples without a seed: limits.validate gives it one"
+    return seed
 
 
 def _filter(row: torch.Tensor, params: SamplingParams) -> None:

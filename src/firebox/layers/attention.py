@@ -7,8 +7,8 @@ from types import ModuleType
 
 import torch
 
+from firebox.attention.base import PagedSpec
 from firebox.attention.base import select as select_backend
-from firebox.cache.specs import PagedSpec
 from firebox.formats.base import Slots
 from firebox.kernels import cpu_attention_block
 from firebox.kernels.cpu_attention_block import Problem
@@ -21,17 +21,40 @@ from firebox.step import Step
 
 
 class AttentionBlock:
-    """x + o(attend(q, k, v)), with q, k, v from norm(x), q and k normed per head where `problem.qk_norm`, then rotated.
+    """x + o(attend(q, k, v)), with q, k, v from norm(x), q and k normed per head where `qk_norm`, then rotated by `tables`
+    (cos and sin of `layers.rope.rotary_tables`).
 
-    `layer` is the index of its cache in `step.caches`; `tables`: cos and sin of `layers.rope.rotary_tables`. `backend` plans each
-    step for the layer composed of torch operators; None where one kernel does it all.
+    `layer` is the index of its cache in `step.caches`, `spec` what that cache keeps. `backend` plans each step for the layer
+    composed of torch operators; None where one kernel does it all.
     """
 
-    def __init__(self, build: Build, layer: int, problem: Problem, tables: tuple[torch.Tensor, torch.Tensor]) -> None:
-        p = self.problem = problem
+    def __init__(
+        self,
+        build: Build,
+        layer: int,
+        spec: PagedSpec,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        *,
+        hidden: int,
+        heads: int,
+        qk_norm: bool,
+        bias: bool,
+        eps: float,
+    ) -> None:
+        p = self.problem = Problem(
+            hidden=hidden,
+            heads=heads,
+            kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+            rotary_dim=2 * tables[0].shape[-1],
+            qk_norm=qk_norm,
+            bias=bias,
+            eps=eps,
+            dtype=build.dtype,
+            kv_dtype=build.kv_dtype,
+        )
         q_rows, kv_rows = p.heads * p.head_dim, p.kv_heads * p.head_dim
         self.layer = layer
-        self.spec = PagedSpec(p.kv_heads, p.head_dim)
         self.norm = RMSNorm(build, p.hidden, p.eps)
         self.qkv = Linear(build, p.hidden, {"q_proj": q_rows, "k_proj": kv_rows, "v_proj": kv_rows}, bias=p.bias)
         self.q_norm = RMSNorm(build, p.head_dim if p.qk_norm else 0, p.eps)
@@ -46,7 +69,7 @@ class AttentionBlock:
         build.choices.append(self._choice)
         self.backend: ModuleType | None = None
         if self._choice.kernel is None:
-            self.backend = select_backend(p.heads, self.spec, build.gpu, build.attention_backend)
+            self.backend = select_backend(p.heads, spec, build.gpu, build.attention_backend)
 
     def slots(self, norm: str, attention: str) -> Slots:
         """The norm's tensor and `{attention}.q_proj` … `.o_proj`, `.q_norm`, `.k_norm`."""

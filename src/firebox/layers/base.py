@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from firebox.formats.base import Slot, Slots
 from firebox.hardware.base import Gpu
 from firebox.kernels.select import Choice
+
+__all__ = ["Build", "Slot", "Slots"]  # models see slots through layers
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ class Decoder:
         self.embedding = embedding
         self.blocks = tuple(blocks)
         self.head = head
-        self.cache_specs = tuple(attention.spec for attention, _ in self.blocks)
         self.attention_backend = self.blocks[0][0].backend if self.blocks else None
 
     def slots(self) -> Slots:

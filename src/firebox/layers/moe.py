@@ -17,14 +17,41 @@ from firebox.layers.norm import RMSNorm
 
 
 class MoeBlock:
-    """x + Σ wⱼ · expertⱼ(h) + shared(h), h = norm(x). See kernels/cpu_moe_block.py for the formula.
+    """x + Σ wⱼ · expertⱼ(h) + shared(h), h = norm(x). See kernels/cpu_moe_block.py for the formula and the sizes' meaning.
 
-    With `problem.expert_groups` > 1 only the experts of the `kept_groups` best groups can be chosen, a group's score being the sum
-    of its two best (DeepSeek-V3).
+    With `expert_groups` > 1 only the experts of the `kept_groups` best groups can be chosen, a group's score being the sum of its
+    two best (DeepSeek-V3).
     """
 
-    def __init__(self, build: Build, problem: Problem, kept_groups: int = 1) -> None:
-        p = self.problem = problem
+    def __init__(
+        self,
+        build: Build,
+        *,
+        hidden: int,
+        inter: int,
+        experts: int,
+        top_k: int,
+        shared_experts: int,
+        scoring: str,
+        renormalise: bool,
+        routed_scale: float,
+        eps: float,
+        expert_groups: int = 1,
+        kept_groups: int = 1,
+    ) -> None:
+        p = self.problem = Problem(
+            hidden=hidden,
+            inter=inter,
+            experts=experts,
+            top_k=top_k,
+            shared_experts=shared_experts,
+            scoring=scoring,
+            renormalise=renormalise,
+            routed_scale=routed_scale,
+            eps=eps,
+            expert_groups=expert_groups,
+            dtype=build.dtype,
+        )
         self.norm = RMSNorm(build, p.hidden, p.eps)
         self.router = build.empty(p.experts, p.hidden)
         self.correction_bias = build.empty(p.experts if p.scoring == "sigmoid" else 0, dtype=torch.float32)

@@ -14,7 +14,7 @@ import torch
 
 from firebox.cache.specs import PagedSpec
 from firebox.errors import UnsupportedModel
-from firebox.formats.base import Slots
+from firebox.layers.base import Slots
 from firebox.step import Step
 
 
@@ -53,11 +53,12 @@ def require(config: Mapping[str, Any], key: str, *supported: Any) -> None:
         )
 
 
-def need(config: Mapping[str, Any], key: str, kind: Callable[[Any], Any] = int) -> Any:
-    """`config[key]` as `kind`; UnsupportedModel when it is absent."""
-    if config.get(key) is None:
-        raise UnsupportedModel(f"config.json has no {key!r}")
-    return kind(config[key])
+def need(config: Mapping[str, Any], *keys: str, kind: Callable[[Any], Any] = int) -> Any:
+    """The first of `keys` that the config has (the same value under its older and newer names), as `kind`; else UnsupportedModel."""
+    for key in keys:
+        if config.get(key) is not None:
+            return kind(config[key])
+    raise UnsupportedModel(f"config.json has no {keys[0]!r}")
 
 
 def rope_theta(config: Mapping[str, Any], default: float) -> float:

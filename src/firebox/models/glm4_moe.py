@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from firebox.kernels import cpu_attention_block, cpu_moe_block
+from firebox.cache.specs import PagedSpec
 from firebox.layers.attention import AttentionBlock
 from firebox.layers.base import Build
 from firebox.layers.decoder import Block, Decoder
@@ -74,40 +74,41 @@ class Config:
             rope_theta=rope_theta(config, 10000.0),
             attention_bias=bool(config.get("attention_bias", False)),
             use_qk_norm=bool(config.get("use_qk_norm", False)),
-            rms_norm_eps=need(config, "rms_norm_eps", float),
+            rms_norm_eps=need(config, "rms_norm_eps", kind=float),
             n_routed_experts=need(config, "n_routed_experts"),
             n_shared_experts=need(config, "n_shared_experts"),
             num_experts_per_tok=need(config, "num_experts_per_tok"),
             moe_intermediate_size=need(config, "moe_intermediate_size"),
             first_k_dense_replace=need(config, "first_k_dense_replace"),
             norm_topk_prob=bool(config.get("norm_topk_prob", True)),
-            routed_scaling_factor=need(config, "routed_scaling_factor", float),
+            routed_scaling_factor=need(config, "routed_scaling_factor", kind=float),
             n_group=int(config.get("n_group", 1)),
             topk_group=int(config.get("topk_group", 1)),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         )
 
 
-def attention(config: Config, build: Build, layer: int, tables: tuple[torch.Tensor, torch.Tensor]) -> AttentionBlock:
+def attention(
+    config: Config, build: Build, layer: int, spec: PagedSpec, tables: tuple[torch.Tensor, torch.Tensor]
+) -> AttentionBlock:
     """Grouped-query attention with a partial rotary embedding."""
-    problem = cpu_attention_block.Problem(
+    return AttentionBlock(
+        build,
+        layer,
+        spec,
+        tables,
         hidden=config.hidden_size,
         heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        rotary_dim=config.rotary_dim,
         qk_norm=config.use_qk_norm,
         bias=config.attention_bias,
         eps=config.rms_norm_eps,
-        dtype=build.dtype,
-        kv_dtype=build.kv_dtype,
     )
-    return AttentionBlock(build, layer, problem, tables)
 
 
 def experts(config: Config, build: Build) -> MoeBlock:
     """Sigmoid router, routed experts, one shared expert."""
-    problem = cpu_moe_block.Problem(
+    return MoeBlock(
+        build,
         hidden=config.hidden_size,
         inter=config.moe_intermediate_size,
         experts=config.n_routed_experts,
@@ -118,9 +119,8 @@ def experts(config: Config, build: Build) -> MoeBlock:
         routed_scale=config.routed_scaling_factor,
         eps=config.rms_norm_eps,
         expert_groups=config.n_group,
-        dtype=build.dtype,
+        kept_groups=config.topk_group,
     )
-    return MoeBlock(build, problem, kept_groups=config.topk_group)
 
 
 def dense(config: Config, build: Build) -> DenseBlock:
@@ -134,13 +134,15 @@ class Model(Decoder):
     def __init__(self, config: Config, build: Build) -> None:
         embedding = Embedding(build, config.vocab_size, config.hidden_size)
         tables = rotary_tables(build.max_positions, config.rotary_dim, config.rope_theta, build.device)
+        spec = PagedSpec(config.num_key_value_heads, config.head_dim)
         blocks: list[Block] = []
         for layer in range(config.num_hidden_layers):
             mlp = dense(config, build) if layer < config.first_k_dense_replace else experts(config, build)
-            blocks.append((attention(config, build, layer, tables), mlp))
+            blocks.append((attention(config, build, layer, spec, tables), mlp))
         tied = embedding.weight if config.tie_word_embeddings else None
         head = Head(build, config.hidden_size, config.vocab_size, config.rms_norm_eps, tied)
         super().__init__(embedding, blocks, head)
+        self.cache_specs = (spec,) * config.num_hidden_layers
 
     def unused(self, name: str) -> str | None:
         """The MTP layer stands behind the last layer."""

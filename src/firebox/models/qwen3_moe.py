@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from firebox.kernels import cpu_attention_block, cpu_moe_block
+from firebox.cache.specs import PagedSpec
 from firebox.layers.attention import AttentionBlock
 from firebox.layers.base import Build
 from firebox.layers.decoder import Block, Decoder
@@ -65,8 +65,8 @@ class Config:
             head_dim=int(config.get("head_dim") or hidden // heads),
             rope_theta=rope_theta(config, 1000000.0),
             attention_bias=bool(config.get("attention_bias", False)),
-            rms_norm_eps=need(config, "rms_norm_eps", float),
-            num_experts=need(config, "num_experts"),
+            rms_norm_eps=need(config, "rms_norm_eps", kind=float),
+            num_experts=need(config, "num_experts", "num_local_experts"),
             num_experts_per_tok=need(config, "num_experts_per_tok"),
             moe_intermediate_size=need(config, "moe_intermediate_size"),
             norm_topk_prob=bool(config.get("norm_topk_prob", False)),
@@ -75,26 +75,27 @@ class Config:
         )
 
 
-def attention(config: Config, build: Build, layer: int, tables: tuple[torch.Tensor, torch.Tensor]) -> AttentionBlock:
+def attention(
+    config: Config, build: Build, layer: int, spec: PagedSpec, tables: tuple[torch.Tensor, torch.Tensor]
+) -> AttentionBlock:
     """Grouped-query attention, q and k normed per head, the whole head rotated."""
-    problem = cpu_attention_block.Problem(
+    return AttentionBlock(
+        build,
+        layer,
+        spec,
+        tables,
         hidden=config.hidden_size,
         heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        rotary_dim=config.head_dim,
         qk_norm=True,
         bias=config.attention_bias,
         eps=config.rms_norm_eps,
-        dtype=build.dtype,
-        kv_dtype=build.kv_dtype,
     )
-    return AttentionBlock(build, layer, problem, tables)
 
 
 def experts(config: Config, build: Build) -> MoeBlock:
     """Softmax router, routed experts only."""
-    problem = cpu_moe_block.Problem(
+    return MoeBlock(
+        build,
         hidden=config.hidden_size,
         inter=config.moe_intermediate_size,
         experts=config.num_experts,
@@ -104,9 +105,7 @@ def experts(config: Config, build: Build) -> MoeBlock:
         renormalise=config.norm_topk_prob,
         routed_scale=1.0,
         eps=config.rms_norm_eps,
-        dtype=build.dtype,
     )
-    return MoeBlock(build, problem)
 
 
 def dense(config: Config, build: Build) -> DenseBlock:
@@ -120,13 +119,15 @@ class Model(Decoder):
     def __init__(self, config: Config, build: Build) -> None:
         embedding = Embedding(build, config.vocab_size, config.hidden_size)
         tables = rotary_tables(build.max_positions, config.head_dim, config.rope_theta, build.device)
+        spec = PagedSpec(config.num_key_value_heads, config.head_dim)
         blocks: list[Block] = []
         for layer in range(config.num_hidden_layers):
             mlp = dense(config, build) if layer in config.dense_layers else experts(config, build)
-            blocks.append((attention(config, build, layer, tables), mlp))
+            blocks.append((attention(config, build, layer, spec, tables), mlp))
         tied = embedding.weight if config.tie_word_embeddings else None
         head = Head(build, config.hidden_size, config.vocab_size, config.rms_norm_eps, tied)
         super().__init__(embedding, blocks, head)
+        self.cache_specs = (spec,) * config.num_hidden_layers
 
 
 TINY: dict[str, Any] = {

@@ -1,0 +1,62 @@
+"""An engine inside the test's own process: real scheduler, runner and model, no sockets."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from firebox.cache.kv_cache import KVCache
+from firebox.config import Config, EngineConfig, ModelConfig
+from firebox.engine.messages import Delta, SamplingParams
+from firebox.engine.request import Request
+from firebox.engine.scheduler import Scheduler
+from firebox.engine.start import start
+
+GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+
+
+class InProcessEngine:
+    """Submits requests and runs them to the end. Keyword arguments are EngineConfig's, plus `dtype` and `load_format`."""
+
+    def __init__(self, folder: Path | str, dtype: str = "auto", load_format: str = "auto", **settings: object) -> None:
+        settings = {"threads": 1, "kv_pages": 256} | settings
+        engine = dataclasses.replace(EngineConfig(), **settings)  # type: ignore[arg-type]
+        model = ModelConfig(model=str(folder), dtype=dtype, load_format=load_format)
+        self.scheduler, self.runner, self.ready = start(Config(model=model, engine=engine))
+        self._next_id = 0
+
+    def restart(self, prefill_chunk_tokens: int) -> None:
+        """A new scheduler with an empty cache and this prefill chunk, over the same model and pages."""
+        self.scheduler = Scheduler(
+            KVCache(self.ready.kv_pages, self.ready.page_tokens),
+            max_running_requests=8,
+            max_batch_tokens=512,
+            prefill_chunk_tokens=prefill_chunk_tokens,
+            eos_token_ids=frozenset(self.ready.eos_token_ids),
+        )
+
+    def submit(self, prompt_ids: Sequence[int], params: SamplingParams = GREEDY) -> int:
+        """Queues a request; its id."""
+        self._next_id += 1
+        self.scheduler.add(Request(self._next_id, list(prompt_ids), params))
+        return self._next_id
+
+    def step(self) -> list[Delta]:
+        """One step of the engine; nothing when there is nothing to do."""
+        plan = self.scheduler.plan()
+        return [] if plan is None else self.scheduler.apply(plan, self.runner.run(plan))
+
+    def deltas(self) -> dict[int, list[Delta]]:
+        """Runs until nothing is left; the deltas of each request."""
+        found: dict[int, list[Delta]] = {}
+        while self.scheduler.has_work:
+            for delta in self.step():
+                found.setdefault(delta.request_id, []).append(delta)
+        return found
+
+    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams = GREEDY) -> list[list[int]]:
+        """The output ids of prompts that run together."""
+        request_ids = [self.submit(prompt, params) for prompt in prompts]
+        found = self.deltas()
+        return [[token_id for delta in found[i] for token_id in delta.ids] for i in request_ids]
