@@ -1,17 +1,19 @@
-"""The engine on a CPU against `transformers.generate`, on the bundled model: `python benchmarks/cpu_engine.py [--json]`.
+"""The engine on a CPU against `transformers.generate`, on the bundled model: `python benchmarks/cpu_engine.py
+[--json]`.
 
-Every figure is a ratio of two times from this run on this machine, so that a slow machine slows both. Both sides are greedy, ignore
-end-of-sequence and produce the same number of tokens; the ids are compared first, and a difference ends the run. transformers runs
-in a process of its own with every experts implementation it has and both with the engine's thread count and with all cores; the best
-counts. Our side is the product as it comes: `LLM` offline and `firebox serve` over HTTP on loopback, default settings.
+Every figure is a ratio of two times from this run on this machine, so that a slow machine slows both. Both
+sides are greedy, ignore end-of-sequence and produce the same number of tokens; the ids are compared first,
+and a difference ends the run. transformers runs in a process of its own with every experts implementation it
+has and both with the engine's thread count and with all cores; the best counts. Our side is the product as it
+comes: `LLM` offline and `firebox serve` over HTTP on loopback, default settings.
 
     single_stream_ratio         tokens/s of one stream, ours ÷ transformers
     concurrent16_vs_sequential  16 requests at once, total tokens/s, ours ÷ transformers one after another
     concurrent16_vs_batch16     the same ÷ transformers with the 16 as one batch
     prefix_ttft_ratio           time to first token of a second request sharing 1,000 tokens ÷ the first's
     http_overhead               1 − streamed tokens/s over HTTP ÷ offline, 16 requests at once
-    start_to_first_token_s      process start of `firebox serve` (kernels compiled before) to the first token over HTTP
-    peak_rss_bytes              peak resident memory of server and engine process together, after all of the HTTP load
+    start_to_first_token_s      `firebox serve` (kernels compiled before) to the first token over HTTP
+    peak_rss_bytes              peak resident memory of server and engine process together, after the HTTP load
 """
 
 from __future__ import annotations
@@ -147,12 +149,15 @@ def offline(llm: LLM, wanted: Prompts) -> dict[str, Any]:
 
 
 def prefix_ttft(llm: LLM) -> dict[str, float]:
-    """Milliseconds to the first token of a request with 1,000 tokens of new prompt, and of a second one that shares them."""
+    """Milliseconds to the first token of a request with 1,000 tokens of new prompt, and of a second one that
+    shares them."""
     ids = llm.get_tokenizer().encode(Path(argparse.__file__).read_text(encoding="utf-8"))
     params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
     first, second = [], []
     for i in range(REPEATS + 1):
-        shared = ids[500 * i + 7 : 500 * i + 1007]  # no two start alike, so that only the second of each pair hits
+        shared = ids[
+            500 * i + 7 : 500 * i + 1007
+        ]  # no two start alike, so that only the second of each pair hits
         for times, suffix in ((first, ids[:20]), (second, ids[20:40])):
             began = time.perf_counter()
             llm.generate({"prompt_token_ids": [*shared, *suffix]}, params)
@@ -206,7 +211,8 @@ def _status_kb(pid: int, key: str) -> int:
 
 
 async def stream(port: int, prompt_ids: list[int], max_tokens: int) -> tuple[int, float]:
-    """One streamed completion: completion tokens by the server's own count, and seconds to the first chunk of text."""
+    """One streamed completion: completion tokens by the server's own count, and seconds to the first chunk of
+    text."""
     body = json.dumps(
         {
             "model": MODEL,
@@ -219,9 +225,12 @@ async def stream(port: int, prompt_ids: list[int], max_tokens: int) -> tuple[int
         }
     ).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
     began = time.perf_counter()
-    writer.write(f"{head}Connection: close\r\n\r\n".encode() + body)
+    writer.write(head.encode() + body)
     first_s, received = 0.0, b""
     while block := await reader.read(1 << 16):
         if not first_s and b"data: " in block:

@@ -1,7 +1,8 @@
-"""Everything a user can set, as frozen dataclasses; the command line and docs/config.md are made from these fields.
+"""Everything a user can set, as frozen dataclasses; the command line and docs/config.md are made from these
+fields.
 
-A field's `help` is its documentation; `choices`, where given, is closed. None means "derived": `resolve` fills it from the
-checkpoint and the hardware and records why, and `serve --explain` prints those derivations.
+A field's `help` is its documentation; `choices`, where given, is closed. None means "derived": `resolve`
+fills it from the checkpoint and the hardware and records why, and `serve --explain` prints those derivations.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ def option(default: Any, help: str, *, choices: tuple[str, ...] = ()) -> Any:
 class ModelConfig:
     """Which weights, and in what arithmetic."""
 
-    model: str = option(DEFAULT_MODEL, "Hugging Face id in the local cache, a folder, or the name of a bundled card")
+    model: str = option(
+        DEFAULT_MODEL, "Hugging Face id in the local cache, a folder, or the name of a bundled card"
+    )
     served_model_name: str | None = option(None, "name in /v1/models; default: the last part of MODEL")
     dtype: str = option(
         "auto",
@@ -34,7 +37,9 @@ class ModelConfig:
         choices=("auto", "bfloat16", "float16", "float32"),
     )
     load_format: str = option(
-        "auto", "auto: read the checkpoint; dummy: random values in the real shapes", choices=("auto", "dummy")
+        "auto",
+        "auto: read the checkpoint; dummy: random values in the real shapes",
+        choices=("auto", "dummy"),
     )
 
 
@@ -42,18 +47,28 @@ class ModelConfig:
 class EngineConfig:
     """The engine's budgets. Units are in the names."""
 
-    context_length: int | None = option(None, "tokens a request may hold; default: what the model was made for")
+    context_length: int | None = option(
+        None, "tokens a request may hold; default: what the model was made for"
+    )
     max_running_requests: int = option(64, "requests computed together in one step")
     max_batch_tokens: int = option(2048, "tokens computed in one step: decode tokens plus prefill chunks")
     prefill_chunk_tokens: int = option(512, "most prompt tokens of one request in one step")
     page_tokens: int = option(16, "tokens per KV page")
     kv_pages: int | None = option(None, "KV pages; default: as many as --mem-fraction allows")
-    kv_cache_dtype: str = option("auto", "auto: the compute dtype", choices=("auto", "bfloat16", "float16", "float32"))
-    mem_fraction: float = option(0.85, "share of the memory free at start that weights, KV cache and workspace may take")
+    kv_cache_dtype: str = option(
+        "auto", "auto: the compute dtype", choices=("auto", "bfloat16", "float16", "float32")
+    )
+    mem_fraction: float = option(
+        0.85, "share of the memory free at start that weights, KV cache and workspace may take"
+    )
     prefix_cache: bool = option(True, "reuse the KV pages of earlier requests with the same prefix")
-    attention_backend: str = option("auto", "an attention backend by name; auto: the fastest that accepts the model")
+    attention_backend: str = option(
+        "auto", "an attention backend by name; auto: the fastest that accepts the model"
+    )
     moe_backend: str = option("auto", "an expert kernel by name; auto: the fastest that accepts the model")
-    threads: int | None = option(None, "CPU threads of the engine process; default: one core is left to the server")
+    threads: int | None = option(
+        None, "CPU threads of the engine process; default: one core is left to the server"
+    )
     strict: bool = option(False, "refuse to start where a choice is a fallback")
 
 
@@ -83,9 +98,9 @@ class Config:
 class CheckpointFacts:
     """What `resolve` needs to know of a checkpoint; `weights.checkpoint` reads it from config.json.
 
-    `model_type`: the file in models/ that serves it; `dtype`: the checkpoint's compute dtype; `context_tokens`: the longest
-    context it was made for; `weights_bytes`: bytes of its tensors in the compute dtype; `kv_bytes_per_token`: over all
-    layers; `kv_dtype_bytes` is already in it.
+    `model_type`: the file in models/ that serves it; `dtype`: the checkpoint's compute dtype;
+    `context_tokens`: the longest context it was made for; `weights_bytes`: bytes of its tensors in the
+    compute dtype; `kv_bytes_per_token`: over all layers; `kv_dtype_bytes` is already in it.
     """
 
     model_type: str
@@ -114,7 +129,8 @@ class Resolved:
 def resolve(config: EngineConfig, dtype: str, checkpoint: CheckpointFacts, gpu: Gpu) -> Resolved:
     """Fills every open setting from the checkpoint and the machine. Pure: same arguments, same answer.
 
-    Raises ConfigError for values that cannot work and OutOfMemory when the budget does not hold the weights and one KV page.
+    Raises ConfigError for values that cannot work and OutOfMemory when the budget does not hold the weights
+    and one KV page.
     """
     reasons: list[str] = []
     _check_ranges(config)
@@ -128,16 +144,21 @@ def resolve(config: EngineConfig, dtype: str, checkpoint: CheckpointFacts, gpu: 
     context_tokens = _context_tokens(config.context_length, checkpoint.context_tokens, reasons)
     max_running = min(config.max_running_requests, config.max_batch_tokens)
     if max_running < config.max_running_requests:
-        reasons.append(f"max_running_requests {max_running}: every running request needs a token of max_batch_tokens")
+        reasons.append(
+            f"max_running_requests {max_running}: every running request needs a token of max_batch_tokens"
+        )
 
     kv_pages = config.kv_pages or _kv_pages(config, context_tokens * max_running, checkpoint, gpu, reasons)
     if kv_pages * config.page_tokens < context_tokens:
         reasons.append(
-            f"context_length {kv_pages * config.page_tokens}: {kv_pages} KV pages of {config.page_tokens} tokens hold no more"
+            f"context_length {kv_pages * config.page_tokens}: "
+            f"{kv_pages} KV pages of {config.page_tokens} tokens hold no more"
         )
         context_tokens = kv_pages * config.page_tokens
     threads = config.threads or max(1, gpu.cpu_cores - 1)
-    reasons.append(f"threads {threads}: " + ("asked for" if config.threads else "one core is left to the server process"))
+    reasons.append(
+        f"threads {threads}: " + ("asked for" if config.threads else "one core is left to the server process")
+    )
     return Resolved(
         dtype=compute_dtype,
         kv_dtype=kv_dtype,
@@ -165,7 +186,9 @@ def _check_ranges(config: EngineConfig) -> None:
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}", hint="it must be at least 1")
     if not 0.0 < config.mem_fraction <= 1.0:
-        raise ConfigError(f"mem_fraction is {config.mem_fraction}", hint="a share between 0 and 1, such as 0.85")
+        raise ConfigError(
+            f"mem_fraction is {config.mem_fraction}", hint="a share between 0 and 1, such as 0.85"
+        )
 
 
 def _check_choice(group: type, name: str, value: str) -> None:
@@ -179,7 +202,9 @@ def _context_tokens(asked: int | None, made_for: int, reasons: list[str]) -> int
         reasons.append(f"context_length {made_for}: max_position_embeddings of the checkpoint")
         return made_for
     if asked < 1 or asked > made_for:
-        raise ConfigError(f"context_length is {asked}", hint=f"this checkpoint was made for 1 to {made_for} tokens")
+        raise ConfigError(
+            f"context_length is {asked}", hint=f"this checkpoint was made for 1 to {made_for} tokens"
+        )
     return asked
 
 
@@ -191,8 +216,9 @@ def _kv_pages(
     page_bytes = checkpoint.kv_bytes_per_token * config.page_tokens
     if budget_bytes < page_bytes:
         raise OutOfMemory(
-            f"{gpu.memory_free_bytes * config.mem_fraction / 1e9:.1f} GB (mem_fraction {config.mem_fraction} of what is free) do not "
-            f"hold {checkpoint.weights_bytes / 1e9:.1f} GB of weights and one KV page of {page_bytes / 1e6:.1f} MB",
+            f"{gpu.memory_free_bytes * config.mem_fraction / 1e9:.1f} GB "
+            f"(mem_fraction {config.mem_fraction} of what is free) do not hold "
+            f"{checkpoint.weights_bytes / 1e9:.1f} GB of weights and one KV page of {page_bytes / 1e6:.1f} MB",
             hint="a smaller model, a higher --mem-fraction, or more memory",
         )
     why = f"{config.mem_fraction} of {gpu.memory_free_bytes / 1e9:.1f} GB free, less weights"
@@ -201,5 +227,7 @@ def _kv_pages(
     pages, useful_pages = budget_bytes // page_bytes, -(-useful_tokens // config.page_tokens)
     if useful_pages < pages:
         pages, why = useful_pages, "max_running_requests of context_length each"
-    reasons.append(f"kv_pages {pages}: {why}; {pages * config.page_tokens} tokens, {pages * page_bytes / 2**20:.0f} MiB")
+    reasons.append(
+        f"kv_pages {pages}: {why}; {pages * config.page_tokens} tokens, {pages * page_bytes / 2**20:.0f} MiB"
+    )
     return pages

@@ -3,7 +3,7 @@
 FireboxError                     message, and one optional `hint` that says what would work
 ├─ ConfigError                   a flag, a field or a combination of them cannot work
 ├─ CheckpointError               the model folder is missing, incomplete or not what its index says
-│  ├─ UnsupportedModel           an architecture, or one of its config values, that the code does not implement
+│  ├─ UnsupportedModel           an architecture, or one of its config values, that the code lacks
 │  ├─ UnsupportedFormat          a weight format or dtype that the code does not implement
 │  ├─ MissingTensor              the architecture needs a tensor that no shard holds
 │  ├─ UnknownTensor              a shard holds a tensor that the architecture does not have

@@ -11,7 +11,8 @@ from types import ModuleType
 
 
 def names(room: str) -> tuple[str, ...]:
-    """The things in a room (`"models"`, `"text.tool_parsers"`), sorted; `base` and `_private` files are not things."""
+    """The things in a room (`"models"`, `"text.tool_parsers"`), sorted; `base` and `_private` files are not
+    things."""
     package = importlib.import_module(f"firebox.{room}")
     found = (module.name for module in pkgutil.iter_modules(package.__path__))
     return tuple(sorted(name for name in found if name != "base" and not name.startswith("_")))

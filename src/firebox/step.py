@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Step:
-    """The integers of one forward pass, each as a tensor on the compute device and, where the host plans with it, as numpy.
+    """The integers of one forward pass, each as a tensor on the compute device and, where the host plans with
+    it, as numpy.
 
-    `positions` [tokens] int64: index of each token in its request. `token_slots` [tokens] int64: where its K and V go
-    (page id × page_tokens + row). `token_rows` [tokens] int64: which request it belongs to. `page_table`
-    [requests, max_pages] int64, padded with page 0. `query_start` [requests + 1] and `context_tokens` [requests] (tokens in
-    the cache after this step) are host arrays. `attention`: the backend's plan for this step. `caches`: one per layer.
+    `positions` [tokens] int64: index of each token in its request. `token_slots` [tokens] int64: where its K
+    and V go (page id × page_tokens + row). `token_rows` [tokens] int64: which request it belongs to.
+    `page_table` [requests, max_pages] int64, padded with page 0. `query_start` [requests + 1] and
+    `context_tokens` [requests] (tokens in the cache after this step) are host arrays. `attention`: the
+    backend's plan for this step. `caches`: one per layer.
     """
 
     positions: torch.Tensor

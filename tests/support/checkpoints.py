@@ -10,13 +10,18 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 
-def write_checkpoint(folder: Path, config: dict[str, Any], *, shard_bytes: int | None = None, seed: int = 0) -> Path:
-    """A random checkpoint of `config`, as `save_pretrained` writes it; in several shards with `shard_bytes`."""
+def write_checkpoint(
+    folder: Path, config: dict[str, Any], *, shard_bytes: int | None = None, seed: int = 0
+) -> Path:
+    """A random checkpoint of `config`, as `save_pretrained` writes it; in several shards with
+    `shard_bytes`."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:  # transformers starts norms at exactly 1 and biases at 0, which would hide them
+            if (
+                "norm" in name
+            ):  # transformers starts norms at exactly 1 and biases at 0, which would hide them
                 parameter.add_(torch.randn_like(parameter) * 0.2)
             elif name.endswith("bias"):
                 parameter.normal_(std=0.3)
@@ -40,7 +45,12 @@ def reference_greedy(model: PreTrainedModel, prompt_ids: Sequence[int], max_toke
     """Greedy continuation by transformers, end-of-sequence ignored."""
     ids = torch.tensor([list(prompt_ids)])
     out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
     )
     found: list[int] = out[0, len(prompt_ids) :].tolist()
     return found

@@ -17,9 +17,12 @@ GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
 
 
 class InProcessEngine:
-    """Submits requests and runs them to the end. Keyword arguments are EngineConfig's, plus `dtype` and `load_format`."""
+    """Submits requests and runs them to the end. Keyword arguments are EngineConfig's, plus `dtype` and
+    `load_format`."""
 
-    def __init__(self, folder: Path | str, dtype: str = "auto", load_format: str = "auto", **settings: object) -> None:
+    def __init__(
+        self, folder: Path | str, dtype: str = "auto", load_format: str = "auto", **settings: object
+    ) -> None:
         settings = {"threads": 1, "kv_pages": 256} | settings
         engine = dataclasses.replace(EngineConfig(), **settings)  # type: ignore[arg-type]
         model = ModelConfig(model=str(folder), dtype=dtype, load_format=load_format)

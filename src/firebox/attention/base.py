@@ -1,8 +1,9 @@
-"""The contract of an attention backend over paged keys and values. A backend is a file in this room; its name is the key.
+"""The contract of an attention backend over paged keys and values. A backend is a file in this room; its name
+is the key.
 
-    accepts(heads, spec, gpu)     None, or one sentence why it cannot serve such a layer on that device
-    plan(...)                     once per step: whatever `run` needs, from the step's integers
-    run(q, layer_cache, plan)     once per layer: the keys and values of the step are already in the cache
+accepts(heads, spec, gpu)     None, or one sentence why it cannot serve such a layer on that device
+plan(...)                     once per step: whatever `run` needs, from the step's integers
+run(q, layer_cache, plan)     once per layer: the keys and values of the step are already in the cache
 """
 
 from __future__ import annotations
@@ -30,18 +31,23 @@ class Backend(Protocol):
         ...
 
     def plan(self, query_start: np.ndarray, context_tokens: np.ndarray, page_table: torch.Tensor) -> Any:
-        """What `run` needs of a step. `query_start` [requests + 1], `context_tokens` [requests], `page_table` [requests, max_pages]."""
+        """What `run` needs of a step. `query_start` [requests + 1], `context_tokens` [requests], `page_table`
+        [requests, max_pages]."""
         ...
 
     def run(self, q: torch.Tensor, layer_cache: LayerCache, plan: Any, scale: float) -> torch.Tensor:
-        """Causal attention of `q` [tokens, heads, head_dim] over each request's own keys; the same shape and dtype."""
+        """Causal attention of `q` [tokens, heads, head_dim] over each request's own keys; the same shape and
+        dtype."""
         ...
 
 
 def select(heads: int, spec: PagedSpec, gpu: Gpu, wanted: str = "auto") -> ModuleType:
-    """The backend for such layers. `wanted` names one; ConfigError if it does not exist or does not accept."""
+    """The backend for such layers. `wanted` names one; ConfigError if it does not exist or does not
+    accept."""
     if wanted != "auto" and wanted not in names("attention"):
-        raise ConfigError(f"no attention backend {wanted!r}", hint=f"there are: {', '.join(names('attention'))}")
+        raise ConfigError(
+            f"no attention backend {wanted!r}", hint=f"there are: {', '.join(names('attention'))}"
+        )
     reasons = {}
     for name in names("attention") if wanted == "auto" else (wanted,):
         backend = load("attention", name)
@@ -49,4 +55,6 @@ def select(heads: int, spec: PagedSpec, gpu: Gpu, wanted: str = "auto") -> Modul
         if reason is None:
             return backend
         reasons[name] = reason
-    raise ConfigError("no attention backend for this model: " + "; ".join(f"{n} {r}" for n, r in reasons.items()))
+    raise ConfigError(
+        "no attention backend for this model: " + "; ".join(f"{n} {r}" for n, r in reasons.items())
+    )

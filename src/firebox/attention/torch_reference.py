@@ -1,6 +1,6 @@
 """Attention as the formula says, request by request, in float32: slow, right, and on any device.
 
-    out_t = softmax(scale · q_t · K[0 … p_t]ᵀ) · V[0 … p_t],  p_t = the position of token t in its request
+out_t = softmax(scale · q_t · K[0 … p_t]ᵀ) · V[0 … p_t],  p_t = the position of token t in its request
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from firebox.hardware.base import Gpu
 
 @dataclass(frozen=True)
 class Plan:
-    """Per request: its first and last + 1 row among the step's tokens, its context length and its pages [n] int64."""
+    """Per request: its first and last + 1 row among the step's tokens, its context length and its pages [n]
+    int64."""
 
     requests: tuple[tuple[int, int, int, torch.Tensor], ...]
 
@@ -45,7 +46,9 @@ def run(q: torch.Tensor, layer_cache: LayerCache, plan: Plan, scale: float) -> t
             cache[held].flatten(0, 1)[:context].float().transpose(0, 1).repeat_interleave(group, 0)
             for cache in (layer_cache.k, layer_cache.v)
         )
-        scores = q[first:last].float().transpose(0, 1) @ k.transpose(1, 2) * scale  # [heads, queries, context]
+        scores = (
+            q[first:last].float().transpose(0, 1) @ k.transpose(1, 2) * scale
+        )  # [heads, queries, context]
         query_positions = torch.arange(context - (last - first), context, device=q.device)
         future = torch.arange(context, device=q.device) > query_positions.unsqueeze(-1)
         weights = scores.masked_fill(future, -torch.inf).softmax(-1)

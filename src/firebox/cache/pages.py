@@ -1,7 +1,7 @@
 """The page allocator: which pages of the pool are free. Pure bookkeeping; the tensors live in `cache.pool`.
 
-    page 0          never handed out: padded rows of a step write there
-    pages 1 … N     free, or owned by one request, or owned by the prefix tree
+page 0          never handed out: padded rows of a step write there
+pages 1 … N     free, or owned by one request, or owned by the prefix tree
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class PageAllocator:
     def free(self, page_ids: list[int]) -> None:
         """Takes pages back. Freeing a page that is free, or page 0, is our mistake."""
         for page_id in page_ids:
-            assert 1 <= page_id <= self.total_pages and not self._is_free[page_id], f"page {page_id} freed twice"
+            assert 1 <= page_id <= self.total_pages and not self._is_free[page_id], (
+                f"page {page_id} freed twice"
+            )
             self._is_free[page_id] = 1
         self._free.extend(page_ids)

@@ -12,7 +12,8 @@ from firebox.cache.specs import PagedSpec
 
 @dataclass(frozen=True)
 class LayerCache:
-    """`k` and `v` [pages + 1, page_tokens, kv_heads, head_dim]; slot s is page s // page_tokens, row s % page_tokens."""
+    """`k` and `v` [pages + 1, page_tokens, kv_heads, head_dim]; slot s is page s // page_tokens, row s %
+    page_tokens."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -26,7 +27,8 @@ class LayerCache:
 def allocate_pool(
     specs: Sequence[PagedSpec], pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[LayerCache, ...]:
-    """One LayerCache per spec. Zero-filled, so that a masked row times a probability of zero is zero and not NaN."""
+    """One LayerCache per spec. Zero-filled, so that a masked row times a probability of zero is zero and not
+    NaN."""
     return tuple(
         LayerCache(
             *(

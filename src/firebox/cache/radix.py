@@ -5,8 +5,9 @@ A radix tree whose edges are exactly one page of tokens long, so a node is a pag
     root ── (tokens 0 … 15) ── (tokens 16 … 31) ── …
               page 7              page 3
 
-A node is locked while a running request stands on it or below it; unlocked nodes are evicted, leaves first, least recently
-used first. Idea: SGLang's RadixAttention (Zheng et al., 2024, arXiv:2312.07104) and vLLM's per-page hashes.
+A node is locked while a running request stands on it or below it; unlocked nodes are evicted, leaves first,
+least recently used first. Idea: SGLang's RadixAttention (Zheng et al., 2024, arXiv:2312.07104) and vLLM's
+per-page hashes.
 """
 
 from __future__ import annotations
@@ -39,10 +40,13 @@ class PrefixTree:
         self.unlocked_pages = 0
         self._clock = 0
         self._notes = 0
-        self._leaves: list[tuple[int, int, Node]] = []  # heap of (last_used, note number, node); stale notes are skipped
+        self._leaves: list[
+            tuple[int, int, Node]
+        ] = []  # heap of (last_used, note number, node); stale notes are skipped
 
     def match(self, token_ids: list[int], max_tokens: int) -> list[Node]:
-        """The longest path whose pages hold a prefix of `token_ids` of at most `max_tokens` tokens, root excluded."""
+        """The longest path whose pages hold a prefix of `token_ids` of at most `max_tokens` tokens, root
+        excluded."""
         path: list[Node] = []
         node = self.root
         for start in range(0, max_tokens - self.page_tokens + 1, self.page_tokens):
@@ -90,7 +94,8 @@ class PrefixTree:
         child.locks += 1
 
     def evict(self, count: int) -> list[int]:
-        """Removes up to `count` unlocked pages, least recently used leaves first, and gives their ids back."""
+        """Removes up to `count` unlocked pages, least recently used leaves first, and gives their ids
+        back."""
         page_ids: list[int] = []
         while len(page_ids) < count and self._leaves:
             last_used, _, node = heapq.heappop(self._leaves)
@@ -123,7 +128,9 @@ class PrefixTree:
         self._notes += 1
         heapq.heappush(self._leaves, (node.last_used, self._notes, node))
         if len(self._leaves) > 64 + 4 * self.pages:  # mostly stale by now
-            self._leaves = [(leaf.last_used, i, leaf) for i, leaf in enumerate(self.nodes()) if self._evictable(leaf)]
+            self._leaves = [
+                (leaf.last_used, i, leaf) for i, leaf in enumerate(self.nodes()) if self._evictable(leaf)
+            ]
             self._notes = len(self._leaves)
             heapq.heapify(self._leaves)
 

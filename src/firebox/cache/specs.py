@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PagedSpec:
-    """Keys and values of grouped-query attention, one row per token, in pages that live as long as the request."""
+    """Keys and values of grouped-query attention, one row per token, in pages that live as long as the
+    request."""
 
     kv_heads: int
     head_dim: int

@@ -1,1 +1,2 @@
-"""The engine: token ids in, token ids out. Scheduler, runner, sampler, memory, and the process they run in."""
+"""The engine: token ids in, token ids out. Scheduler, runner, sampler, memory, and the process they run
+in."""

@@ -1,4 +1,5 @@
-"""`python -m firebox.engine FOLDER WATCH_FD`: one engine process. Started by `engine.client.EngineProcess`, never by hand."""
+"""`python -m firebox.engine FOLDER WATCH_FD`: one engine process. Started by `engine.client.EngineProcess`,
+never by hand."""
 
 from __future__ import annotations
 
@@ -16,12 +17,15 @@ from firebox.errors import FireboxError
 
 
 def main(folder: str, watch_fd: int) -> int:
-    """Loads, says Ready, serves. Exit status 0 after a drain or when the server is gone, 1 if it could not start."""
+    """Loads, says Ready, serves. Exit status 0 after a drain or when the server is gone, 1 if it could not
+    start."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides when to stop
     connection = Connection(folder, watch_fd)
     config = msgspec.json.decode(Path(folder, "config.json").read_bytes(), type=Config)
     try:
-        scheduler, runner, ready = start(config, lambda loaded, total: connection.send(LoadProgress(loaded, total)))
+        scheduler, runner, ready = start(
+            config, lambda loaded, total: connection.send(LoadProgress(loaded, total))
+        )
     except FireboxError as error:
         connection.send(Failed(type(error).__name__, str(error), error.hint))
         connection.close()

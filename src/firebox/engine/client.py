@@ -1,8 +1,8 @@
 """The engine as the server and the offline API see it: submit token ids, iterate over deltas.
 
-An engine process is started with `EngineProcess`, which costs nothing but a fork, so that its imports and its loading run
-beside the caller's own start-up; `AsyncEngine.connect` then waits until it is ready. The two processes speak the messages of
-`engine.messages` over two ZeroMQ sockets in a private folder.
+An engine process is started with `EngineProcess`, which costs nothing but a fork, so that its imports and its
+loading run beside the caller's own start-up; `AsyncEngine.connect` then waits until it is ready. The two
+processes speak the messages of `engine.messages` over two ZeroMQ sockets in a private folder.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class EngineProcess:
 
     @classmethod
     def start(cls, config: Config) -> EngineProcess:
-        """Starts `python -m firebox.engine`. It ends by itself when this process does: it watches a pipe held here."""
+        """Starts `python -m firebox.engine`. It ends by itself when this process does: it watches a pipe held
+        here."""
         folder = tempfile.mkdtemp(prefix="firebox-")
         with open(os.path.join(folder, "config.json"), "wb") as file:
             file.write(msgspec.json.encode(config))
@@ -88,7 +89,8 @@ class EngineProcess:
         return f"ipc://{self.folder}/{direction}"
 
     def stop(self, timeout_s: float = 5.0) -> int:
-        """Ends the process, by force after `timeout_s`, removes the folder and returns the exit status. Harmless twice."""
+        """Ends the process, by force after `timeout_s`, removes the folder and returns the exit status.
+        Harmless twice."""
         if self._alive_fd is not None:
             os.close(self._alive_fd)
             self._alive_fd = None
@@ -178,7 +180,8 @@ class AsyncEngine:
         max_queued_requests: int,
         on_load_progress: Callable[[LoadProgress], None] = lambda progress: None,
     ) -> AsyncEngine:
-        """Waits until the process is ready. Raises the user's mistake it met (see errors.py), or EngineDied."""
+        """Waits until the process is ready. Raises the user's mistake it met (see errors.py), or
+        EngineDied."""
         engine = cls(process, max_queued_requests)
         engine._watch_process(asyncio.get_running_loop())
         while True:
@@ -200,7 +203,8 @@ class AsyncEngine:
         return len(self._streams)
 
     def require_room(self, requests: int) -> None:
-        """Raises QueueFull if that many more requests do not fit running plus queued, EngineDied if nothing can run."""
+        """Raises QueueFull if that many more requests do not fit running plus queued, EngineDied if nothing
+        can run."""
         self.raise_if_dead()
         limit = self.ready.max_running_requests + self._max_queued_requests
         if self.in_flight + requests > limit:
@@ -251,7 +255,8 @@ class AsyncEngine:
         """The next message; raises EngineDied if the process ends first."""
         while True:
             if await self._in.poll(timeout=100):
-                return self._decoder.decode(await self._in.recv())
+                message: FromEngine = self._decoder.decode(await self._in.recv())
+                return message
             self.raise_if_dead()
 
     async def _read_outputs(self) -> None:
@@ -288,7 +293,8 @@ class AsyncEngine:
 
 
 def _as_error(failed: Failed) -> FireboxError:
-    """The engine's start-up error, as the class it had there (errors with more arguments than a message become ConfigError)."""
+    """The engine's start-up error, as the class it had there (errors with more arguments than a message
+    become ConfigError)."""
     kind = getattr(firebox.errors, failed.error, ConfigError)
     if not issubclass(kind, FireboxError):
         kind = ConfigError

@@ -1,4 +1,5 @@
-"""What runs: one row per operation, with the kernel, its reasons and the losers. Shown by --explain, served at /ledger."""
+"""What runs: one row per operation, with the kernel, its reasons and the losers. Shown by --explain, served
+at /ledger."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ def ledger_rows(choices: Sequence[Choice], max_tokens: int, dtype: str) -> list[
     rows: dict[tuple[str, str], LedgerRow] = {}
     for choice in choices:
         is_fallback = choice.kernel is None and choice.why != "asked for"
-        row = LedgerRow(choice.op, (1, max_tokens), choice.name, dtype, choice.why, choice.losers, is_fallback)
+        row = LedgerRow(
+            choice.op, (1, max_tokens), choice.name, dtype, choice.why, choice.losers, is_fallback
+        )
         rows.setdefault((choice.op, choice.name), row)
     return list(rows.values())
 
@@ -24,4 +27,6 @@ def refuse_fallbacks(rows: Sequence[LedgerRow]) -> None:
     for row in rows:
         if row.fallback:
             losers = "; ".join(f"{name} {reason}" for name, reason in row.losers.items())
-            raise ConfigError(f"--strict: {row.op} falls back to {TORCH} ({losers})", hint="see serve --explain")
+            raise ConfigError(
+                f"--strict: {row.op} falls back to {TORCH} ({losers})", hint="see serve --explain"
+            )

@@ -1,4 +1,5 @@
-"""The ranges a request must keep to. Checked where it is submitted, so that the engine never sees a wrong one."""
+"""The ranges a request must keep to. Checked where it is submitted, so that the engine never sees a wrong
+one."""
 
 from __future__ import annotations
 
@@ -19,13 +20,18 @@ def validate(prompt_ids: list[int], params: SamplingParams, ready: Ready) -> Sam
     """
     _require(len(prompt_ids) > 0, "prompt", "is empty; the model needs at least one token")
     for token_id in prompt_ids:
-        _require(0 <= token_id < ready.vocab_size, "prompt", f"has token id {token_id}; the vocabulary ends at {ready.vocab_size}")
+        _require(
+            0 <= token_id < ready.vocab_size,
+            "prompt",
+            f"has token id {token_id}; the vocabulary ends at {ready.vocab_size}",
+        )
     _ranges(params, ready.vocab_size)
 
     room_tokens = ready.context_tokens - len(prompt_ids)
     if room_tokens < 1:
         raise ContextTooLong(
-            f"the prompt has {len(prompt_ids)} tokens; the context is {ready.context_tokens}, of which one must be free",
+            f"the prompt has {len(prompt_ids)} tokens; "
+            f"the context is {ready.context_tokens}, of which one must be free",
             param="prompt",
         )
     if params.max_tokens is not None and params.max_tokens > room_tokens:
@@ -55,11 +61,21 @@ def _ranges(params: SamplingParams, vocab_size: int) -> None:
         count = getattr(params, name)
         _require(count is None or 0 <= count <= MAX_LOGPROBS, name, f"must be between 0 and {MAX_LOGPROBS}")
     for token_id, bias in params.logit_bias.items():
-        _require(0 <= token_id < vocab_size, "logit_bias", f"names token {token_id}; the vocabulary ends at {vocab_size}")
-        _require(-100.0 <= bias <= 100.0, "logit_bias", f"gives token {token_id} {bias}; it must be between -100 and 100")
+        _require(
+            0 <= token_id < vocab_size,
+            "logit_bias",
+            f"names token {token_id}; the vocabulary ends at {vocab_size}",
+        )
+        _require(
+            -100.0 <= bias <= 100.0,
+            "logit_bias",
+            f"gives token {token_id} {bias}; it must be between -100 and 100",
+        )
     for token_id in params.stop_token_ids:
         _require(
-            0 <= token_id < vocab_size, "stop_token_ids", f"names token {token_id}; the vocabulary ends at {vocab_size}"
+            0 <= token_id < vocab_size,
+            "stop_token_ids",
+            f"names token {token_id}; the vocabulary ends at {vocab_size}",
         )
     _require(params.seed is None or -(2**63) <= params.seed < 2**64, "seed", "must fit 64 bits")
 
@@ -67,4 +83,3 @@ def _ranges(params: SamplingParams, vocab_size: int) -> None:
 def _require(holds: bool, param: str, sentence: str) -> None:
     if not holds:
         raise RequestError(f"{param} {sentence}", param=param)
-

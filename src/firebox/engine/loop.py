@@ -15,7 +15,8 @@ from firebox.engine.scheduler import Plan, Scheduler
 
 
 class Connection:
-    """The engine's ends of the two sockets, and the pipe whose other end the server process holds for as long as it lives."""
+    """The engine's ends of the two sockets, and the pipe whose other end the server process holds for as long
+    as it lives."""
 
     def __init__(self, folder: str, watch_fd: int) -> None:
         self._watch_fd = watch_fd
@@ -37,7 +38,8 @@ class Connection:
         self._out.send(self._encoder.encode(message))
 
     def receive(self, wait: bool) -> list[ToEngine]:
-        """Messages that have arrived; with `wait`, at least one. Raises EOFError once the server process is gone."""
+        """Messages that have arrived; with `wait`, at least one. Raises EOFError once the server process is
+        gone."""
         ready = dict(self._poller.poll(None if wait else 0))
         if self._watch_fd in ready and not os.read(self._watch_fd, 1):
             raise EOFError("the server process is gone")
@@ -64,7 +66,9 @@ def run(connection: Connection, scheduler: Scheduler, runner: Runner) -> None:
         plan = scheduler.plan()
         if plan is None:
             # an abort that emptied the engine: the gauges must show it
-            connection.send(Outputs([], msgspec.structs.replace(scheduler.stats(), step_seconds=step_seconds)))
+            connection.send(
+                Outputs([], msgspec.structs.replace(scheduler.stats(), step_seconds=step_seconds))
+            )
             continue
         began = time.perf_counter()
         deltas = scheduler.apply(plan, runner.run(plan))

@@ -1,4 +1,5 @@
-"""What the server process and an engine process say to each other: msgspec structs in MessagePack over ZeroMQ.
+"""What the server process and an engine process say to each other: msgspec structs in MessagePack over
+ZeroMQ.
 
 Server to engine: Generate, Abort, Drain. Engine to server: Ready once (or Failed), then one Outputs per step.
 Nothing here knows text: ids in, ids out. No pickle.
@@ -10,12 +11,14 @@ import msgspec
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How to choose tokens, and when to stop; `engine.limits.validate` checks the ranges when a request is submitted.
+    """How to choose tokens, and when to stop; `engine.limits.validate` checks the ranges when a request is
+    submitted.
 
-    `max_tokens` None: up to the context's end. `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 and `min_p` 0 switch those filters off. `logprobs`: how many top
-    alternatives to report beside each chosen token (0: only the chosen one; None: none). `prompt_logprobs`: likewise for every
-    prompt token but the first. Logprobs are those of the model, before temperature, penalties, bias and filters. `seed` makes
-    the sample a function of (seed, position) alone, whatever the batch; None: a random one is chosen on submission.
+    `max_tokens` None: up to the context's end. `temperature` 0 is greedy. `top_k` 0 and `top_p` 1 and `min_p`
+    0 switch those filters off. `logprobs`: how many top alternatives to report beside each chosen token (0:
+    only the chosen one; None: none). `prompt_logprobs`: likewise for every prompt token but the first.
+    Logprobs are those of the model, before temperature, penalties, bias and filters. `seed` makes the sample
+    a function of (seed, position) alone, whatever the batch; None: a random one is chosen on submission.
     """
 
     max_tokens: int | None = None
@@ -36,7 +39,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """One position's logprobs: the token that stands there, its logprob and rank (0 = most likely), and the top alternatives."""
+    """One position's logprobs: the token that stands there, its logprob and rank (0 = most likely), and the
+    top alternatives."""
 
     token_id: int
     logprob: float
@@ -55,7 +59,8 @@ class Generate(msgspec.Struct, frozen=True, tag=True):
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
-    """Forget these requests and free their pages at once. Unknown ids are ignored: they may just have finished."""
+    """Forget these requests and free their pages at once. Unknown ids are ignored: they may just have
+    finished."""
 
     request_ids: list[int]
 
@@ -67,9 +72,10 @@ class Drain(msgspec.Struct, frozen=True, tag=True):
 class Delta(msgspec.Struct, frozen=True):
     """What one step added to one request.
 
-    `finish_reason`: "stop" (an end-of-sequence or stop token, which is the last of `ids`), "length" or "abort" on the last
-    delta, else None. `stop_token_id`: the token that stopped it. `cached_tokens`: prompt tokens taken from the prefix cache,
-    on the first delta. `prompt_logprobs`: on the first delta if asked for; None stands for the first token, which has none.
+    `finish_reason`: "stop" (an end-of-sequence or stop token, which is the last of `ids`), "length" or
+    "abort" on the last delta, else None. `stop_token_id`: the token that stopped it. `cached_tokens`: prompt
+    tokens taken from the prefix cache, on the first delta. `prompt_logprobs`: on the first delta if asked
+    for; None stands for the first token, which has none.
     """
 
     request_id: int
@@ -123,7 +129,8 @@ class LoadProgress(msgspec.Struct, frozen=True, tag=True):
 
 
 class LedgerRow(msgspec.Struct, frozen=True):
-    """One operation over one range of token counts: which kernel runs it and why, and why the others do not."""
+    """One operation over one range of token counts: which kernel runs it and why, and why the others do
+    not."""
 
     op: str
     tokens: tuple[int, int]
@@ -135,7 +142,8 @@ class LedgerRow(msgspec.Struct, frozen=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """The engine is loaded. `eos_token_ids` end a request unless it says ignore_eos. `reasons`: one per derived setting."""
+    """The engine is loaded. `eos_token_ids` end a request unless it says ignore_eos. `reasons`: one per
+    derived setting."""
 
     model_type: str
     device: str

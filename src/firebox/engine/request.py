@@ -10,11 +10,13 @@ from firebox.engine.messages import SamplingParams, TokenLogprobs
 
 @dataclass(eq=False)
 class Request:
-    """There are no phases. A request has `token_ids` it knows (prompt, then output) and the first `computed_tokens` of them
-    in the KV cache; a step computes more of them, and when the last known one is computed, the next one is sampled.
+    """There are no phases. A request has `token_ids` it knows (prompt, then output) and the first
+    `computed_tokens` of them in the KV cache; a step computes more of them, and when the last known one is
+    computed, the next one is sampled.
 
-    `arrival` orders equal priorities. `holding` is None while the request waits. `reported_tokens`: how much of the output has
-    been sent. `cached_tokens`: prompt tokens found in the prefix cache when it was first admitted.
+    `arrival` orders equal priorities. `holding` is None while the request waits. `reported_tokens`: how much
+    of the output has been sent. `cached_tokens`: prompt tokens found in the prefix cache when it was first
+    admitted.
     """
 
     request_id: int

@@ -1,4 +1,5 @@
-"""Runs a plan: builds the step's integers, runs the model, samples. `out = runner.run(plan)` is the middle verb of the engine."""
+"""Runs a plan: builds the step's integers, runs the model, samples. `out = runner.run(plan)` is the middle
+verb of the engine."""
 
 from __future__ import annotations
 
@@ -54,7 +55,9 @@ class Runner:
             token_ids[first:last] = chunk.request.token_ids[start : start + chunk.count]
             positions[first:last] = np.arange(start, start + chunk.count)
             at = positions[first:last]
-            slots[first:last] = page_table[r, at // self._page_tokens] * self._page_tokens + at % self._page_tokens
+            slots[first:last] = (
+                page_table[r, at // self._page_tokens] * self._page_tokens + at % self._page_tokens
+            )
         context_tokens = np.array([chunk.start + chunk.count for chunk in chunks])
         table = self._tensor(page_table)
         backend = self.model.attention_backend
@@ -71,7 +74,8 @@ class Runner:
         return token_ids, step
 
     def _sample(self, chunks: Sequence[Chunk], logits: torch.Tensor, counts: list[int]) -> list[Sampled]:
-        """`counts[i]` rows of `logits` belong to chunk i; a sampling chunk's last row chooses its next token."""
+        """`counts[i]` rows of `logits` belong to chunk i; a sampling chunk's last row chooses its next
+        token."""
         ends = np.cumsum(counts)
         sampling = [i for i, chunk in enumerate(chunks) if chunk.samples]
         token_ids: list[int] = []
@@ -99,9 +103,12 @@ class Runner:
 
 
 def _logits_rows(plan: Plan, query_start: np.ndarray) -> list[range]:
-    """Which rows of the step need logits, per chunk: all if its request asks for prompt logprobs, else the last if it samples."""
+    """Which rows of the step need logits, per chunk: all if its request asks for prompt logprobs, else the
+    last if it samples."""
     rows = []
-    for chunk, first, last in zip(plan.chunks, query_start[:-1].tolist(), query_start[1:].tolist(), strict=True):
+    for chunk, first, last in zip(
+        plan.chunks, query_start[:-1].tolist(), query_start[1:].tolist(), strict=True
+    ):
         if chunk.request.params.prompt_logprobs is not None and _prompt_tokens_following(chunk):
             rows.append(range(first, last))
         else:

@@ -18,6 +18,7 @@ from firebox.engine.messages import SamplingParams, TokenLogprobs
 from firebox.engine.request import Request
 
 _MASK = 0xFFFFFFFF
+LEAST_TEMPERATURE = 1e-5  # as good as greedy; far below it logits / temperature overflows float32
 
 
 def philox_uniform(seed: int, position: int) -> float:
@@ -100,7 +101,7 @@ def _ban_early_stop(row: torch.Tensor, request: Request, eos_token_ids: frozense
 def _draw(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
     """Temperature, filters and the draw for requests that sample; `logits` [requests, vocab] is used up."""
     params = [request.params for request in requests]
-    temperature = logits.new_tensor([p.temperature for p in params]).unsqueeze(-1)
+    temperature = logits.new_tensor([max(p.temperature, LEAST_TEMPERATURE) for p in params]).unsqueeze(-1)
     scaled = logits / temperature
     for row, p in zip(scaled, params, strict=True):
         _filter(row, p)

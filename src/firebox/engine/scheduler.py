@@ -1,9 +1,10 @@
 """Which tokens of which requests the next step computes. Pure Python; knows pages and counts, no tensors.
 
-There are no phases: every running request has known tokens and computed tokens, and a step lets "computed" catch up under a
-token budget. Decode (one token missing) comes first so that a long prompt never stalls the others; what is left of the budget goes
-to prompts in chunks, then to waiting requests. When pages run out, the youngest running request is retracted: it gives its
-pages back (full ones stay in the prefix tree while there is room) and is computed again later. That is never an error.
+There are no phases: every running request has known tokens and computed tokens, and a step lets "computed"
+catch up under a token budget. Decode (one token missing) comes first so that a long prompt never stalls the
+others; what is left of the budget goes to prompts in chunks, then to waiting requests. When pages run out,
+the youngest running request is retracted: it gives its pages back (full ones stay in the prefix tree while
+there is room) and is computed again later. That is never an error.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from firebox.engine.request import Request
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens `start` … `start + count − 1` of a request. `samples`: they reach its last known token, so one more follows."""
+    """Tokens `start` … `start + count − 1` of a request. `samples`: they reach its last known token, so one
+    more follows."""
 
     request: Request
     start: int
@@ -48,7 +50,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What the runner found for one chunk: the next token if it samples, and logprobs where the request asks for them.
+    """What the runner found for one chunk: the next token if it samples, and logprobs where the request asks
+    for them.
 
     `prompt_logprobs`: one per token of the chunk, of the token that follows it in the prompt.
     """
@@ -130,8 +133,9 @@ class Scheduler:
         return Plan(tuple(chunks.values()))
 
     def apply(self, plan: Plan, sampled: Sequence[Sampled]) -> list[Delta]:
-        """Takes a step's results in: computed catches up, tokens are appended, finished requests leave. One delta per
-        request that has something to report. Requests aborted since the plan was made are passed over."""
+        """Takes a step's results in: computed catches up, tokens are appended, finished requests leave. One
+        delta per request that has something to report. Requests aborted since the plan was made are passed
+        over."""
         deltas = []
         self._counts["steps"] += 1
         for chunk, result in zip(plan.chunks, sampled, strict=True):
@@ -158,7 +162,8 @@ class Scheduler:
         )
 
     def _make_room(self, request: Request, tokens: int, chunks: dict[int, Chunk]) -> bool:
-        """Pages for `tokens` of a running request, retracting younger ones (and, last, itself) if they have run out."""
+        """Pages for `tokens` of a running request, retracting younger ones (and, last, itself) if they have
+        run out."""
         assert request.holding is not None
         while not self.cache.grow(request.holding, tokens):
             victim = self.running[-1]
@@ -170,14 +175,17 @@ class Scheduler:
         return True
 
     def _admit(self, chunks: dict[int, Chunk], budget_tokens: int) -> None:
-        """Starts waiting requests, in order, while there is budget and their known tokens fit without retracting anyone."""
+        """Starts waiting requests, in order, while there is budget and their known tokens fit without
+        retracting anyone."""
         while self._waiting and budget_tokens > 0 and len(self.running) < self._max_running_requests:
             request = self._waiting[0][1]
             # the last known token must be computed, for its logits; with prompt logprobs, every token must
             most_cached = 0 if request.params.prompt_logprobs is not None else len(request.token_ids) - 1
             holding, cached_tokens = self.cache.acquire(request.token_ids, most_cached)
             pages = -(-len(request.token_ids) // self.cache.page_tokens) - len(holding.page_ids)
-            headroom_pages = len(self.running)  # each of them may need one soon; else the newcomer is retracted at once
+            headroom_pages = len(
+                self.running
+            )  # each of them may need one soon; else the newcomer is retracted at once
             if self.running and pages + headroom_pages > self.cache.available_pages:
                 self.cache.release(holding)
                 return
@@ -190,12 +198,15 @@ class Scheduler:
                 self._counts["cached_prompt_tokens"] += cached_tokens
             count = min(request.missing_tokens, budget_tokens, self._prefill_chunk_tokens)
             grown = self.cache.grow(holding, cached_tokens + count)
-            assert grown, f"{cached_tokens + count} tokens do not fit the pool of request {request.request_id}"
+            assert grown, (
+                f"{cached_tokens + count} tokens do not fit the pool of request {request.request_id}"
+            )
             chunks[request.request_id] = Chunk.of(request, count)
             budget_tokens -= count
 
     def _advance(self, request: Request, result: Sampled) -> Delta:
-        """All known tokens are computed: append the sampled one, if any, and see whether the request is done."""
+        """All known tokens are computed: append the sampled one, if any, and see whether the request is
+        done."""
         ids: list[int] = []
         finish_reason = stop_token_id = None
         if result.token_id is not None:
@@ -214,7 +225,9 @@ class Scheduler:
             stop_token_id=stop_token_id,
             cached_tokens=request.cached_tokens if first else None,
             logprobs=[result.logprobs] if result.logprobs is not None else None,
-            prompt_logprobs=request.prompt_logprobs if first and request.params.prompt_logprobs is not None else None,
+            prompt_logprobs=request.prompt_logprobs
+            if first and request.params.prompt_logprobs is not None
+            else None,
         )
         if finish_reason is not None:
             self._counts["finished_requests"] += 1

@@ -22,7 +22,7 @@ from firebox.hardware.base import Gpu
 from firebox.hardware.probe import probe_cpu
 from firebox.kernels._cpu import set_threads
 from firebox.layers.base import Build
-from firebox.models.base import Model
+from firebox.models.base import Model, need
 from firebox.weights.checkpoint import Checkpoint, open_checkpoint
 from firebox.weights.load import load_dummy, load_weights
 
@@ -40,7 +40,15 @@ def start(
     torch.set_num_threads(settings.threads)
     set_threads(settings.threads)
 
-    build = _build(config, settings.dtype, settings.kv_dtype, settings.context_tokens, gpu, torch.device("cpu"), settings.threads)
+    build = _build(
+        config,
+        settings.dtype,
+        settings.kv_dtype,
+        settings.context_tokens,
+        gpu,
+        torch.device("cpu"),
+        settings.threads,
+    )
     model = make_model(checkpoint, build)
     rows = ledger_rows(build.choices, settings.max_batch_tokens, settings.dtype)
     if config.engine.strict:
@@ -80,11 +88,14 @@ def make_model(checkpoint: Checkpoint, build: Build) -> Model:
     """The architecture's model with uninitialised weights. Raises UnsupportedModel."""
     if checkpoint.model_type not in names("models"):
         raise UnsupportedModel(
-            f"{checkpoint.folder} is a {checkpoint.model_type!r}", hint=f"supported: {', '.join(names('models'))}"
+            f"{checkpoint.folder} is a {checkpoint.model_type!r}",
+            hint=f"supported: {', '.join(names('models'))}",
         )
-    if "quantization_config" in checkpoint.config:
+    if checkpoint.config.get("quantization_config"):
         method = checkpoint.config["quantization_config"].get("quant_method")
-        raise UnsupportedFormat(f"{checkpoint.folder} is quantised ({method})", hint="supported: bf16, fp16, fp32 weights")
+        raise UnsupportedFormat(
+            f"{checkpoint.folder} is quantised ({method})", hint="supported: bf16, fp16, fp32 weights"
+        )
     module = load("models", checkpoint.model_type)
     model: Model = module.Model(module.Config.from_hf(checkpoint.config), build)
     return model
@@ -94,13 +105,15 @@ def facts(checkpoint: Checkpoint, config: Config, gpu: Gpu) -> CheckpointFacts:
     """What `resolve` needs, counted on a model on the meta device."""
     dtype = checkpoint.dtype if config.model.dtype == "auto" else config.model.dtype
     if dtype not in DTYPES:
-        raise UnsupportedFormat(f"{checkpoint.folder} computes in {dtype}", hint=f"supported: {', '.join(DTYPES)}")
+        raise UnsupportedFormat(
+            f"{checkpoint.folder} computes in {dtype}", hint=f"supported: {', '.join(DTYPES)}"
+        )
     kv_dtype = dtype if config.engine.kv_cache_dtype == "auto" else config.engine.kv_cache_dtype
     model = make_model(checkpoint, _build(config, dtype, kv_dtype, 1, gpu, torch.device("meta"), 1))
     return CheckpointFacts(
         model_type=checkpoint.model_type,
         dtype=checkpoint.dtype,
-        context_tokens=int(checkpoint.config["max_position_embeddings"]),
+        context_tokens=need(checkpoint.config, "max_position_embeddings"),
         weights_bytes=sum(slot.target.nbytes for slot in model.slots()),
         kv_bytes_per_token=sum(spec.bytes_per_token(DTYPES[kv_dtype].itemsize) for spec in model.cache_specs),
     )
@@ -118,14 +131,21 @@ def make_scheduler(settings: Resolved, prefix_cache: bool, eos_token_ids: frozen
 
 
 def warm_up(runner: Runner, scheduler: Scheduler) -> None:
-    """Runs one prompt and one decode step, so that no request waits for a kernel to be compiled or read from disk."""
+    """Runs one prompt and one decode step, so that no request waits for a kernel to be compiled or read from
+    disk."""
     scheduler.add(Request(-1, [0, 0, 0], SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)))
     while (plan := scheduler.plan()) is not None:
         scheduler.apply(plan, runner.run(plan))
 
 
 def _build(
-    config: Config, dtype: str, kv_dtype: str, max_positions: int, gpu: Gpu, device: torch.device, threads: int
+    config: Config,
+    dtype: str,
+    kv_dtype: str,
+    max_positions: int,
+    gpu: Gpu,
+    device: torch.device,
+    threads: int,
 ) -> Build:
     return Build(
         gpu=gpu,

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 class Gpu:
     """One device that runs kernels; the plain CPU is one too (`kind == "cpu"`).
 
-    `memory_bytes`: what the device has; `memory_free_bytes`: what was free when it was probed; `unified_memory`: host and
-    device share it. `capability`: (major, minor) of an NVIDIA GPU, None otherwise. `smem_per_block_bytes`: the most shared
-    memory one block may ask for; 0 on a CPU. `facts`: named capabilities, such as "mma.bf16" or "avx512".
+    `memory_bytes`: what the device has; `memory_free_bytes`: what was free when it was probed;
+    `unified_memory`: host and device share it. `capability`: (major, minor) of an NVIDIA GPU, None otherwise.
+    `smem_per_block_bytes`: the most shared memory one block may ask for; 0 on a CPU. `facts`: named
+    capabilities, such as "mma.bf16" or "avx512".
     """
 
     name: str

@@ -1,4 +1,5 @@
-"""Asks this machine what it is. The only place that queries a driver or the operating system about hardware."""
+"""Asks this machine what it is. The only place that queries a driver or the operating system about
+hardware."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ _CPU_FACTS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd")
 
 
 def probe_cpu() -> Gpu:
-    """The CPU, with the memory and the cores this process may use. Linux only; facts come from /proc/cpuinfo."""
+    """The CPU, with the memory and the cores this process may use. Linux only; facts come from
+    /proc/cpuinfo."""
     memory = _proc_meminfo_bytes()
     with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
         words = set(file.read().split())

@@ -1,8 +1,9 @@
-"""What the CPU kernels share: small matrix products, norms, exp and rotary, as Numba functions over C-contiguous arrays.
+"""What the CPU kernels share: small matrix products, norms, exp and rotary, as Numba functions over
+C-contiguous arrays.
 
-Weights are float32, or bf16 kept as uint16 and widened in registers (exact): decode reads every weight once per step, so half
-the bytes is nearly half the time as soon as they leave the L2 cache.
-Measured: EPYC with AVX-512, one thread, 2026-11-21, weights [4096, 256]: 1 token 45 GFLOP/s in float32 and 65 in bf16;
+Weights are float32, or bf16 kept as uint16 and widened in registers (exact): decode reads every weight once
+per step, so half the bytes is nearly half the time as soon as they leave the L2 cache. Measured: EPYC with
+AVX-512, one thread, 2026-11-21, weights [4096, 256]: 1 token 45 GFLOP/s in float32 and 65 in bf16;
 16 tokens 134 and 164; torch's MKL 31 and 84.
 """
 
@@ -23,8 +24,8 @@ from firebox.env import read
 
 
 def _cache_folder() -> str:
-    """Where compiled kernels are kept: a folder per content of this room, because Numba itself does not notice when a function
-    that a kernel calls has changed in another file."""
+    """Where compiled kernels are kept: a folder per content of this room, because Numba itself does not
+    notice when a function that a kernel calls has changed in another file."""
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*cpu*.py")):
         digest.update(source.read_bytes())
@@ -44,7 +45,8 @@ def jit(function: Any, *, parallel: bool = False) -> Any:
 
 
 def pack(weight: torch.Tensor) -> np.ndarray:
-    """A float32 weight as a kernel reads it: bf16 bits in uint16 if that is exact, else float32. Always a fresh copy."""
+    """A float32 weight as a kernel reads it: bf16 bits in uint16 if that is exact, else float32. Always a
+    fresh copy."""
     narrow = weight.to(torch.bfloat16)
     if torch.equal(narrow.float(), weight.float()):
         return narrow.contiguous().view(torch.int16).numpy().view(np.uint16).copy()
@@ -77,7 +79,7 @@ def _bits_to_float(typing_context: Any, value: Any) -> Any:
 
 
 @jit
-def exp(x: float) -> float:
+def exp(x: Any) -> Any:
     """e^x in float32 to about 2e-7 relative, without a library call, so that loops over it vectorise."""
     x = min(max(x, np.float32(-87.0)), np.float32(88.0))
     n = np.floor(x * np.float32(1.4426950408889634) + np.float32(0.5))
@@ -107,7 +109,8 @@ def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float, out: np.ndarray) -> 
 
 @jit
 def matmul(x: np.ndarray, w: np.ndarray, first: int, last: int, out: np.ndarray) -> None:
-    """out[:, first:last] = x · w[first:last]ᵀ. `x` [tokens, in] float32, `w` [out, in], `out` [tokens, out] float32.
+    """out[:, first:last] = x · w[first:last]ᵀ. `x` [tokens, in] float32, `w` [out, in], `out` [tokens, out]
+    float32.
 
     Four tokens by two rows at a time: eight sums in registers for six loads.
     """
@@ -150,7 +153,8 @@ def matmul(x: np.ndarray, w: np.ndarray, first: int, last: int, out: np.ndarray)
 
 @jit
 def silu_mul(gate_up: np.ndarray, out: np.ndarray) -> None:
-    """out = silu(gate) · up, where `gate_up` [tokens, 2 · width] holds gate then up and `out` is [tokens, width]."""
+    """out = silu(gate) · up, where `gate_up` [tokens, 2 · width] holds gate then up and `out` is [tokens,
+    width]."""
     width = out.shape[1]
     for t in range(out.shape[0]):
         for i in range(width):
@@ -160,7 +164,8 @@ def silu_mul(gate_up: np.ndarray, out: np.ndarray) -> None:
 
 @jit
 def rotate(head: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> None:
-    """Rotary embedding of one head [head_dim] in place: the first 2 · len(cos) dimensions, first half against second."""
+    """Rotary embedding of one head [head_dim] in place: the first 2 · len(cos) dimensions, first half against
+    second."""
     half = cos.shape[0]
     for i in range(half):
         a, b = head[i], head[half + i]

@@ -3,14 +3,14 @@
     h = rms_norm(x_t) · norm_weight;  q, k, v = split(h · qkv_weightᵀ + qkv_bias)
     q, k = rotary(rms_norm over head_dim of q, k)                (the norm only where the model has one)
     cache[token_slots_t] = k, v
-    o_h = softmax(scale · q_h · K) · V   over the positions 0 … positions_t of its request, K and V read in place from their pages
+    o_h = softmax(scale · q_h · K) · V   over positions 0 … positions_t of its request, read in place from their pages
     out_t = x_t + o · o_weightᵀ
 
-x, out [tokens, hidden] float32; cache k, v [pages, page_tokens, kv_heads, head_dim] float32; page_table [requests, max_pages] int64.
-All of a step's keys are written before any is read, so chunks of a prompt and decode tokens mix freely. Sums in float32; softmax
-subtracts the row's maximum. A decode token passes over its pages twice (scores, then values), one group of query heads at a time;
-chunks of a prompt go in tiles of 16 tokens.
-Fusing it all saves the 30 to 50 operator calls of a layer, which is most of a small model's time.
+x, out [tokens, hidden] float32; cache k, v [pages, page_tokens, kv_heads, head_dim] float32; page_table
+[requests, max_pages] int64. All of a step's keys are written before any is read, so chunks of a prompt and
+decode tokens mix freely. Sums in float32; softmax subtracts the row's maximum. A decode token passes over its
+pages twice (scores, then values), one group of query heads at a time; chunks of a prompt go in tiles of 16
+tokens. Fusing it all saves the 30 to 50 operator calls of a layer, which is most of a small model's time.
 Measured: EPYC, one thread, 2026-11-21, see docs/log/2026-11-21-first-light.md.
 """
 
@@ -249,10 +249,13 @@ _parallel = jit(_attention_block, parallel=True)
 def bind(
     problem: Problem, weights: Mapping[str, torch.Tensor], threads: int
 ) -> Callable[[torch.Tensor, Step, Any], torch.Tensor]:
-    """A launcher `run(x, step, layer_cache) -> out`. `weights`: norm, qkv, qkv_bias, q_norm, k_norm, o (as in the docstring), cos, sin
-    [positions, rotary_dim / 2]; absent ones are empty tensors."""
+    """A launcher `run(x, step, layer_cache) -> out`. `weights`: norm, qkv, qkv_bias, q_norm, k_norm, o (as in
+    the docstring), cos, sin [positions, rotary_dim / 2]; absent ones are empty tensors."""
     packed = {name: pack(weights[name]) for name in ("qkv", "o")}
-    plain = {name: weights[name].float().contiguous().numpy().copy() for name in ("norm", "qkv_bias", "q_norm", "k_norm")}
+    plain = {
+        name: weights[name].float().contiguous().numpy().copy()
+        for name in ("norm", "qkv_bias", "q_norm", "k_norm")
+    }
     cos, sin = weights["cos"].numpy(), weights["sin"].numpy()  # one pair for all layers
     kernel, chunks = (_parallel, 4 * threads) if threads > 1 else (_serial, 1)
     scale, eps, heads = np.float32(problem.head_dim**-0.5), np.float32(problem.eps), problem.heads
@@ -293,7 +296,12 @@ def reference(problem: Problem, inputs: Mapping[str, Any]) -> torch.Tensor:
     """The formula token by token in float64; also writes the caches of `inputs`."""
     w = {name: tensor.double() for name, tensor in inputs["weights"].items()}
     step, cache, x = inputs["step"], inputs["cache"], inputs["x"].double()
-    heads, kv_heads, head_dim, half = problem.heads, problem.kv_heads, problem.head_dim, problem.rotary_dim // 2
+    heads, kv_heads, head_dim, half = (
+        problem.heads,
+        problem.kv_heads,
+        problem.head_dim,
+        problem.rotary_dim // 2,
+    )
 
     def norm(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return weight * values / (values.pow(2).mean(-1, keepdim=True) + problem.eps).sqrt()
@@ -343,7 +351,8 @@ TOLERANCE = 2e-6
 
 
 def inputs(case: tuple[Problem, tuple[int, ...], tuple[int, ...]], seed: int = 0) -> dict[str, Any]:
-    """Random weights, the step, and caches full of earlier keys in shuffled pages; every slot no request owns is NaN."""
+    """Random weights, the step, and caches full of earlier keys in shuffled pages; every slot no request owns
+    is NaN."""
     problem, counts, contexts = case
     generator = torch.Generator().manual_seed(seed)
 

@@ -3,8 +3,8 @@
     h = rms_norm(x_t) · norm_weight
     out_t = x_t + down · (silu(gate · h) · (up · h))
 
-x, out [tokens, hidden] float32; gate_up [2 · inter, hidden] (gate rows, then up rows), down [hidden, inter], float32 or bf16 bits.
-Measured: EPYC, one thread, 2026-11-21, see docs/log/2026-11-21-first-light.md.
+x, out [tokens, hidden] float32; gate_up [2 · inter, hidden] (gate rows, then up rows), down [hidden, inter],
+float32 or bf16 bits. Measured: EPYC, one thread, 2026-11-21, see docs/log/2026-11-21-first-light.md.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ _parallel = jit(_dense_block, parallel=True)
 # ---- 3. bind
 
 
-def bind(problem: Problem, weights: Mapping[str, torch.Tensor], threads: int) -> Callable[[torch.Tensor], torch.Tensor]:
+def bind(
+    problem: Problem, weights: Mapping[str, torch.Tensor], threads: int
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """A launcher `run(x) -> out`. `weights`: norm [hidden], gate_up, down as in the docstring."""
     norm = weights["norm"].float().contiguous().numpy().copy()
     gate_up, down = pack(weights["gate_up"]), pack(weights["down"])

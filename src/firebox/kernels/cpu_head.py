@@ -60,7 +60,9 @@ _parallel = jit(_head, parallel=True)
 # ---- 3. bind
 
 
-def bind(problem: Problem, weights: Mapping[str, torch.Tensor], threads: int) -> Callable[[torch.Tensor], torch.Tensor]:
+def bind(
+    problem: Problem, weights: Mapping[str, torch.Tensor], threads: int
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """A launcher `run(x) -> logits`. `weights`: norm [hidden], head [vocab, hidden]."""
     norm, head = weights["norm"].float().contiguous().numpy().copy(), pack(weights["head"])
     kernel, chunks = (_parallel, 4 * threads) if threads > 1 else (_serial, 1)
@@ -89,7 +91,9 @@ def reference(problem: Problem, inputs: Mapping[str, Any]) -> torch.Tensor:
 
 # (problem, rows)
 CASES = tuple(
-    (problem, rows) for problem in (Problem(256, 3072, 1e-5), Problem(24, 101, 1e-6)) for rows in (1, 2, 5, 16)
+    (problem, rows)
+    for problem in (Problem(256, 3072, 1e-5), Problem(24, 101, 1e-6))
+    for rows in (1, 2, 5, 16)
 )
 # float32 sums of a few hundred terms against float64, relative to the reference's RMS
 TOLERANCE = 2e-6

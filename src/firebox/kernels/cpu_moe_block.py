@@ -1,14 +1,14 @@
 """One mixture-of-experts layer on a CPU, residual to residual, in one call: for every token t of the step
 
     h = rms_norm(x_t) · norm_weight;  s = sigmoid(router · h)   or softmax(router · h) over the experts
-    top = the top_k experts by s + correction_bias;  w = s[top], renormalised to sum 1 if asked, times routed_scale
+    top = the top_k experts by s + correction_bias;  w = s[top], made to sum to 1 if asked, times routed_scale
     out_t = x_t + Σ_j w_j · down_j(silu(gate_j h) · up_j h) + Σ shared experts, each with weight 1
 
-x, out [tokens, hidden] float32; gate_up [experts + shared, 2 · inter, hidden] (gate rows, then up rows) and down
-[experts + shared, hidden, inter], float32 or bf16 bits. Ties in the choice go to the lower expert index. Each expert runs once over
-the tokens that chose it, gathered; the results are added per token in the order of its choices, shared experts last, so the sum
-does not depend on the batch.
-Measured: EPYC, one thread, 2026-11-21, see docs/log/2026-11-21-first-light.md.
+x, out [tokens, hidden] float32; gate_up [experts + shared, 2 · inter, hidden] (gate rows, then up rows) and
+down [experts + shared, hidden, inter], float32 or bf16 bits. Ties in the choice go to the lower expert index.
+Each expert runs once over the tokens that chose it, gathered; the results are added per token in the order of
+its choices, shared experts last, so the sum does not depend on the batch. Measured: EPYC, one thread,
+2026-11-21, see docs/log/2026-11-21-first-light.md.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ OP = "moe_block"
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes of one MoE layer. `scoring` "sigmoid" or "softmax"; `shared_experts`: how many experts of size `inter` every token takes;
-    `expert_groups` above 1 means group-limited routing."""
+    """Sizes of one MoE layer. `scoring` "sigmoid" or "softmax"; `shared_experts`: how many experts of size
+    `inter` every token takes; `expert_groups` above 1 means group-limited routing."""
 
     hidden: int
     inter: int
@@ -174,13 +174,22 @@ _parallel = jit(_moe_block, parallel=True)
 # ---- 3. bind
 
 
-def bind(problem: Problem, weights: Mapping[str, torch.Tensor], threads: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A launcher `run(x) -> out`. `weights`: norm [hidden], router [experts, hidden], correction_bias [experts] or empty, gate_up
-    and down as in the docstring."""
+def bind(
+    problem: Problem, weights: Mapping[str, torch.Tensor], threads: int
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A launcher `run(x) -> out`. `weights`: norm [hidden], router [experts, hidden], correction_bias
+    [experts] or empty, gate_up and down as in the docstring."""
     packed = {name: pack(weights[name]) for name in ("gate_up", "down")}
-    plain = {name: weights[name].float().contiguous().numpy().copy() for name in ("norm", "router", "correction_bias")}
+    plain = {
+        name: weights[name].float().contiguous().numpy().copy()
+        for name in ("norm", "router", "correction_bias")
+    }
     kernel = _parallel if threads > 1 else _serial
-    softmax, scale, eps = problem.scoring == "softmax", np.float32(problem.routed_scale), np.float32(problem.eps)
+    softmax, scale, eps = (
+        problem.scoring == "softmax",
+        np.float32(problem.routed_scale),
+        np.float32(problem.eps),
+    )
 
     def run(x: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(x)
@@ -216,7 +225,9 @@ def reference(problem: Problem, inputs: Mapping[str, Any]) -> torch.Tensor:
         scores = logits.sigmoid() if problem.scoring == "sigmoid" else logits.softmax(-1)
         choice = scores + w["correction_bias"] if w["correction_bias"].numel() else scores
         chosen = choice.topk(problem.top_k).indices
-        factor = scores[chosen] * problem.routed_scale / (scores[chosen].sum() if problem.renormalise else 1.0)
+        factor = (
+            scores[chosen] * problem.routed_scale / (scores[chosen].sum() if problem.renormalise else 1.0)
+        )
         pairs = list(zip(chosen.tolist(), factor.tolist(), strict=True))
         pairs += [(problem.experts + i, 1.0) for i in range(problem.shared_experts)]
         for expert, weight in pairs:

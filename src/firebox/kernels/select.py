@@ -1,7 +1,7 @@
 """Which kernel runs an operation, and why: asks every kernel of the room, keeps the answer for the ledger.
 
-While there is at most one kernel per operation and device, the first that accepts wins. Where several do, the measured fastest
-will (that needs the tuner's data).
+While there is at most one kernel per operation and device, the first that accepts wins. Where several do, the
+measured fastest will (that needs the tuner's data).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ TORCH = "torch"
 
 @dataclass(frozen=True)
 class Choice:
-    """The outcome for one operation. `kernel` None: the layer's own composition of torch operators. `losers`: name → reason."""
+    """The outcome for one operation. `kernel` None: the layer's own composition of torch operators. `losers`:
+    name → reason."""
 
     op: str
     kernel: ModuleType | None
@@ -33,7 +34,8 @@ class Choice:
 
 
 def select(op: str, problem: Any, gpu: Gpu, wanted: str = "auto") -> Choice:
-    """The kernel for `op` on `gpu`. `wanted` names one ("torch" for none); ConfigError if that one does not accept."""
+    """The kernel for `op` on `gpu`. `wanted` names one ("torch" for none); ConfigError if that one does not
+    accept."""
     losers: dict[str, str] = {}
     accepted: list[tuple[str, ModuleType]] = []
     for name in names("kernels"):
@@ -51,7 +53,12 @@ def select(op: str, problem: Any, gpu: Gpu, wanted: str = "auto") -> Choice:
         return Choice(op, None, "asked for", losers | {name: "torch was asked for" for name, _ in accepted})
     for name, kernel in accepted:
         if wanted in ("auto", name):
-            return Choice(op, kernel, "accepts the problem" if wanted == "auto" else "asked for", losers | {TORCH: "slower"})
+            return Choice(
+                op,
+                kernel,
+                "accepts the problem" if wanted == "auto" else "asked for",
+                losers | {TORCH: "slower"},
+            )
     if wanted != "auto":
-        raise ConfigError(f"no kernel {wanted!r} for {op}", hint=f"there are: {', '.join([*losers, TORCH])}")
+        raise ConfigError(f"no kernel {wanted!r} for {op}", hint=f"there are: {', '.join([*losers, *dict(accepted), TORCH])}")
     return Choice(op, None, "no kernel accepts", losers)

@@ -1,4 +1,5 @@
-"""`python -m firebox.kernels.warm`: compiles the CPU kernels into the cache on disk, so that no server start waits for it."""
+"""`python -m firebox.kernels.warm`: compiles the CPU kernels into the cache on disk, so that no server start
+waits for it."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from firebox.hardware.probe import probe_cpu
 
 
 def main() -> int:
-    """Runs every CPU kernel once with float32 and once with bf16 weights, for the thread count that engines here use by default."""
+    """Runs every CPU kernel once with float32 and once with bf16 weights, for the thread count that engines
+    here use by default."""
     threads = max(1, probe_cpu().cpu_cores - 1)
     for name in names("kernels"):
         if not name.startswith("cpu_"):

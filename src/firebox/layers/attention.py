@@ -21,11 +21,11 @@ from firebox.step import Step
 
 
 class AttentionBlock:
-    """x + o(attend(q, k, v)), with q, k, v from norm(x), q and k normed per head where `qk_norm`, then rotated by `tables`
-    (cos and sin of `layers.rope.rotary_tables`).
+    """x + o(attend(q, k, v)), with q, k, v from norm(x), q and k normed per head where `qk_norm`, then
+    rotated by `tables` (cos and sin of `layers.rope.rotary_tables`).
 
-    `layer` is the index of its cache in `step.caches`, `spec` what that cache keeps. `backend` plans each step for the layer
-    composed of torch operators; None where one kernel does it all.
+    `layer` is the index of its cache in `step.caches`, `spec` what that cache keeps. `backend` plans each
+    step for the layer composed of torch operators; None where one kernel does it all.
     """
 
     def __init__(
@@ -56,7 +56,9 @@ class AttentionBlock:
         q_rows, kv_rows = p.heads * p.head_dim, p.kv_heads * p.head_dim
         self.layer = layer
         self.norm = RMSNorm(build, p.hidden, p.eps)
-        self.qkv = Linear(build, p.hidden, {"q_proj": q_rows, "k_proj": kv_rows, "v_proj": kv_rows}, bias=p.bias)
+        self.qkv = Linear(
+            build, p.hidden, {"q_proj": q_rows, "k_proj": kv_rows, "v_proj": kv_rows}, bias=p.bias
+        )
         self.q_norm = RMSNorm(build, p.head_dim if p.qk_norm else 0, p.eps)
         self.k_norm = RMSNorm(build, p.head_dim if p.qk_norm else 0, p.eps)
         self.o = Linear(build, q_rows, {"o_proj": p.hidden})

@@ -1,4 +1,5 @@
-"""What every layer is built with, and the two moments of its life before it runs: `slots` fills it, `finish` readies it."""
+"""What every layer is built with, and the two moments of its life before it runs: `slots` fills it, `finish`
+readies it."""
 
 from __future__ import annotations
 
@@ -15,8 +16,9 @@ __all__ = ["Build", "Slot", "Slots"]  # models see slots through layers
 
 @dataclass(frozen=True)
 class Build:
-    """Where and how layers are built. `device` "meta" gives shapes without memory. `threads`: CPU threads of the kernels.
-    `max_positions`: the longest context. `choices` collects one Choice per operation, for the ledger."""
+    """Where and how layers are built. `device` "meta" gives shapes without memory. `threads`: CPU threads of
+    the kernels. `max_positions`: the longest context. `choices` collects one Choice per operation, for the
+    ledger."""
 
     gpu: Gpu
     device: torch.device

@@ -1,4 +1,5 @@
-"""The frame that every decoder-only model here shares: embedding, blocks of attention and MLP, head, under their usual names."""
+"""The frame that every decoder-only model here shares: embedding, blocks of attention and MLP, head, under
+their usual names."""
 
 from __future__ import annotations
 

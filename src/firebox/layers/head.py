@@ -15,7 +15,8 @@ from firebox.layers.norm import RMSNorm
 
 
 class Head:
-    """logits = weight · norm(x), in float32. `tied`: the embedding matrix that serves as `weight`, if the checkpoint says so."""
+    """logits = weight · norm(x), in float32. `tied`: the embedding matrix that serves as `weight`, if the
+    checkpoint says so."""
 
     def __init__(
         self, build: Build, hidden: int, vocab: int, eps: float, tied: torch.Tensor | None = None

@@ -17,10 +17,11 @@ from firebox.layers.norm import RMSNorm
 
 
 class MoeBlock:
-    """x + Σ wⱼ · expertⱼ(h) + shared(h), h = norm(x). See kernels/cpu_moe_block.py for the formula and the sizes' meaning.
+    """x + Σ wⱼ · expertⱼ(h) + shared(h), h = norm(x). See kernels/cpu_moe_block.py for the formula and the
+    sizes' meaning.
 
-    With `expert_groups` > 1 only the experts of the `kept_groups` best groups can be chosen, a group's score being the sum of its
-    two best (DeepSeek-V3).
+    With `expert_groups` > 1 only the experts of the `kept_groups` best groups can be chosen, a group's score
+    being the sum of its two best (DeepSeek-V3).
     """
 
     def __init__(
@@ -82,7 +83,8 @@ class MoeBlock:
             yield from self.shared_down.slots(f"{mlp}.shared_experts.")
 
     def finish(self) -> None:
-        """Binds the chosen kernel; its packed copy, with the shared experts behind the routed ones, replaces the weights."""
+        """Binds the chosen kernel; its packed copy, with the shared experts behind the routed ones, replaces
+        the weights."""
         if self._choice.kernel is None:
             return
         p = self.problem
@@ -97,7 +99,15 @@ class MoeBlock:
             "down": torch.cat((self.down, shared_down.transpose(0, 1))),
         }
         self._run = self._choice.kernel.bind(p, weights, self._threads)
-        del self.norm, self.router, self.correction_bias, self.gate_up, self.down, self.shared_gate_up, self.shared_down
+        del (
+            self.norm,
+            self.router,
+            self.correction_bias,
+            self.gate_up,
+            self.down,
+            self.shared_gate_up,
+            self.shared_down,
+        )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [tokens, hidden] → the same shape."""

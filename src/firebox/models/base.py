@@ -1,8 +1,8 @@
 """The contract of a model. A model is a file in this room; its name is the checkpoint's `model_type`.
 
-    Config.from_hf(config)     the config.json values the code relies on, checked; UnsupportedModel names the one it does not know
-    Model(config, build)       the layers, with uninitialised weights
-    TINY                       a config.json of the same architecture, small enough for tests
+Config.from_hf(config)     what the code relies on in config.json; UnsupportedModel names what it lacks
+Model(config, build)       the layers, with uninitialised weights
+TINY                       a config.json of the same architecture, small enough for tests
 """
 
 from __future__ import annotations
@@ -49,12 +49,13 @@ def require(config: Mapping[str, Any], key: str, *supported: Any) -> None:
     """UnsupportedModel unless `config[key]` is absent or one of `supported`."""
     if key in config and config[key] not in supported:
         raise UnsupportedModel(
-            f"config.json has {key} = {config[key]!r}; this code supports {', '.join(repr(value) for value in supported)}"
+            f"config.json has {key} = {config[key]!r}; this code supports {', '.join(map(repr, supported))}"
         )
 
 
 def need(config: Mapping[str, Any], *keys: str, kind: Callable[[Any], Any] = int) -> Any:
-    """The first of `keys` that the config has (the same value under its older and newer names), as `kind`; else UnsupportedModel."""
+    """The first of `keys` that the config has (the same value under its older and newer names), as `kind`;
+    else UnsupportedModel."""
     for key in keys:
         if config.get(key) is not None:
             return kind(config[key])
@@ -62,7 +63,8 @@ def need(config: Mapping[str, Any], *keys: str, kind: Callable[[Any], Any] = int
 
 
 def rope_theta(config: Mapping[str, Any], default: float) -> float:
-    """The rotary base, from `rope_parameters` (transformers 5) or the top level. Any scaling is refused here."""
+    """The rotary base, from `rope_parameters` (transformers 5) or the top level. Any scaling is refused
+    here."""
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":

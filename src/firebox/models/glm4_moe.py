@@ -1,9 +1,10 @@
 """GLM-4.5, GLM-4.6, GLM-4.7 and their Air versions (`Glm4MoeForCausalLM`); the bundled firebox-tiny.
 
-Paper: GLM-4.5, arXiv:2508.06471. Checkpoints: zai-org/GLM-4.7, zai-org/GLM-4.5-Air and others.
-Beside its cousins: grouped-query attention with biased q, k, v; RMS norm of q and k per head (GLM-4.5 and up, not Air); only the
-first half of each head is rotated; the first layers are dense; sigmoid router with a correction bias that takes part in the choice
-but not in the weights; one shared expert; one MTP layer behind the last, which is not read yet.
+Paper: GLM-4.5, arXiv:2508.06471. Checkpoints: zai-org/GLM-4.7, zai-org/GLM-4.5-Air and others. Beside its
+cousins: grouped-query attention with biased q, k, v; RMS norm of q and k per head (GLM-4.5 and up, not Air);
+only the first half of each head is rotated; the first layers are dense; sigmoid router with a correction bias
+that takes part in the choice but not in the weights; one shared expert; one MTP layer behind the last, which
+is not read yet.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Qwen3-30B-A3B, Qwen3-235B-A22B and Qwen3-Coder (`Qwen3MoeForCausalLM`).
 
-Paper: Qwen3, arXiv:2505.09388. Checkpoints: Qwen/Qwen3-30B-A3B and others.
-Beside glm4_moe: the whole head is rotated, no biases, softmax router without a correction bias, no shared expert; which layers are
-sparse follows from `decoder_sparse_step` and `mlp_only_layers`.
+Paper: Qwen3, arXiv:2505.09388. Checkpoints: Qwen/Qwen3-30B-A3B and others. Beside glm4_moe: the whole head is
+rotated, no biases, softmax router without a correction bias, no shared expert; which layers are sparse
+follows from `decoder_sparse_step` and `mlp_only_layers`.
 """
 
 from __future__ import annotations

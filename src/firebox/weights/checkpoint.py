@@ -1,4 +1,5 @@
-"""A model folder in Hugging Face's layout: config.json, generation_config.json, and safetensors shards with or without an index.
+"""A model folder in Hugging Face's layout: config.json, generation_config.json, and safetensors shards with
+or without an index.
 
 Nothing in a folder is executed: no pickle, no remote code.
 """
@@ -22,7 +23,8 @@ SINGLE = "model.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder's parsed files. `shards`: the safetensors files in reading order; empty when there is only a config.json."""
+    """A folder's parsed files. `shards`: the safetensors files in reading order; empty when there is only a
+    config.json."""
 
     folder: Path
     config: dict[str, Any]
@@ -39,7 +41,8 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str:
-        """The compute dtype that config.json names ("torch_dtype" before transformers 5); float32 if it names none."""
+        """The compute dtype that config.json names ("torch_dtype" before transformers 5); float32 if it names
+        none."""
         return str(self.config.get("dtype") or self.config.get("torch_dtype") or "float32")
 
     @property
@@ -57,7 +60,8 @@ class Checkpoint:
         return sum(shard.stat().st_size for shard in self.shards)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor, Path]]:
-        """Every tensor with its name and shard, one at a time, as it is stored. Raises CorruptShard, naming the file."""
+        """Every tensor with its name and shard, one at a time, as it is stored. Raises CorruptShard, naming
+        the file."""
         for shard in self.shards:
             try:
                 with safe_open(shard, framework="pt") as file:
@@ -71,7 +75,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Reads a folder's JSON files and finds its shards. Raises CheckpointError or CorruptShard."""
     config = _read_json(folder / "config.json")
     if config is None:
-        raise CheckpointError(f"{folder} has no config.json", hint="MODEL is a folder in Hugging Face's layout")
+        raise CheckpointError(
+            f"{folder} has no config.json", hint="MODEL is a folder in Hugging Face's layout"
+        )
     generation_config = _read_json(folder / "generation_config.json") or {}
     return Checkpoint(folder, config, generation_config, _shards(folder))
 

@@ -1,4 +1,5 @@
-"""Fills a model's slots: from the shards, tensor by tensor, or with random values of a like distribution (`dummy`)."""
+"""Fills a model's slots: from the shards, tensor by tensor, or with random values of a like distribution
+(`dummy`)."""
 
 from __future__ import annotations
 
@@ -15,12 +16,16 @@ from firebox.weights.checkpoint import Checkpoint
 def load_weights(
     model: Model, checkpoint: Checkpoint, on_progress: Callable[[int, int], None] = lambda loaded, total: None
 ) -> None:
-    """Copies every tensor of the checkpoint to its slot and lets the model finish. `on_progress(loaded_bytes, total_bytes)`.
+    """Copies every tensor of the checkpoint to its slot and lets the model finish. `on_progress(loaded_bytes,
+    total_bytes)`.
 
-    Raises CorruptShard, UnknownTensor, WrongShape, MissingTensor, each naming the tensor; nothing is served then.
+    Raises CorruptShard, UnknownTensor, WrongShape, MissingTensor, each naming the tensor; nothing is served
+    then.
     """
     if not checkpoint.shards:
-        raise CheckpointError(f"{checkpoint.folder} has no safetensors files", hint="--load-format dummy fills random values")
+        raise CheckpointError(
+            f"{checkpoint.folder} has no safetensors files", hint="--load-format dummy fills random values"
+        )
     slots = {slot.name: slot for slot in model.slots()}
     total_bytes, loaded_bytes, reported_bytes = checkpoint.total_bytes, 0, 0
     filled: set[str] = set()
@@ -40,7 +45,8 @@ def load_weights(
 
 
 def load_dummy(model: Model, seed: int = 0) -> None:
-    """Random weights in the real shapes: norms near 1, biases near 0, matrices at 1/√in_features; not zeros, so that routing spreads."""
+    """Random weights in the real shapes: norms near 1, biases near 0, matrices at 1/√in_features; not zeros,
+    so that routing spreads."""
     generator = torch.Generator().manual_seed(seed)
     for slot in model.slots():
         values = torch.randn(slot.target.shape, generator=generator, dtype=torch.float32)
@@ -54,7 +60,9 @@ def load_dummy(model: Model, seed: int = 0) -> None:
 
 def _fill(slot: Slot, tensor: torch.Tensor) -> None:
     if tensor.shape != slot.target.shape:
-        raise WrongShape(f"{slot.name} is {list(tensor.shape)}; config.json implies {list(slot.target.shape)}")
+        raise WrongShape(
+            f"{slot.name} is {list(tensor.shape)}; config.json implies {list(slot.target.shape)}"
+        )
     slot.target.copy_(tensor)
 
 

@@ -1,7 +1,8 @@
 """The cache (allocator, prefix tree, sharing) against a brute-force model under random traffic.
 
-The model knows nothing of trees: it remembers, for each page, the tokens written to it, and checks after every operation that every
-page a request holds contains that request's tokens, that no page is owned twice, and that none is lost.
+The model knows nothing of trees: it remembers, for each page, the tokens written to it, and checks after
+every operation that every page a request holds contains that request's tokens, that no page is owned twice,
+and that none is lost.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ class Model:
         while len(request.token_ids) < request.computed + count:
             request.token_ids.append(self.rng.randrange(2))
         tokens = request.computed + count
-        available, missing = self.cache.available_pages, -(-tokens // PAGE_TOKENS) - len(request.holding.page_ids)
+        available, missing = (
+            self.cache.available_pages,
+            -(-tokens // PAGE_TOKENS) - len(request.holding.page_ids),
+        )
         grown = self.cache.grow(request.holding, tokens)
         assert grown == (missing <= available), "grow must succeed exactly when evicting could make room"
         if not grown:

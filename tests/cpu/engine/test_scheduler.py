@@ -1,7 +1,8 @@
 """The scheduler under random traffic, with a runner that computes nothing but checks everything.
 
-The fake model's next token is a hash of all tokens so far, so any mistake in what was computed, in which order, or after a
-retraction changes the output; the expected output of each request is computed alone, up front.
+The fake model's next token is a hash of all tokens so far, so any mistake in what was computed, in which
+order, or after a retraction changes the output; the expected output of each request is computed alone, up
+front.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def expected_output(prompt: list[int], max_tokens: int) -> list[int]:
 
 
 class FakeRunner:
-    """Keeps, for every slot of every page, the token written there, and reads contexts back from the pages."""
+    """Keeps, for every slot of every page, the token written there, and reads contexts back from the
+    pages."""
 
     def __init__(self) -> None:
         self.slots: dict[int, int] = {}
@@ -60,7 +62,9 @@ class FakeRunner:
         return out
 
 
-def make(pages: int, *, running: int = 6, budget: int = 24, chunk: int = 8, prefix_cache: bool = True) -> Scheduler:
+def make(
+    pages: int, *, running: int = 6, budget: int = 24, chunk: int = 8, prefix_cache: bool = True
+) -> Scheduler:
     return Scheduler(
         KVCache(pages, PAGE_TOKENS, prefix_cache),
         max_running_requests=running,
@@ -98,7 +102,8 @@ def serve(scheduler: Scheduler, runner: FakeRunner | None = None, budget: int = 
 @pytest.mark.parametrize("pages", [16, 30, 200])
 @pytest.mark.parametrize("seed", range(10))
 def test_random_traffic(pages: int, seed: int) -> None:
-    """Requests come, go and are aborted at random; every one that is not aborted gives exactly its own tokens."""
+    """Requests come, go and are aborted at random; every one that is not aborted gives exactly its own
+    tokens."""
     rng = random.Random(seed)
     scheduler, runner = make(pages), FakeRunner()
     prefixes = [[rng.randrange(50) for _ in range(16)] for _ in range(3)]
@@ -109,7 +114,9 @@ def test_random_traffic(pages: int, seed: int) -> None:
     next_id = 0
     for tick in range(700):
         if tick < 500 and rng.random() < 0.3:
-            prompt = rng.choice(prefixes)[: rng.randrange(17)] + [rng.randrange(50) for _ in range(rng.randrange(1, 20))]
+            prompt = rng.choice(prefixes)[: rng.randrange(17)] + [
+                rng.randrange(50) for _ in range(rng.randrange(1, 20))
+            ]
             max_tokens = rng.randrange(0, 25)
             params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
             scheduler.add(Request(next_id, list(prompt), params, priority=rng.choice([0, 0, 1])))
@@ -210,7 +217,9 @@ def stop_after(params: SamplingParams, tokens: list[int]) -> list[Delta]:
         plan = scheduler.plan()
         if plan is None:
             break
-        deltas += scheduler.apply(plan, [Sampled(token_id if chunk.samples else None) for chunk in plan.chunks])
+        deltas += scheduler.apply(
+            plan, [Sampled(token_id if chunk.samples else None) for chunk in plan.chunks]
+        )
     return deltas
 
 

@@ -1,4 +1,5 @@
-"""Every CPU kernel against its float64 reference on all its CASES, serial and parallel, float32 and bf16 weights."""
+"""Every CPU kernel against its float64 reference on all its CASES, serial and parallel, float32 and bf16
+weights."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ from firebox.find import load, names
 
 KERNELS = [load("kernels", name) for name in names("kernels") if name.startswith("cpu_")]
 CASES = [
-    pytest.param(kernel, case, id=f"{kernel.OP}-{number}") for kernel in KERNELS for number, case in enumerate(kernel.CASES)
+    pytest.param(kernel, case, id=f"{kernel.OP}-{number}")
+    for kernel in KERNELS
+    for number, case in enumerate(kernel.CASES)
 ]
 
 
@@ -58,5 +61,7 @@ def test_every_weight_matters(kernel) -> None:
             changed["weights"][name] = weight + 0.5
         else:
             changed["weights"][name] = weight.flip(0) * 1.5
-        error = (run(kernel, case, changed, 1) - expected).pow(2).mean().sqrt() / expected.pow(2).mean().sqrt()
+        error = (run(kernel, case, changed, 1) - expected).pow(2).mean().sqrt() / expected.pow(
+            2
+        ).mean().sqrt()
         assert error > 100 * kernel.TOLERANCE, f"{name} does not reach the output"

@@ -1,4 +1,5 @@
-"""Every model file on its TINY config, with a random checkpoint that transformers wrote, against transformers' own answers."""
+"""Every model file on its TINY config, with a random checkpoint that transformers wrote, against
+transformers' own answers."""
 
 from __future__ import annotations
 
@@ -97,9 +98,12 @@ def test_logprobs_of_the_prompt_within_1e_4(case: Case) -> None:
             assert torch.allclose(torch.tensor(entry.top_logprobs), row.topk(20).values, atol=1e-4)
 
 
-@pytest.mark.parametrize("settings", [{"attention_backend": "torch_reference", "moe_backend": "torch"}, {"dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "settings", [{"attention_backend": "torch_reference", "moe_backend": "torch"}, {"dtype": "bfloat16"}]
+)
 def test_the_layers_composed_of_torch_operators(case: Case, settings: dict[str, str]) -> None:
-    """The path for dtypes without a CPU kernel. In float32 it must agree; in bfloat16 logits only come close."""
+    """The path for dtypes without a CPU kernel. In float32 it must agree; in bfloat16 logits only come
+    close."""
     engine = InProcessEngine(case.folder, **settings)
     rows = {row.op: row for row in engine.ready.ledger}
     assert rows["attention_block"].kernel == rows["moe_block"].kernel == "torch"
@@ -118,4 +122,3 @@ def test_the_layers_composed_of_torch_operators(case: Case, settings: dict[str, 
         if entry is not None
     ]
     assert sum(errors) / len(errors) < 0.15
-
