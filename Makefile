@@ -1,0 +1,56 @@
+# POSIX make and python3 are all it takes. `make help` lists the targets.
+.POSIX:
+
+VENV = .venv
+PYTHON = $(VENV)/bin/python
+MODEL =
+SERVE_FLAGS =
+BENCH_FLAGS =
+
+help:
+	@echo 'make demo       set up, then complete a prompt with the bundled model'
+	@echo 'make test       set up, then run the tests that need no GPU, and count them'
+	@echo 'make setup      make .venv with the pinned packages for this machine (both of the above do)'
+	@echo 'make check      lint, format, types, generated documents'
+	@echo 'make compile    compile the CPU kernels ahead of time (there are no Triton kernels yet)'
+	@echo 'make test-gpu   run tests/gpu on a machine with a GPU; PYTHON=python3 uses its own Python'
+	@echo 'make bench      benchmarks/cpu_engine.py against transformers; BENCH_FLAGS=--json'
+	@echo 'make serve      the server on 127.0.0.1:30000; MODEL=... SERVE_FLAGS=...'
+
+setup:
+	@for python in python3 python3.13 python3.12 python3.11; do \
+	  if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	    exec $$python tools/setup_venv.py; \
+	  fi; \
+	done; \
+	echo 'error: none of python3, python3.13, python3.12, python3.11 is Python 3.11 or newer' >&2; \
+	echo 'hint: install Python 3.11 or newer under one of these names' >&2; \
+	exit 2
+
+demo: setup
+	@$(VENV)/bin/firebox generate --prompt 'def fibonacci(' --max-tokens 64 --temperature 0
+	@$(PYTHON) tools/setup_venv.py
+
+test: setup
+	$(PYTHON) -m pytest tests/cpu tests/e2e
+
+check: setup
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m mypy
+	$(PYTHON) tools/config_docs.py --check
+
+compile: setup
+	$(PYTHON) -m firebox.kernels.warm
+
+test-gpu:
+	@if [ '$(PYTHON)' = '$(VENV)/bin/python' ]; then $(MAKE) setup; fi
+	$(PYTHON) -m pytest tests/gpu -m gpu
+
+bench: setup
+	$(PYTHON) benchmarks/cpu_engine.py $(BENCH_FLAGS)
+
+serve: setup
+	$(VENV)/bin/firebox serve $(MODEL) $(SERVE_FLAGS)
+
+.PHONY: help setup demo test check compile test-gpu bench serve

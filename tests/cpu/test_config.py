@@ -1,0 +1,179 @@
+"""config.resolve: what is derived from what, what is refused, and that each derivation says why."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Any
+
+import pytest
+
+from firebox.config import CheckpointFacts, Config, EngineConfig, Resolved, resolve
+from firebox.errors import ConfigError, OutOfMemory
+from firebox.hardware.base import Gpu
+
+GIB = 1 << 30
+CHECKPOINT = CheckpointFacts(
+    model_type="glm4_moe",
+    dtype="bfloat16",
+    context_tokens=4096,
+    weights_bytes=GIB,
+    kv_bytes_per_token=1024,
+)
+CPU = Gpu(
+    name="cpu", kind="cpu", memory_bytes=16 * GIB, memory_free_bytes=8 * GIB, cpu_cores=4, facts=frozenset()
+)
+
+
+def resolved(
+    dtype: str = "auto", checkpoint: CheckpointFacts = CHECKPOINT, gpu: Gpu = CPU, **settings: Any
+) -> Resolved:
+    return resolve(EngineConfig(**{"kv_pages": 1024, **settings}), dtype, checkpoint, gpu)
+
+
+def reason(answer: Resolved, setting: str) -> str:
+    """The one reason that is about `setting`."""
+    found = [line for line in answer.reasons if line.startswith(f"{setting} ")]
+    assert len(found) == 1, (setting, answer.reasons)
+    return found[0]
+
+
+def test_pure() -> None:
+    assert resolved() == resolved()
+
+
+@pytest.mark.parametrize(("asked", "got"), [("auto", "bfloat16"), ("float32", "float32")])
+def test_dtype(asked: str, got: str) -> None:
+    answer = resolved(asked)
+    assert (answer.dtype, answer.kv_dtype) == (got, got)
+    assert (
+        reason(answer, "dtype")
+        == f"dtype {got}: {'the checkpoint says so' if asked == 'auto' else 'asked for'}"
+    )
+
+
+def test_kv_dtype_follows_unless_asked() -> None:
+    answer = resolved("float32", kv_cache_dtype="float16")
+    assert (answer.dtype, answer.kv_dtype) == ("float32", "float16")
+
+
+def test_context_is_the_checkpoints_unless_asked() -> None:
+    assert resolved().context_tokens == 4096
+    assert "4096" in reason(resolved(), "context_length")
+    assert resolved(context_length=100).context_tokens == 100
+    assert resolved(context_length=4096).context_tokens == 4096
+
+
+@pytest.mark.parametrize("asked", [0, -1, 4097])
+def test_context_out_of_range_is_refused(asked: int) -> None:
+    with pytest.raises(ConfigError, match=str(asked)) as caught:
+        resolved(context_length=asked)
+    assert "4096" in (caught.value.hint or "")
+
+
+def test_context_shrinks_to_the_pages_asked_for() -> None:
+    answer = resolved(kv_pages=10, page_tokens=16)
+    assert (answer.kv_pages, answer.context_tokens) == (10, 160)
+    assert any("160" in line and "10 KV pages" in line for line in answer.reasons), answer.reasons
+    assert resolved(kv_pages=256, page_tokens=16).context_tokens == 4096
+
+
+def test_derived_pages_stay_within_the_memory_fraction() -> None:
+    for fraction in (0.3, 0.85):
+        answer = resolved(
+            kv_pages=None, mem_fraction=fraction, max_running_requests=100_000, max_batch_tokens=100_000
+        )
+        kv_bytes = answer.kv_pages * answer.page_tokens * CHECKPOINT.kv_bytes_per_token
+        assert answer.kv_pages >= 1
+        assert kv_bytes + CHECKPOINT.weights_bytes <= fraction * CPU.memory_free_bytes
+        assert reason(answer, "kv_pages")
+
+
+def test_derived_pages_hold_one_whole_context_when_memory_allows() -> None:
+    answer = resolved(kv_pages=None)
+    assert answer.kv_pages * answer.page_tokens >= answer.context_tokens == 4096
+
+
+def test_derived_pages_are_no_more_than_requests_can_fill() -> None:
+    answer = resolved(kv_pages=None, max_running_requests=2, context_length=100, page_tokens=16)
+    assert answer.kv_pages == 13  # 200 tokens in pages of 16
+    assert "max_running_requests" in reason(answer, "kv_pages")
+
+
+def test_too_little_memory_says_the_numbers() -> None:
+    small = dataclasses.replace(CPU, memory_free_bytes=GIB)
+    with pytest.raises(OutOfMemory, match=r"0\.9 GB.*1\.1 GB") as caught:
+        resolved(kv_pages=None, gpu=small)
+    assert "--mem-fraction" in (caught.value.hint or "")
+
+
+def test_running_requests_need_a_token_each() -> None:
+    answer = resolved(max_running_requests=64, max_batch_tokens=8)
+    assert answer.max_running_requests == 8
+    assert reason(answer, "max_running_requests")
+    plain = resolved(max_running_requests=64, max_batch_tokens=64)
+    assert plain.max_running_requests == 64
+    assert not any(line.startswith("max_running_requests") for line in plain.reasons)
+
+
+def test_a_chunk_fits_the_step() -> None:
+    assert resolved(prefill_chunk_tokens=512, max_batch_tokens=100).prefill_chunk_tokens == 100
+    assert resolved(prefill_chunk_tokens=50, max_batch_tokens=100).prefill_chunk_tokens == 50
+
+
+@pytest.mark.parametrize(("cores", "asked", "got"), [(4, None, 3), (1, None, 1), (4, 4, 4), (4, 1, 1)])
+def test_threads_leave_the_server_a_core(cores: int, asked: int | None, got: int) -> None:
+    answer = resolved(gpu=dataclasses.replace(CPU, cpu_cores=cores), threads=asked)
+    assert answer.threads == got
+    assert f"threads {got}" in reason(answer, "threads")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("max_running_requests", 0),
+        ("max_batch_tokens", 0),
+        ("prefill_chunk_tokens", 0),
+        ("page_tokens", -1),
+        ("kv_pages", 0),
+        ("kv_pages", -4),
+        ("threads", 0),
+        ("mem_fraction", 0.0),
+        ("mem_fraction", 1.01),
+        ("kv_cache_dtype", "iq4_xs"),
+    ],
+)
+def test_what_cannot_work_is_refused(setting: str, value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolved(**{setting: value})
+    assert setting in str(caught.value)
+    assert str(value) in str(caught.value)
+    assert caught.value.hint
+
+
+def test_unknown_dtype_is_refused() -> None:
+    with pytest.raises(ConfigError, match="int3"):
+        resolved("int3")
+
+
+def sections() -> list[tuple[type, dataclasses.Field[Any]]]:
+    kinds = [typing.get_type_hints(Config)[field.name] for field in dataclasses.fields(Config)]
+    return [(kind, field) for kind in kinds for field in dataclasses.fields(kind)]
+
+
+def test_every_setting_is_documented_once() -> None:
+    names = [field.name for _, field in sections()]
+    assert len(set(names)) == len(names), "the flags of two sections would clash"
+    assert all(len(field.metadata["help"]) > 10 for _, field in sections())
+
+
+def test_defaults_are_of_their_type_and_choices() -> None:
+    for kind, field in sections():
+        hint = typing.get_type_hints(kind)[field.name]
+        assert isinstance(field.default, typing.get_args(hint) or hint), field.name
+        assert not field.metadata["choices"] or field.default in field.metadata["choices"], field.name
+
+
+def test_config_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().engine.strict = True  # type: ignore[misc]
