@@ -128,10 +128,9 @@ class PrefixTree:
         self._notes += 1
         heapq.heappush(self._leaves, (node.last_used, self._notes, node))
         if len(self._leaves) > 64 + 4 * self.pages:  # mostly stale by now
-            self._leaves = [
-                (leaf.last_used, i, leaf) for i, leaf in enumerate(self.nodes()) if self._evictable(leaf)
-            ]
-            self._notes = len(self._leaves)
+            leaves = filter(self._evictable, self.nodes())
+            self._leaves = [(leaf.last_used, i, leaf) for i, leaf in enumerate(leaves, self._notes)]
+            self._notes += len(self._leaves)
             heapq.heapify(self._leaves)
 
     @staticmethod
