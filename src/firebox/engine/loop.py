@@ -89,7 +89,7 @@ def take(message: ToEngine, scheduler: Scheduler) -> None:
 def _progress(plan: Plan) -> list[Progress]:
     """Prompts that took part in this step and are not finished."""
     return [
-        Progress(chunk.request.request_id, chunk.request.computed_tokens, chunk.request.prompt_tokens)
+        Progress(chunk.request.request_id, chunk.start + chunk.count, chunk.request.prompt_tokens)
         for chunk in plan.chunks
-        if chunk.request.computed_tokens < chunk.request.prompt_tokens
+        if chunk.start + chunk.count < chunk.request.prompt_tokens
     ]

@@ -116,7 +116,7 @@ class MoeBlock:
     def _compose(self, x: torch.Tensor) -> torch.Tensor:
         h = self.norm(x)
         expert_ids, weights = self._route(h)
-        out = x.float()
+        out = x.to(torch.float32, copy=True)
         for e in expert_ids.unique().tolist():
             token, choice = torch.where(expert_ids == e)
             gate, up = F.linear(h[token], self.gate_up[e]).chunk(2, dim=-1)

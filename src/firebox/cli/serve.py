@@ -1,0 +1,63 @@
+"""`firebox serve [MODEL]`: the OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from firebox.cli.options import takes
+from firebox.config import Config
+
+if TYPE_CHECKING:
+    from firebox.engine.client import Ready
+
+
+@takes("model", "engine", "server")
+def serve(config: Config) -> None:
+    """Serves MODEL over OpenAI's HTTP API until SIGTERM or Ctrl-C, which let running answers finish."""
+    from firebox.engine.client import EngineProcess
+    from firebox.server.listen import bind
+    from firebox.text.folder import resolve_folder
+
+    name = config.model.served_model_name or Path(config.model.model).name
+    folder = resolve_folder(config.model.model)
+    model = dataclasses.replace(config.model, model=str(folder), served_model_name=name)
+    config = dataclasses.replace(config, model=model)
+    listener = bind(config.server)
+    process = EngineProcess.start(config)  # as early as can be: it loads while the server imports
+
+    try:
+        from firebox.answer.progress import loading
+        from firebox.server.run import run
+
+        with contextlib.ExitStack() as bar:
+            on_load_progress = bar.enter_context(loading(name))
+
+            def on_ready(ready: Ready, url: str) -> None:
+                bar.close()
+                if config.server.explain:
+                    print(explanation(ready), file=sys.stderr)
+                print(f"firebox serves {name} at {url}", file=sys.stderr, flush=True)
+
+            status = run(
+                process, listener, config, folder, on_load_progress=on_load_progress, on_ready=on_ready
+            )
+    finally:
+        process.stop()
+    raise typer.Exit(status)
+
+
+def explanation(ready: Ready) -> str:
+    """The ledger as text: what runs and why, what does not and why not, and where the settings came from."""
+    lines = [f"{ready.model_type} in {ready.dtype} on {ready.device}"]
+    for row in ready.ledger:
+        lines.append(
+            f"  {row.op} [{row.tokens[0]}, {row.tokens[1]}] tokens: {row.kernel} ({row.format}), {row.why}"
+        )
+        lines += [f"    not {loser}: {why}" for loser, why in row.losers.items()]
+    return "\n".join([*lines, *(f"  {reason}" for reason in ready.reasons)])
