@@ -94,7 +94,9 @@ def test_logprobs_of_the_prompt_within_1e_4(case: Case) -> None:
             row = expected[position]
             assert entry.token_id == (prompt[position + 1] if position + 1 < len(prompt) else delta.ids[0])
             assert abs(entry.logprob - row[entry.token_id]) < 1e-4
-            assert entry.rank == int((row > row[entry.token_id]).sum())
+            # tokens closer than the tolerance may stand in either order
+            fewest, most = (int((row > row[entry.token_id] + slack).sum()) for slack in (1e-4, -1e-4))
+            assert fewest <= entry.rank <= most
             assert torch.allclose(torch.tensor(entry.top_logprobs), row.topk(20).values, atol=1e-4)
 
 
