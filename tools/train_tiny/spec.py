@@ -56,7 +56,7 @@ class Recipe:
     of the steps on, each batch has `repeat_rows` rows against endless repetition.
     """
 
-    steps: int = 5500
+    steps: int = 7000
     batch_tokens: int = 32768
     window_tokens: int = 2048
     long_window_tokens: int = 4096
@@ -69,7 +69,7 @@ class Recipe:
     balance_rate: float = 1e-3
     mtp_weight: float = 0.2
     mtp_distill_weight: float = 0.2
-    repeat_start: float = 0.3
+    repeat_start: float = 0.9
     repeat_rows: int = 1
-    repeat_weight: float = 0.5
+    repeat_weight: float = 0.25
     seed: int = 1
