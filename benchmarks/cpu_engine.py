@@ -13,7 +13,7 @@ comes: `LLM` offline and `firebox serve` over HTTP on loopback, default settings
     prefix_ttft_ratio           time to first token of a second request sharing 1,000 tokens ÷ the first's
     http_overhead               1 − streamed tokens/s over HTTP ÷ offline, 16 requests at once
     start_to_first_token_s      `firebox serve` (kernels compiled before) to the first token over HTTP
-    peak_rss_bytes              peak resident memory of server and engine process together, after the HTTP load
+    peak_rss_bytes              peak resident memory of server and engine process, after the HTTP load
 """
 
 from __future__ import annotations

@@ -218,7 +218,8 @@ def _kv_pages(
         raise OutOfMemory(
             f"{gpu.memory_free_bytes * config.mem_fraction / 1e9:.1f} GB "
             f"(mem_fraction {config.mem_fraction} of what is free) do not hold "
-            f"{checkpoint.weights_bytes / 1e9:.1f} GB of weights and one KV page of {page_bytes / 1e6:.1f} MB",
+            f"{checkpoint.weights_bytes / 1e9:.1f} GB of weights "
+            f"and one KV page of {page_bytes / 1e6:.1f} MB",
             hint="a smaller model, a higher --mem-fraction, or more memory",
         )
     why = f"{config.mem_fraction} of {gpu.memory_free_bytes / 1e9:.1f} GB free, less weights"

@@ -3,6 +3,7 @@ never by hand."""
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from firebox.engine.messages import Failed, LoadProgress
 from firebox.engine.start import start
 from firebox.errors import FireboxError
 
+SLOW_SERVER_S = 60.0  # an engine may fail while the server is still busy with its own imports
+
 
 def main(folder: str, watch_fd: int) -> int:
     """Loads, says Ready, serves. Exit status 0 after a drain or when the server is gone, 1 if it could not
@@ -22,20 +25,22 @@ def main(folder: str, watch_fd: int) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides when to stop
     connection = Connection(folder, watch_fd)
     config = msgspec.json.decode(Path(folder, "config.json").read_bytes(), type=Config)
+
+    def on_progress(loaded_bytes: int, total_bytes: int) -> None:
+        connection.require_server()
+        connection.send(LoadProgress(loaded_bytes, total_bytes))
+
     try:
-        scheduler, runner, ready = start(
-            config, lambda loaded, total: connection.send(LoadProgress(loaded, total))
-        )
+        scheduler, runner, ready = start(config, on_progress)
+        connection.send(ready)
+        run(connection, scheduler, runner)
     except FireboxError as error:
         connection.send(Failed(type(error).__name__, str(error), error.hint))
-        connection.close()
+        connection.close(SLOW_SERVER_S)
         return 1
-    connection.send(ready)
-    try:
-        run(connection, scheduler, runner)
     except EOFError:
-        return 0
-    connection.close()
+        shutil.rmtree(folder, ignore_errors=True)  # the server was killed and could not do it
+    connection.close()  # also without a server: outputs that nobody reads would keep the process alive
     return 0
 
 

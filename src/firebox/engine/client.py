@@ -19,7 +19,6 @@ from collections.abc import Callable
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 import firebox.errors
 from firebox.config import Config
@@ -162,8 +161,9 @@ class AsyncEngine:
         self._streams: dict[int, RequestStream] = {}
         self._next_id = 0
         self._stopping = False
-        self._reader: asyncio.Task[None] | None = None
-        self._context = zmq.asyncio.Context()
+        self._starting: asyncio.Queue[Ready | Failed | LoadProgress | EngineDied] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._context = zmq.Context()
         self._out = self._context.socket(zmq.PUSH)
         self._in = self._context.socket(zmq.PULL)
         for socket, direction in ((self._out, "to-engine"), (self._in, "from-engine")):
@@ -172,6 +172,8 @@ class AsyncEngine:
             socket.bind(process.address(direction))
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
+        # zmq.asyncio would cost several times what reading the socket's own file descriptor does
+        self._loop.add_reader(self._in.FD, self._read)
 
     @classmethod
     async def connect(
@@ -183,19 +185,20 @@ class AsyncEngine:
         """Waits until the process is ready. Raises the user's mistake it met (see errors.py), or
         EngineDied."""
         engine = cls(process, max_queued_requests)
-        engine._watch_process(asyncio.get_running_loop())
+        engine._watch_process()
         while True:
-            message = await engine._receive()
+            message = await engine._starting.get()
             if isinstance(message, Ready):
                 engine.ready = message
                 engine.stats = Stats(kv_pages_total=message.kv_pages, kv_pages_free=message.kv_pages)
-                engine._reader = asyncio.create_task(engine._read_outputs())
                 return engine
+            if isinstance(message, LoadProgress):
+                on_load_progress(message)
+                continue
+            engine.stop()
             if isinstance(message, Failed):
-                engine.stop()
                 raise _as_error(message)
-            assert isinstance(message, LoadProgress), message
-            on_load_progress(message)
+            raise message
 
     @property
     def in_flight(self) -> int:
@@ -230,63 +233,59 @@ class AsyncEngine:
         if self.died is not None:
             raise EngineDied(str(self.died))
 
-    async def drain(self, timeout_s: float) -> bool:
-        """Lets requests in flight finish; True if all did within `timeout_s`."""
-        deadline = asyncio.get_running_loop().time() + timeout_s
-        while self._streams and self.died is None and asyncio.get_running_loop().time() < deadline:
-            await asyncio.sleep(0.02)
-        return not self._streams
-
     def stop(self) -> int:
         """Ends the engine process and closes the sockets. Returns the process's exit status."""
         self._stopping = True
         if self.died is None:
             self._send(Drain())
-        if self._reader is not None:
-            self._reader.cancel()
+        self._loop.remove_reader(self._in.FD)
         status = self._process.stop()
         self._context.destroy(linger=0)
         return status
 
     def _send(self, message: ToEngine) -> None:
-        self._out.send(self._encoder.encode(message), zmq.NOBLOCK)
+        with contextlib.suppress(zmq.Again):  # nobody is there: the watching thread tells
+            self._out.send(self._encoder.encode(message), zmq.NOBLOCK)
 
-    async def _receive(self) -> FromEngine:
-        """The next message; raises EngineDied if the process ends first."""
+    def _read(self) -> None:
+        """Takes in every message that has arrived: the descriptor tells only of new ones."""
         while True:
-            if await self._in.poll(timeout=100):
-                message: FromEngine = self._decoder.decode(await self._in.recv())
-                return message
-            self.raise_if_dead()
+            try:
+                message = self._decoder.decode(self._in.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return
+            if isinstance(message, Outputs):
+                self._take(message)
+            else:
+                self._starting.put_nowait(message)
 
-    async def _read_outputs(self) -> None:
-        while True:
-            message = self._decoder.decode(await self._in.recv())
-            assert isinstance(message, Outputs), message
-            self.stats = message.stats
-            for progress in message.progress:
-                if stream := self._streams.get(progress.request_id):
-                    stream.progress = progress
-            for delta in message.deltas:
-                stream = self._streams.get(delta.request_id)
-                if stream is None:  # aborted here while the step was under way
-                    continue
-                if delta.finish_reason is not None:
-                    del self._streams[delta.request_id]
-                stream._put(delta)
+    def _take(self, message: Outputs) -> None:
+        self.stats = message.stats
+        for progress in message.progress:
+            if stream := self._streams.get(progress.request_id):
+                stream.progress = progress
+        for delta in message.deltas:
+            stream = self._streams.get(delta.request_id)
+            if stream is None:  # aborted here while the step was under way
+                continue
+            if delta.finish_reason is not None:
+                del self._streams[delta.request_id]
+            stream._put(delta)
 
-    def _watch_process(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _watch_process(self) -> None:
         def wait() -> None:
             status = self._process.process.wait()
             with contextlib.suppress(RuntimeError):  # the loop has closed: nobody is waiting any more
-                loop.call_soon_threadsafe(self._on_exit, status)
+                self._loop.call_soon_threadsafe(self._on_exit, status)
 
         threading.Thread(target=wait, name="engine-watch", daemon=True).start()
 
     def _on_exit(self, status: int) -> None:
         if self._stopping:
             return
+        self._read()  # its last words
         self.died = EngineDied(f"the engine process ended with status {status}")
+        self._starting.put_nowait(self.died)
         for stream in self._streams.values():
             stream._arrived.set()
         self.on_death()

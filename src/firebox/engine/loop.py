@@ -50,9 +50,14 @@ class Connection:
             except zmq.Again:
                 return messages
 
-    def close(self) -> None:
-        """Delivers what is queued, for at most a second, and closes the sockets."""
-        self._context.destroy(linger=1000)
+    def require_server(self) -> None:
+        """Raises EOFError once the server process is gone."""
+        if dict(self._poller.poll(0)).get(self._watch_fd) and not os.read(self._watch_fd, 1):
+            raise EOFError("the server process is gone")
+
+    def close(self, linger_s: float = 1.0) -> None:
+        """Delivers what is queued, for at most `linger_s`, and closes the sockets."""
+        self._context.destroy(linger=int(linger_s * 1000))
 
 
 def run(connection: Connection, scheduler: Scheduler, runner: Runner) -> None:

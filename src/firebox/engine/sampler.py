@@ -1,11 +1,13 @@
-"""From logits to tokens: penalties, bias, temperature, filters, and a draw that depends on (seed, position) alone.
+"""From logits to tokens: penalties, bias, temperature, filters, and a draw that depends on (seed, position)
+alone.
 
-Order, as in OpenAI's and vLLM's servers: repetition, then frequency and presence penalties, then bias, then the ban of stop tokens
-before min_tokens; temperature; top_k, top_p, min_p; softmax; draw. Reported logprobs are the model's own, before all of it.
+Order, as in OpenAI's and vLLM's servers: repetition, then frequency and presence penalties, then bias, then
+the ban of stop tokens before min_tokens; temperature; top_k, top_p, min_p; softmax; draw. Reported logprobs
+are the model's own, before all of it.
 
-The draw is inversion: u = Philox4x32-10(seed; position) in [0, 1), token = the first in vocabulary order whose cumulative
-probability exceeds u. Nothing in it depends on the other requests of the batch. Philox: Salmon et al., "Parallel random numbers:
-as easy as 1, 2, 3", SC 2011; counter-based, so a GPU kernel can draw the very same numbers.
+The draw is a race between the tokens (kernels/cpu_race.py), whose random numbers are a function of seed,
+position and token. Nothing in it depends on the other requests of the batch but the last bits of the logits,
+and those only matter where two tokens tie.
 """
 
 from __future__ import annotations
@@ -16,21 +18,9 @@ import torch
 
 from firebox.engine.messages import SamplingParams, TokenLogprobs
 from firebox.engine.request import Request
+from firebox.kernels import cpu_race
 
-_MASK = 0xFFFFFFFF
 LEAST_TEMPERATURE = 1e-5  # as good as greedy; far below it logits / temperature overflows float32
-
-
-def philox_uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) with 24 random bits: word 0 of Philox4x32-10 at counter (position, 0, 0, 0) under the key `seed`."""
-    c0, c1, c2, c3 = position & _MASK, (position >> 32) & _MASK, 0, 0
-    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
-    for _ in range(10):
-        high0, low0 = divmod(0xD2511F53 * c0, 1 << 32)
-        high1, low1 = divmod(0xCD9E8D57 * c2, 1 << 32)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    return (c0 >> 8) / (1 << 24)
 
 
 def is_plain_greedy(params: SamplingParams, output_tokens: int) -> bool:
@@ -63,7 +53,8 @@ def sample(logits: torch.Tensor, requests: Sequence[Request], eos_token_ids: fro
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: Sequence[int], top: int) -> list[TokenLogprobs]:
-    """Logprobs of `token_ids` [rows] under `logits` [rows, vocab] float32, with the `top` likeliest alternatives of each."""
+    """Logprobs of `token_ids` [rows] under `logits` [rows, vocab] float32, with the `top` likeliest
+    alternatives of each."""
     logprobs = logits.log_softmax(-1)
     ids = torch.tensor(token_ids, dtype=torch.int64, device=logits.device).unsqueeze(-1)
     chosen = logprobs.gather(-1, ids)
@@ -74,12 +65,15 @@ def token_logprobs(logits: torch.Tensor, token_ids: Sequence[int], top: int) -> 
 
 
 def _penalise(row: torch.Tensor, request: Request) -> None:
-    """Changes one request's logits [vocab] in place: repetition (prompt and output), frequency, presence (output), bias."""
+    """Changes one request's logits [vocab] in place: repetition (prompt and output), frequency, presence
+    (output), bias."""
     params = request.params
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(sorted(set(request.token_ids)), device=row.device)
         values = row[seen]
-        row[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+        row[seen] = torch.where(
+            values > 0, values / params.repetition_penalty, values * params.repetition_penalty
+        )
     output = request.token_ids[request.prompt_tokens :]
     if output and (params.frequency_penalty != 0.0 or params.presence_penalty != 0.0):
         ids, counts = torch.tensor(output, device=row.device).unique(return_counts=True)
@@ -105,23 +99,26 @@ def _draw(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
     scaled = logits / temperature
     for row, p in zip(scaled, params, strict=True):
         _filter(row, p)
-    cumulative = scaled.softmax(-1, dtype=torch.float64).cumsum(-1)
     # position = how many tokens are known: the same for a request however it is batched, retracted or resumed
-    uniform = [philox_uniform(_seed(r), len(r.token_ids)) for r in requests]
-    threshold = cumulative.new_tensor(uniform).unsqueeze(-1) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[-1] - 1).squeeze(-1).tolist()
+    race = cpu_race.bind(cpu_race.Problem(logits.shape[-1]), {}, threads=1)
+    return race(
+        scaled, [_seed(request) for request in requests], [len(request.token_ids) for request in requests]
+    )
 
 
 def _seed(request: Request) -> int:
     seed = request.params.seed
-    assert seed is not None, f"request {request.request_id} samples without a seed: limits.validate gives it one"
+    assert seed is not None, (
+        f"request {request.request_id} samples without a seed: limits.validate gives it one"
+    )
     return seed
 
 
 def _filter(row: torch.Tensor, params: SamplingParams) -> None:
     """Sets to −inf, in place, what top_k, top_p and min_p exclude from one request's scaled logits [vocab].
 
-    Ties at the border of top_k are all kept; top_p keeps the smallest set of likeliest tokens that reaches it.
+    Ties at the border of top_k are all kept; top_p keeps the smallest set of likeliest tokens that reaches
+    it.
     """
     if 0 < params.top_k < row.shape[-1]:
         row.masked_fill_(row < row.topk(params.top_k).values[-1], -torch.inf)

@@ -1,10 +1,11 @@
 """The contract of a kernel. A kernel is a file in this room, in five parts, in this order:
 
-    1. OP, Problem, accepts          what it computes, its sizes, None or a sentence why it cannot run a problem
+    1. OP, Problem, accepts          what it computes, its sizes, None or why it cannot run a problem
     2. the device code
     3. bind                          packs weights and returns a callable over torch tensors
     4. reference                     the same result in plain torch, slowly
-    5. inputs, CASES, tolerance      what tests, tuner and benchmark run it on
+    5. inputs, CASES, tolerance      what tests, tuner and benchmark run it on: the launcher's arguments
+                                     in order, and under "weights" what `bind` takes
 
 The selector (`kernels.select`) asks every kernel of an OP; tests/cpu/kernels runs every kernel over its own
 CASES.

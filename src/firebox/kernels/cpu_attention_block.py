@@ -3,7 +3,7 @@
     h = rms_norm(x_t) · norm_weight;  q, k, v = split(h · qkv_weightᵀ + qkv_bias)
     q, k = rotary(rms_norm over head_dim of q, k)                (the norm only where the model has one)
     cache[token_slots_t] = k, v
-    o_h = softmax(scale · q_h · K) · V   over positions 0 … positions_t of its request, read in place from their pages
+    o_h = softmax(scale · q_h · K) · V   over positions 0 … positions_t of its request, in its pages
     out_t = x_t + o · o_weightᵀ
 
 x, out [tokens, hidden] float32; cache k, v [pages, page_tokens, kv_heads, head_dim] float32; page_table

@@ -60,5 +60,6 @@ def select(op: str, problem: Any, gpu: Gpu, wanted: str = "auto") -> Choice:
                 losers | {TORCH: "slower"},
             )
     if wanted != "auto":
-        raise ConfigError(f"no kernel {wanted!r} for {op}", hint=f"there are: {', '.join([*losers, *dict(accepted), TORCH])}")
+        there_are = ", ".join([*losers, *dict(accepted), TORCH])
+        raise ConfigError(f"no kernel {wanted!r} for {op}", hint=f"there are: {there_are}")
     return Choice(op, None, "no kernel accepts", losers)

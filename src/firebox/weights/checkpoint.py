@@ -85,7 +85,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def _shards(folder: Path) -> tuple[Path, ...]:
     index = _read_json(folder / INDEX)
     if index is not None:
-        shards = tuple(folder / name for name in sorted(set(index["weight_map"].values())))
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(f"{folder / INDEX} has no weight_map of tensor names to file names")
+        shards = tuple(folder / name for name in sorted(set(weight_map.values())))
     else:
         shards = tuple(path for path in (folder / SINGLE,) if path.exists())
     for shard in shards:

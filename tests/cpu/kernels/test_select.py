@@ -1,0 +1,138 @@
+"""Who runs an operation, and why: invented kernels for every outcome, then the real room."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import ModuleType
+
+import pytest
+import torch
+
+from firebox.errors import ConfigError
+from firebox.find import load, names
+from firebox.hardware.base import Gpu
+from firebox.hardware.probe import probe_cpu
+from firebox.kernels import cpu_moe_block
+from firebox.kernels import select as module
+from firebox.kernels.select import select
+
+CPU = probe_cpu()
+GPU = Gpu("gb10", "cuda", 0, 0, 0, frozenset())
+
+
+def kernel(name: str, op: str | None, reason: str | None) -> ModuleType:
+    """A module in the kernels' room that answers `reason`."""
+    made = ModuleType(f"firebox.kernels.{name}")
+    if op is not None:
+        made.OP = op  # type: ignore[attr-defined]
+    made.accepts = lambda problem, gpu: reason and f"{reason} {problem} on {gpu.name}"  # type: ignore[attr-defined]
+    return made
+
+
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
+    """Three kernels of one operation, one of another, and a file that is no kernel."""
+    made = {
+        "alpha": kernel("alpha", "norm", "is too slow for"),
+        "beta": kernel("beta", "norm", None),
+        "gamma": kernel("gamma", "norm", "does not know"),
+        "other": kernel("other", "head", None),
+        "plan": kernel("plan", None, None),
+    }
+    monkeypatch.setattr(module, "names", lambda room_name: tuple(made))
+    monkeypatch.setattr(module, "load", lambda room_name, name: made[name])
+    return made
+
+
+def test_the_one_that_accepts_wins_and_the_losers_say_why(room: dict[str, ModuleType]) -> None:
+    choice = select("norm", 64, CPU)
+    assert (choice.op, choice.name, choice.kernel) == ("norm", "beta", room["beta"])
+    assert choice.why == "accepts the problem"
+    assert choice.losers == {
+        "alpha": "is too slow for 64 on cpu",
+        "gamma": "does not know 64 on cpu",
+        "torch": "slower",
+    }
+
+
+def test_nobody_accepts(room: dict[str, ModuleType]) -> None:
+    del room["beta"]
+    choice = select("norm", 64, CPU)
+    assert (choice.name, choice.kernel, choice.why) == ("torch", None, "no kernel accepts")
+    assert set(choice.losers) == {"alpha", "gamma"}
+
+
+def test_no_kernel_for_the_operation_at_all(room: dict[str, ModuleType]) -> None:
+    choice = select("rope", 64, CPU)
+    assert (choice.name, choice.why, choice.losers) == ("torch", "no kernel accepts", {})
+
+
+def test_by_name(room: dict[str, ModuleType]) -> None:
+    choice = select("norm", 64, CPU, "beta")
+    assert (choice.kernel, choice.why) == (room["beta"], "asked for")
+    assert set(choice.losers) == {"alpha", "gamma", "torch"}
+
+
+def test_the_second_that_accepts_by_name(room: dict[str, ModuleType]) -> None:
+    room["delta"] = kernel("delta", "norm", None)
+    assert select("norm", 64, CPU).name == "beta"
+    assert select("norm", 64, CPU, "delta").kernel is room["delta"]
+
+
+def test_torch_by_name_is_no_fallback_but_a_wish(room: dict[str, ModuleType]) -> None:
+    choice = select("norm", 64, CPU, "torch")
+    assert (choice.name, choice.kernel, choice.why) == ("torch", None, "asked for")
+    assert choice.losers["beta"] == "torch was asked for" and choice.losers["alpha"].startswith("is too slow")
+
+
+def test_wanted_but_does_not_accept(room: dict[str, ModuleType]) -> None:
+    with pytest.raises(ConfigError, match="kernel gamma cannot run norm: does not know 64 on cpu"):
+        select("norm", 64, CPU, "gamma")
+
+
+@pytest.mark.parametrize("wanted", ["nonsense", "other", "plan", ""])
+def test_wanted_but_unknown_names_every_one_there_is(room: dict[str, ModuleType], wanted: str) -> None:
+    """A kernel of another operation is as unknown as one that does not exist."""
+    with pytest.raises(ConfigError, match=f"no kernel '{wanted}' for norm") as caught:
+        select("norm", 64, CPU, wanted)
+    listed = str(caught.value.hint).partition(": ")[2].split(", ")
+    assert sorted(listed) == ["alpha", "beta", "gamma", "torch"]
+
+
+# ---- the real room
+
+OPS = sorted(
+    {found.OP for found in (load("kernels", name) for name in names("kernels")) if hasattr(found, "OP")}
+)
+
+
+def problem_of(op: str) -> tuple[str, object]:
+    """A kernel of `op` and the first problem it is tested on."""
+    for name in names("kernels"):
+        found = load("kernels", name)
+        if getattr(found, "OP", None) == op:
+            return name, found.CASES[0][0]
+    raise AssertionError(op)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_operation_runs_its_kernel_in_float32_on_a_cpu(op: str) -> None:
+    name, problem = problem_of(op)
+    assert select(op, problem, CPU).name == name
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_operation_falls_back_where_the_cpu_kernels_cannot_go(op: str) -> None:
+    name, problem = problem_of(op)
+    if op != "race":  # which draws from float32 scores whatever the model computes in
+        narrow = select(op, dataclasses.replace(problem, dtype=torch.bfloat16), CPU)
+        assert narrow.kernel is None and "bfloat16" in narrow.losers[name]
+    elsewhere = select(op, problem, GPU)
+    assert elsewhere.kernel is None and elsewhere.losers[name] == "is made for a CPU"
+
+
+def test_group_limited_routing_is_refused_with_its_number_of_groups() -> None:
+    problem = dataclasses.replace(cpu_moe_block.CASES[0][0], expert_groups=4)
+    assert "4" in select("moe_block", problem, CPU).losers["cpu_moe_block"]
+    with pytest.raises(ConfigError, match=r"cpu_moe_block cannot run moe_block: .*groups"):
+        select("moe_block", problem, CPU, "cpu_moe_block")

@@ -1,0 +1,465 @@
+"""Checkpoint to model: every tensor arrives, exactly; everything that does not fit is refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from firebox.config import Config, EngineConfig, ModelConfig
+from firebox.engine.start import facts, make_model
+from firebox.errors import (
+    CheckpointError,
+    CorruptShard,
+    MissingTensor,
+    UnknownTensor,
+    UnsupportedFormat,
+    UnsupportedModel,
+    WrongShape,
+)
+from firebox.find import load, names
+from firebox.hardware.probe import probe_cpu
+from firebox.layers.base import Build
+from firebox.layers.dense import DenseBlock
+from firebox.layers.moe import MoeBlock
+from firebox.models.base import Model
+from firebox.weights.checkpoint import INDEX, SINGLE, open_checkpoint
+from firebox.weights.load import load_dummy, load_weights
+from tests.support.checkpoints import write_checkpoint
+
+BUNDLED = Path(__file__).parents[3] / "src/firebox/assets/firebox-tiny"
+GLM = load("models", "glm4_moe").TINY
+QWEN = load("models", "qwen3_moe").TINY
+
+
+def build(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Build:
+    return Build(probe_cpu(), torch.device(device), dtype, dtype, max_positions=64)
+
+
+def empty_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Model, dict[str, torch.Tensor]]:
+    """The folder's model, and its weights by name, which outlive `finish`; NaN until filled."""
+    model = make_model(open_checkpoint(folder), build(dtype))
+    targets = {slot.name: slot.target for slot in model.slots()}
+    for target in targets.values():
+        target.fill_(torch.nan)
+    return model, targets
+
+
+def load_folder(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """The model's weights by name, after loading."""
+    model, targets = empty_model(folder, dtype)
+    load_weights(model, open_checkpoint(folder))
+    return targets
+
+
+def resolve_facts(config: dict[str, Any], folder: Path) -> Any:
+    """What start-up does first with a config.json."""
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return facts(open_checkpoint(folder), Config(), probe_cpu())
+
+
+@pytest.fixture(scope="module", params=names("models"))
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that transformers wrote, in several shards."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return write_checkpoint(folder, load("models", request.param).TINY, shard_bytes=200_000)
+
+
+@pytest.fixture
+def folder(written: Path, tmp_path: Path) -> Path:
+    """A copy to break."""
+    return shutil.copytree(written, tmp_path / "checkpoint")
+
+
+def shard_with(folder: Path, name: str) -> Path:
+    weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+    return folder / weight_map[name]
+
+
+def rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+# ---- what arrives
+
+
+def test_every_tensor_arrives_unchanged(written: Path) -> None:
+    stored = {name: tensor for name, tensor, _ in open_checkpoint(written).tensors()}
+    found = load_folder(written)
+    assert len(open_checkpoint(written).shards) > 1 and set(found) == set(stored)
+    for name, tensor in stored.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_one_file_or_several_is_the_same_model(written: Path, tmp_path: Path) -> None:
+    shutil.copy(written / "config.json", tmp_path)
+    save_file({name: tensor for name, tensor, _ in open_checkpoint(written).tensors()}, tmp_path / SINGLE)
+    several = load_folder(written)
+    for name, tensor in load_folder(tmp_path).items():
+        assert torch.equal(tensor, several[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_widening_is_exact(folder: Path, dtype: torch.dtype) -> None:
+    narrow: dict[str, torch.Tensor] = {}
+    for shard in open_checkpoint(folder).shards:
+
+        def change(tensors: dict[str, torch.Tensor]) -> None:
+            tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()})
+            narrow.update(tensors)
+
+        rewrite(shard, change)
+    for name, tensor in load_folder(folder).items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, narrow[name].double().float()), name
+
+
+def test_narrowing_rounds_to_nearest_even(folder: Path) -> None:
+    name = "model.norm.weight"
+    ties = torch.tensor([1.0, 1.0 + 2**-8, 1.0 + 3 * 2**-8, 1.0 + 2**-8 + 2**-20] * 16)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = ties
+
+    rewrite(shard_with(folder, name), change)
+    found = load_folder(folder, torch.bfloat16)[name]
+    assert found.dtype == torch.bfloat16
+    assert found.float().tolist() == [1.0, 1.0, 1.0 + 2**-6, 1.0 + 2**-7] * 16
+
+
+def test_progress_grows_to_the_total(written: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    model, _ = empty_model(written)
+    checkpoint = open_checkpoint(written)
+    load_weights(model, checkpoint, lambda loaded, total: seen.append((loaded, total)))
+    loaded = [entry[0] for entry in seen]
+    assert loaded == sorted(set(loaded)) and {total for _, total in seen} == {checkpoint.total_bytes}
+    assert 0.9 * checkpoint.total_bytes < loaded[-1] <= checkpoint.total_bytes
+    assert 10 < len(seen) <= 100
+
+
+# ---- what is refused
+
+
+def test_no_weights(folder: Path) -> None:
+    for path in folder.glob("model*"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match="no safetensors files") as caught:
+        load_folder(folder)
+    assert str(folder) in str(caught.value) and "dummy" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.norm.weight",
+        "model.layers.2.mlp.experts.7.down_proj.weight",
+        "model.layers.0.self_attn.k_norm.weight",
+    ],
+)
+def test_a_missing_tensor(folder: Path, name: str) -> None:
+    rewrite(shard_with(folder, name), lambda tensors: tensors.pop(name))
+    with pytest.raises(MissingTensor) as caught:
+        load_folder(folder)
+    assert str(caught.value).endswith(f"lacks {name}")
+
+
+def test_several_missing_tensors_are_counted(folder: Path) -> None:
+    gone = [f"model.layers.2.mlp.experts.{e}.down_proj.weight" for e in range(3)]
+    for name in gone:
+        rewrite(shard_with(folder, name), lambda tensors, name=name: tensors.pop(name))
+    with pytest.raises(MissingTensor, match=r"experts\.\d\.down_proj\.weight and 2 more$"):
+        load_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "made.up",
+        "model.layers.1.self_attn.q_proj.weight_scale_inv",
+        "model.layers.99.mlp.gate.weight",
+        "model.layers.30.input_layernorm.weight",
+        "lm_head.bias",
+    ],
+)
+def test_an_unknown_tensor(folder: Path, name: str) -> None:
+    shard = shard_with(folder, "model.norm.weight")
+    rewrite(shard, lambda tensors: tensors.update({name: torch.zeros(2)}))
+    with pytest.raises(UnknownTensor) as caught:
+        load_folder(folder)
+    assert name in str(caught.value) and shard.name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("model.norm.weight", lambda t: t[:-1]),
+        ("model.layers.0.self_attn.o_proj.weight", lambda t: t.T.contiguous()),
+        ("model.layers.2.mlp.experts.7.down_proj.weight", lambda t: t.T.contiguous()),
+        ("model.embed_tokens.weight", lambda t: t[:-1]),
+        ("model.layers.2.mlp.gate.weight", lambda t: t.flatten()),
+        ("model.norm.weight", lambda t: t[:1]),  # would broadcast
+    ],
+)
+def test_a_wrong_shape(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    shapes: list[list[int]] = []
+
+    def replace(tensors: dict[str, torch.Tensor]) -> None:
+        shapes.append(list(tensors[name].shape))
+        tensors[name] = change(tensors[name]).clone()
+        shapes.append(list(tensors[name].shape))
+
+    rewrite(shard_with(folder, name), replace)
+    with pytest.raises(WrongShape) as caught:
+        load_folder(folder)
+    assert str(caught.value) == f"{name} is {shapes[1]}; config.json implies {shapes[0]}"
+
+
+def test_a_shard_that_ends_early(folder: Path) -> None:
+    shard = shard_with(folder, "model.norm.weight")
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(CorruptShard) as caught:
+        load_folder(folder)
+    assert str(shard) in str(caught.value)
+
+
+# ---- tensors that are left out on purpose
+
+
+def test_the_mtp_layer_of_the_bundled_model_is_skipped_on_purpose() -> None:
+    model, targets = empty_model(BUNDLED)
+    stored = [name for name, _, _ in open_checkpoint(BUNDLED).tensors()]
+    skipped = {name for name in stored if name not in targets}
+    assert len(skipped) > 50 and all(name.startswith("model.layers.4.") for name in skipped)
+    assert {model.unused(name) for name in skipped} == {"multi-token prediction (MTP) is not used yet"}
+    assert all(model.unused(name) is None for name in targets)
+    load_weights(model, open_checkpoint(BUNDLED))
+    assert not any(target.isnan().any() for target in targets.values())
+
+
+def test_a_made_up_name_beside_the_mtp_layer_is_refused(tmp_path: Path) -> None:
+    shutil.copy(BUNDLED / "config.json", tmp_path)
+    for name in ("model.layers.40.mlp.gate.weight", "model.layers.5.mlp.gate.weight", "mtp.norm.weight"):
+        save_file(load_file(BUNDLED / SINGLE) | {name: torch.zeros(2)}, tmp_path / SINGLE)
+        with pytest.raises(UnknownTensor, match=name):
+            load_folder(tmp_path)
+
+
+@pytest.mark.parametrize("tiny", [GLM, QWEN], ids=["glm4_moe", "qwen3_moe"])
+def test_a_tied_head_is_the_embedding(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """transformers leaves lm_head out; other tools write it too. Both load, and an untied model needs it."""
+    write_checkpoint(tmp_path, tiny | {"tie_word_embeddings": True})
+    assert "lm_head.weight" not in load_folder(tmp_path)
+    rewrite(tmp_path / SINGLE, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    found = load_folder(tmp_path)
+    assert "lm_head.weight" not in found and not any(target.isnan().any() for target in found.values())
+    rewrite(tmp_path / SINGLE, lambda t: t.pop("lm_head.weight"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    with pytest.raises(MissingTensor, match=r"lm_head\.weight"):
+        load_folder(tmp_path)
+
+
+# ---- what a config.json may ask for
+
+
+@pytest.mark.parametrize("tiny", [GLM, QWEN], ids=["glm4_moe", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"model_type": "llama"}, UnsupportedModel, ["'llama'"]),
+        ({"model_type": "base"}, UnsupportedModel, ["'base'"]),
+        ({"quantization_config": {"quant_method": "fp8"}}, UnsupportedFormat, ["fp8"]),
+        (
+            {"quantization_config": {"quant_method": "compressed-tensors"}},
+            UnsupportedFormat,
+            ["compressed-tensors"],
+        ),
+        ({"dtype": "float8_e4m3fn"}, UnsupportedFormat, ["float8_e4m3fn"]),
+        ({"hidden_act": "gelu"}, UnsupportedModel, ["hidden_act", "'gelu'", "'silu'"]),
+        ({"attention_dropout": 0.1}, UnsupportedModel, ["attention_dropout", "0.1"]),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, UnsupportedModel, ["rope", "'yarn'"]),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, UnsupportedModel, ["rope", "'linear'"]),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}},
+            UnsupportedModel,
+            ["rope", "'llama3'"],
+        ),
+    ],
+)
+def test_what_the_code_does_not_implement_is_refused_by_name(
+    tiny: dict[str, Any],
+    change: dict[str, Any],
+    error: type[CheckpointError],
+    words: list[str],
+    tmp_path: Path,
+) -> None:
+    resolve_facts(tiny, tmp_path)
+    with pytest.raises(error) as caught:
+        resolve_facts(tiny | change, tmp_path)
+    assert type(caught.value) is error
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_sliding_window_is_refused(tmp_path: Path) -> None:
+    for value in (False, None):
+        resolve_facts(QWEN | {"use_sliding_window": value}, tmp_path)
+    with pytest.raises(UnsupportedModel, match="use_sliding_window = True"):
+        resolve_facts(QWEN | {"use_sliding_window": True}, tmp_path)
+
+
+NEEDED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "max_position_embeddings",
+)
+
+
+@pytest.mark.parametrize(
+    ("tiny", "key"),
+    [
+        *((tiny, key) for tiny in (GLM, QWEN) for key in NEEDED),
+        *(
+            (GLM, key)
+            for key in (
+                "n_routed_experts",
+                "n_shared_experts",
+                "first_k_dense_replace",
+                "routed_scaling_factor",
+            )
+        ),
+        (QWEN, "num_experts"),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else value,
+)
+def test_a_missing_key_is_named(tiny: dict[str, Any], key: str, tmp_path: Path) -> None:
+    for config in ({k: v for k, v in tiny.items() if k != key}, tiny | {key: None}):
+        with pytest.raises(UnsupportedModel, match=key):
+            resolve_facts(config, tmp_path)
+
+
+def test_null_where_a_key_might_as_well_be_absent(tmp_path: Path) -> None:
+    resolve_facts(
+        GLM | {"quantization_config": None, "rope_scaling": None, "rope_parameters": None}, tmp_path
+    )
+
+
+def test_the_rotary_base_under_its_older_and_newer_name() -> None:
+    for name in names("models"):
+        module = load("models", name)
+        plain = {k: v for k, v in module.TINY.items() if k != "rope_theta"}
+        older = module.Config.from_hf(plain | {"rope_theta": 123.0})
+        newer = module.Config.from_hf(
+            plain | {"rope_parameters": {"rope_type": "default", "rope_theta": 123.0}}
+        )
+        assert older == newer and older.rope_theta == 123.0
+
+
+def test_facts_count_what_transformers_counts(written: Path) -> None:
+    """Bytes of weights and of KV per token, against the parameters of transformers' own model."""
+    found = facts(open_checkpoint(written), Config(), probe_cpu())
+    config = AutoConfig.from_pretrained(written)
+    with torch.device("meta"):
+        reference = AutoModelForCausalLM.from_config(config)
+    buffers = sum(b.numel() for name, b in reference.named_buffers() if "e_score_correction_bias" in name)
+    parameters = sum(parameter.numel() for parameter in reference.parameters()) + buffers
+    assert found.weights_bytes == 4 * parameters
+    assert (
+        found.kv_bytes_per_token
+        == 4 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    )
+    narrow = dataclasses.replace(
+        Config(), model=ModelConfig(dtype="bfloat16"), engine=EngineConfig(kv_cache_dtype="bfloat16")
+    )
+    halved = facts(open_checkpoint(written), narrow, probe_cpu())
+    assert halved.kv_bytes_per_token * 2 == found.kv_bytes_per_token
+    assert halved.weights_bytes == 2 * parameters + 2 * buffers  # the correction bias stays in float32
+
+
+# ---- which layers are sparse
+
+
+@pytest.mark.parametrize("sparse_step", [1, 2, 3, 7])
+@pytest.mark.parametrize("mlp_only", [None, [], [1], [0, 3, 5]])
+def test_qwen3_moe_layout(sparse_step: int, mlp_only: list[int] | None) -> None:
+    config = QWEN | {"num_hidden_layers": 6, "decoder_sparse_step": sparse_step, "mlp_only_layers": mlp_only}
+    module = load("models", "qwen3_moe")
+    model = module.Model(module.Config.from_hf(config), build(device="meta"))
+    with torch.device("meta"):
+        reference = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**config | {"mlp_only_layers": mlp_only or []})
+        )
+    expected = [MoeBlock if hasattr(layer.mlp, "experts") else DenseBlock for layer in reference.model.layers]
+    assert [type(mlp) for _, mlp in model.blocks] == expected
+
+
+@pytest.mark.parametrize("dense", [0, 1, 3])
+def test_glm4_moe_layout(dense: int) -> None:
+    module = load("models", "glm4_moe")
+    model = module.Model(module.Config.from_hf(GLM | {"first_k_dense_replace": dense}), build(device="meta"))
+    assert [type(mlp) for _, mlp in model.blocks] == [DenseBlock] * dense + [MoeBlock] * (3 - dense)
+
+
+# ---- random weights
+
+
+def dummy(tiny: dict[str, Any], seed: int = 0, **changes: int) -> dict[str, torch.Tensor]:
+    module = load("models", tiny["model_type"])
+    model = module.Model(module.Config.from_hf(tiny | changes), build())
+    targets = {slot.name: slot.target for slot in model.slots()}
+    for target in targets.values():
+        target.fill_(torch.nan)
+    load_dummy(model, seed)
+    return targets
+
+
+@pytest.mark.parametrize("tiny", [GLM, QWEN], ids=["glm4_moe", "qwen3_moe"])
+def test_dummy_weights_are_the_same_every_time_and_not_zero(tiny: dict[str, Any]) -> None:
+    first, again, other = dummy(tiny), dummy(tiny), dummy(tiny, seed=1)
+    for name, tensor in first.items():
+        assert torch.equal(tensor, again[name]) and not torch.equal(tensor, other[name]), name
+        assert tensor.isfinite().all() and tensor.std() > 0, name
+        if "norm" in name:
+            assert 0.9 < tensor.mean() < 1.1, name
+        elif name.endswith("bias"):
+            assert tensor.abs().max() < 0.2, name
+        else:  # y = W x keeps the size of x
+            assert tensor.std() == pytest.approx(tensor.shape[-1] ** -0.5, rel=0.1), name
+
+
+@pytest.mark.parametrize("tiny", [GLM, QWEN], ids=["glm4_moe", "qwen3_moe"])
+def test_dummy_routing_spreads(tiny: dict[str, Any]) -> None:
+    """Over random tokens every expert gets at least a fifth of its share, and none more than twice."""
+    experts, top_k = 32, 4
+    found = dummy(
+        tiny,
+        num_experts_per_tok=top_k,
+        **{key: experts for key in tiny if key in ("n_routed_experts", "num_experts")},
+    )
+    hidden = torch.randn(2000, tiny["hidden_size"], generator=torch.Generator().manual_seed(0))
+    routers = [name for name in found if name.endswith("mlp.gate.weight")]
+    assert len(routers) == 2
+    for name in routers:
+        bias = found.get(name.replace("weight", "e_score_correction_bias"), torch.zeros(experts))
+        logits = hidden @ found[name].T
+        scores = logits.sigmoid() if "n_routed_experts" in tiny else logits.softmax(-1)
+        counts = (scores + bias).topk(top_k).indices.flatten().bincount(minlength=experts)
+        share = 2000 * top_k / experts
+        assert counts.min() > share / 5 and counts.max() < share * 2
