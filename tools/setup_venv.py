@@ -35,6 +35,8 @@ def main() -> int:
     constraints = _constraints()
     print(f"set-up: installing into .venv with {constraints}; a first time takes minutes", flush=True)
     _pip("install", "--quiet", "--quiet", "--constraint", constraints, "--editable", ".[dev]")
+    print("set-up: compiling the CPU kernels, so that no first start waits for it", flush=True)
+    subprocess.run([PIP[0], "-m", "firebox.kernels.warm"], check=True, stderr=subprocess.DEVNULL, cwd=ROOT)
     seconds = time.perf_counter() - start
     STAMP.write_text(json.dumps({"fingerprint": fingerprint, "seconds": seconds, "constraints": constraints}))
     print(f"set-up: done in {seconds:.1f} s")

@@ -80,6 +80,12 @@ def generate(
     document = _run(config, ask)
     if ask.as_json:
         print(json.dumps(document, ensure_ascii=False), flush=True)
+        return
+    print(
+        f"{len(document['ids'])} tokens, {document['tokens_per_s']:.0f} tokens/s, "
+        f"the first after {document['ttft_ms']:.0f} ms; loaded in {document['load_s']:.1f} s",
+        file=sys.stderr,
+    )
 
 
 def _read_prompt(prompt: str | None, file: Path | None) -> str:

@@ -1,8 +1,8 @@
 """Seeded sampling through the whole engine: the same request gives the same ids, whatever runs beside it.
 
-The last bits of a logit depend on how many tokens a step computes: the sums run in another order. So a race
-that two tokens finish within 1e-5 or so of each other may go either way. That is allowed here if noise of that
-size makes the sampler waver between the two.
+The last bits of a logit depend on how many tokens a step computes: the sums run in another order. So a
+race that two tokens finish within 1e-5 or so of each other may go either way. That is allowed here if noise
+of that size makes the sampler waver between the two.
 """
 
 from __future__ import annotations
