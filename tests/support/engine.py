@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from firebox.cache.kv_cache import KVCache
+from firebox.cache.kv_cache import CacheSizes, KVCache
 from firebox.config import Config, EngineConfig, ModelConfig
 from firebox.engine.messages import Delta, SamplingParams
 from firebox.engine.request import Request
@@ -32,7 +32,7 @@ class InProcessEngine:
     def restart(self, prefill_chunk_tokens: int) -> None:
         """A new scheduler with an empty cache and this prefill chunk, over the same model and pages."""
         self.scheduler = Scheduler(
-            KVCache(self.ready.kv_pages, self.ready.page_tokens),
+            KVCache(CacheSizes(self.ready.kv_pages, self.ready.page_tokens)),
             max_running_requests=8,
             max_batch_tokens=512,
             prefill_chunk_tokens=prefill_chunk_tokens,
