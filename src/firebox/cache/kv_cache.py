@@ -59,6 +59,7 @@ class KVCache:
     """
 
     def __init__(self, sizes: CacheSizes, prefix_cache: bool = True) -> None:
+        self.sizes = sizes
         self.page_tokens = sizes.page_tokens
         self.window_tokens = sizes.window_tokens
         self.has_states = sizes.states > 0
