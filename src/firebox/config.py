@@ -100,7 +100,9 @@ class CheckpointFacts:
 
     `model_type`: the file in models/ that serves it; `dtype`: the checkpoint's compute dtype;
     `context_tokens`: the longest context it was made for; `weights_bytes`: bytes of its tensors in the
-    compute dtype; `kv_bytes_per_token`: over all layers; `kv_dtype_bytes` is already in it.
+    compute dtype; `kv_bytes_per_token`: over all layers that keep every token, in the cache's dtype;
+    `window_bytes_per_token`: over all layers that keep only the last `window_tokens` (None: there are
+    none); `state_bytes`: over all recurrent layers, per request.
     """
 
     model_type: str
@@ -108,6 +110,9 @@ class CheckpointFacts:
     context_tokens: int
     weights_bytes: int
     kv_bytes_per_token: int
+    window_tokens: int | None = None
+    window_bytes_per_token: int = 0
+    state_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,8 @@ class Resolved:
     prefill_chunk_tokens: int
     page_tokens: int
     kv_pages: int
+    window_pages: int
+    states: int
     threads: int
     reasons: tuple[str, ...]
 
@@ -148,7 +155,14 @@ def resolve(config: EngineConfig, dtype: str, checkpoint: CheckpointFacts, gpu: 
             f"max_running_requests {max_running}: every running request needs a token of max_batch_tokens"
         )
 
-    kv_pages = config.kv_pages or _kv_pages(config, context_tokens * max_running, checkpoint, gpu, reasons)
+    budget_bytes, why = _cache_budget(config, checkpoint, gpu)
+    states = _states(max_running, checkpoint, budget_bytes, reasons)
+    window_pages = _window_pages(config, max_running, checkpoint, reasons)
+    budget_bytes -= states * checkpoint.state_bytes
+    budget_bytes -= window_pages * config.page_tokens * checkpoint.window_bytes_per_token
+    kv_pages = config.kv_pages or _kv_pages(
+        config, context_tokens * max_running, checkpoint, budget_bytes, why, reasons
+    )
     if kv_pages * config.page_tokens < context_tokens:
         reasons.append(
             f"context_length {kv_pages * config.page_tokens}: "
@@ -168,6 +182,8 @@ def resolve(config: EngineConfig, dtype: str, checkpoint: CheckpointFacts, gpu: 
         prefill_chunk_tokens=min(config.prefill_chunk_tokens, config.max_batch_tokens),
         page_tokens=config.page_tokens,
         kv_pages=kv_pages,
+        window_pages=window_pages,
+        states=states,
         threads=threads,
         reasons=tuple(reasons),
     )
@@ -208,24 +224,74 @@ def _context_tokens(asked: int | None, made_for: int, reasons: list[str]) -> int
     return asked
 
 
-def _kv_pages(
-    config: EngineConfig, useful_tokens: int, checkpoint: CheckpointFacts, gpu: Gpu, reasons: list[str]
-) -> int:
-    """As many pages as the memory budget allows and `useful_tokens` can fill."""
+def _cache_budget(config: EngineConfig, checkpoint: CheckpointFacts, gpu: Gpu) -> tuple[int, str]:
+    """Bytes for everything the layers keep, and where the number comes from."""
     budget_bytes = int(gpu.memory_free_bytes * config.mem_fraction) - checkpoint.weights_bytes
-    page_bytes = checkpoint.kv_bytes_per_token * config.page_tokens
-    if budget_bytes < page_bytes:
+    least_bytes = checkpoint.kv_bytes_per_token * config.page_tokens + checkpoint.state_bytes
+    if budget_bytes < least_bytes:
         raise OutOfMemory(
             f"{gpu.memory_free_bytes * config.mem_fraction / 1e9:.1f} GB "
             f"(mem_fraction {config.mem_fraction} of what is free) do not hold "
             f"{checkpoint.weights_bytes / 1e9:.1f} GB of weights "
-            f"and one KV page of {page_bytes / 1e6:.1f} MB",
+            f"and one KV page of {least_bytes / 1e6:.1f} MB",
             hint="a smaller model, a higher --mem-fraction, or more memory",
         )
-    why = f"{config.mem_fraction} of {gpu.memory_free_bytes / 1e9:.1f} GB free, less weights"
     if gpu.kind == "cpu" and budget_bytes > CPU_KV_BYTES:
-        budget_bytes, why = CPU_KV_BYTES, f"{CPU_KV_BYTES // 2**20} MiB on a CPU"
+        return CPU_KV_BYTES, f"{CPU_KV_BYTES // 2**20} MiB on a CPU"
+    return budget_bytes, f"{config.mem_fraction} of {gpu.memory_free_bytes / 1e9:.1f} GB free, less weights"
+
+
+def _states(max_running: int, checkpoint: CheckpointFacts, budget_bytes: int, reasons: list[str]) -> int:
+    """A recurrent state for each running request and up to twice as many snapshots, in half of the budget."""
+    if not checkpoint.state_bytes:
+        return 0
+    fitting = budget_bytes // 2 // checkpoint.state_bytes
+    if fitting <= max_running:
+        raise OutOfMemory(
+            f"{max_running} running requests need {max_running * checkpoint.state_bytes / 1e9:.1f} GB of "
+            f"recurrent state, and prefix hits some more; the budget for it is {budget_bytes / 2e9:.1f} GB",
+            hint=f"--max-running-requests {max(1, fitting // 2)}",
+        )
+    states = min(3 * max_running, fitting)
+    reasons.append(
+        f"states {states}: {max_running} running requests, the rest for snapshots; "
+        f"{states * checkpoint.state_bytes / 2**20:.0f} MiB"
+    )
+    return states
+
+
+def _window_pages(
+    config: EngineConfig, max_running: int, checkpoint: CheckpointFacts, reasons: list[str]
+) -> int:
+    """What every running request's window and next chunk can reach, and as much again for cached prefixes."""
+    if checkpoint.window_tokens is None:
+        return 0
+    chunk_tokens = min(config.prefill_chunk_tokens, config.max_batch_tokens)
+    per_request = -(-(checkpoint.window_tokens + chunk_tokens) // config.page_tokens) + 2
+    pages = 2 * max_running * per_request
+    page_bytes = checkpoint.window_bytes_per_token * config.page_tokens
+    reasons.append(
+        f"window_pages {pages}: windows of {checkpoint.window_tokens} tokens and a chunk, twice for each of "
+        f"{max_running} requests; {pages * page_bytes / 2**20:.0f} MiB"
+    )
+    return pages
+
+
+def _kv_pages(
+    config: EngineConfig,
+    useful_tokens: int,
+    checkpoint: CheckpointFacts,
+    budget_bytes: int,
+    why: str,
+    reasons: list[str],
+) -> int:
+    """As many pages as the memory budget allows and `useful_tokens` can fill."""
+    page_bytes = max(1, checkpoint.kv_bytes_per_token * config.page_tokens)
     pages, useful_pages = budget_bytes // page_bytes, -(-useful_tokens // config.page_tokens)
+    if pages < 1:
+        raise OutOfMemory(
+            f"nothing is left of {why} for KV pages", hint="fewer --max-running-requests, or more memory"
+        )
     if useful_pages < pages:
         pages, why = useful_pages, "max_running_requests of context_length each"
     reasons.append(

@@ -17,25 +17,37 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Step:
-    """The integers of one forward pass, each as a tensor on the compute device and, where the host plans with
-    it, as numpy.
+class Pages:
+    """Where the layers of one cache kind find their keys and values. `token_slots` [tokens] int64: where each
+    token's go (page id × page_tokens + row). `table` [requests, max_pages] int64: page ids by position, 0 for
+    none (padding, or a page that the window has left behind). `attention`: the backend's plan; None where no
+    layer of the kind needs one."""
 
-    `positions` [tokens] int64: index of each token in its request. `token_slots` [tokens] int64: where its K
-    and V go (page id × page_tokens + row). `token_rows` [tokens] int64: which request it belongs to.
-    `page_table` [requests, max_pages] int64, padded with page 0. `query_start` [requests + 1] and
-    `context_tokens` [requests] (tokens in the cache after this step) are host arrays. `attention`: the
-    backend's plan for this step. `caches`: one per layer.
+    token_slots: torch.Tensor
+    table: torch.Tensor
+    attention: Any
+
+
+@dataclass(frozen=True)
+class Step:
+    """The integers of one forward pass, as tensors on the compute device and, where the host plans with them,
+    as numpy arrays.
+
+    `positions` [tokens] int64: index of each token in its request. `token_rows` [tokens] int64: which request
+    it belongs to. `query_start` [requests + 1] and `context_tokens` [requests] (tokens seen after this step)
+    are host arrays. `caches`: one per layer. `full`: pages of paged and latent layers; `window`: of windowed
+    ones, None if the model has none; `state_slots` [requests] int64: each request's recurrent state, None if
+    the model has none.
     """
 
     positions: torch.Tensor
-    token_slots: torch.Tensor
     token_rows: torch.Tensor
-    page_table: torch.Tensor
     query_start: np.ndarray
     context_tokens: np.ndarray
     caches: tuple[Any, ...]
-    attention: Any
+    full: Pages
+    window: Pages | None = None
+    state_slots: torch.Tensor | None = None
 
     @property
     def tokens(self) -> int:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-from firebox.cache.kv_cache import KVCache
-from firebox.config import Config, EngineConfig, ModelConfig
+from firebox.config import Config, EngineConfig, ModelConfig, Resolved, resolve
 from firebox.engine.messages import Delta, SamplingParams
 from firebox.engine.request import Request
-from firebox.engine.scheduler import Scheduler
-from firebox.engine.start import start
+from firebox.engine.start import facts, make_scheduler, start
+from firebox.hardware.probe import probe_cpu
+from firebox.weights.checkpoint import open_checkpoint
 
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
 
@@ -26,18 +27,25 @@ class InProcessEngine:
         settings = {"threads": 1, "kv_pages": 256} | settings
         engine = dataclasses.replace(EngineConfig(), **settings)  # type: ignore[arg-type]
         model = ModelConfig(model=str(folder), dtype=dtype, load_format=load_format)
-        self.scheduler, self.runner, self.ready = start(Config(model=model, engine=engine))
+        self._config = Config(model=model, engine=engine)
+        self.scheduler, self.runner, self.ready = start(self._config)
         self._next_id = 0
 
     def restart(self, prefill_chunk_tokens: int) -> None:
         """A new scheduler with an empty cache and this prefill chunk, over the same model and pages."""
-        self.scheduler = Scheduler(
-            KVCache(self.ready.kv_pages, self.ready.page_tokens),
-            max_running_requests=8,
-            max_batch_tokens=512,
-            prefill_chunk_tokens=prefill_chunk_tokens,
-            eos_token_ids=frozenset(self.ready.eos_token_ids),
-        )
+        settings, window_tokens = self._settings
+        settings = dataclasses.replace(settings, prefill_chunk_tokens=prefill_chunk_tokens)
+        eos_token_ids = frozenset(self.ready.eos_token_ids)
+        self.scheduler = make_scheduler(settings, window_tokens, True, eos_token_ids)
+
+    @functools.cached_property
+    def _settings(self) -> tuple[Resolved, int | None]:
+        """What `start` derived from the config, and the model's window."""
+        gpu = probe_cpu()
+        found = facts(open_checkpoint(Path(self._config.model.model)), self._config, gpu)
+        settings = resolve(self._config.engine, self._config.model.dtype, found, gpu)
+        assert settings.kv_pages == self.ready.kv_pages, (settings.kv_pages, self.ready.kv_pages)
+        return settings, found.window_tokens
 
     def submit(self, prompt_ids: Sequence[int], params: SamplingParams = GREEDY) -> int:
         """Queues a request; its id."""

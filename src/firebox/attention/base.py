@@ -15,18 +15,29 @@ import numpy as np
 import torch
 
 from firebox.cache.pool import LayerCache
-from firebox.cache.specs import PagedSpec
+from firebox.cache.specs import CacheSpec, LatentSpec, PagedSpec, RecurrentSpec, WindowSpec
 from firebox.errors import ConfigError
 from firebox.find import load, names
 from firebox.hardware.base import Gpu
 
-__all__ = ["Backend", "PagedSpec", "select"]  # layers see cache specs through attention
+__all__ = [
+    "Backend",
+    "CacheSpec",
+    "KvSpec",
+    "LatentSpec",
+    "PagedSpec",
+    "RecurrentSpec",
+    "WindowSpec",
+    "select",
+]  # layers see specs here
+
+KvSpec = PagedSpec | LatentSpec | WindowSpec
 
 
 class Backend(Protocol):
     """One backend's module (see above)."""
 
-    def accepts(self, heads: int, spec: PagedSpec, gpu: Gpu) -> str | None:
+    def accepts(self, heads: int, spec: KvSpec, gpu: Gpu) -> str | None:
         """None, or one sentence why not."""
         ...
 
@@ -35,13 +46,23 @@ class Backend(Protocol):
         [requests, max_pages]."""
         ...
 
-    def run(self, q: torch.Tensor, layer_cache: LayerCache, plan: Any, scale: float) -> torch.Tensor:
-        """Causal attention of `q` [tokens, heads, head_dim] over each request's own keys; the same shape and
-        dtype."""
+    def run(
+        self,
+        q: torch.Tensor,
+        layer_cache: LayerCache,
+        plan: Any,
+        scale: float,
+        *,
+        window_tokens: int | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Causal attention of `q` [tokens, heads, head_dim] over each request's own keys → [tokens, heads,
+        value_dim] in q's dtype. `window_tokens`: a token sees only so many last ones, itself included.
+        `sinks` [heads]: a logit per head that takes part in the softmax and has no value."""
         ...
 
 
-def select(heads: int, spec: PagedSpec, gpu: Gpu, wanted: str = "auto") -> ModuleType:
+def select(heads: int, spec: KvSpec, gpu: Gpu, wanted: str = "auto") -> ModuleType:
     """The backend for such layers. `wanted` names one; ConfigError if it does not exist or does not
     accept."""
     if wanted != "auto" and wanted not in names("attention"):

@@ -4,33 +4,43 @@ verb of the engine."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from firebox.cache.pool import LayerCache
+from firebox.cache.pool import LayerStore, StateCache
+from firebox.cache.specs import RecurrentSpec, WindowSpec
 from firebox.engine.messages import TokenLogprobs
 from firebox.engine.sampler import sample, token_logprobs
 from firebox.engine.scheduler import Chunk, Plan, Sampled
 from firebox.models.base import Model
-from firebox.step import Step
+from firebox.step import Pages, Step
 
 
 class Runner:
     """Owns the model and the cache tensors."""
 
     def __init__(
-        self, model: Model, caches: tuple[LayerCache, ...], page_tokens: int, eos_token_ids: frozenset[int]
+        self,
+        model: Model,
+        caches: tuple[LayerStore, ...],
+        page_tokens: int,
+        eos_token_ids: frozenset[int],
+        device: torch.device,
     ) -> None:
         self.model = model
         self._caches = caches
         self._page_tokens = page_tokens
         self._eos_token_ids = eos_token_ids
-        self._device = caches[0].k.device
+        self._device = device
+        self._has_window = any(isinstance(spec, WindowSpec) for spec in model.cache_specs)
+        self._has_states = any(isinstance(spec, RecurrentSpec) for spec in model.cache_specs)
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> list[Sampled]:
         """One Sampled per chunk, in the plan's order. Writes the step's keys and values to the cache."""
+        self._copy_states(plan.state_copies)
         token_ids, step = self._build(plan)
         hidden = self.model(self._tensor(token_ids), step)  # [tokens, hidden]
         rows = _logits_rows(plan, step.query_start)
@@ -40,38 +50,59 @@ class Runner:
         logits = self.model.logits(hidden if len(flat) == step.tokens else hidden[flat])  # [rows, vocab]
         return self._sample(plan.chunks, logits, [len(chunk_rows) for chunk_rows in rows])
 
+    def _copy_states(self, copies: Sequence[tuple[int, int]]) -> None:
+        for source, target in copies:
+            for cache in self._caches:
+                if isinstance(cache, StateCache):
+                    cache.copy(source, target)
+
     def _build(self, plan: Plan) -> tuple[np.ndarray, Step]:
         chunks = plan.chunks
         counts = [chunk.count for chunk in chunks]
         query_start = np.zeros(len(chunks) + 1, np.int64)
         np.cumsum(counts, out=query_start[1:])
-        tokens = int(query_start[-1])
-        token_ids, positions, slots = (np.empty(tokens, np.int64) for _ in range(3))
-        held = [chunk.request.holding.page_ids for chunk in chunks if chunk.request.holding is not None]
-        page_table = np.zeros((len(chunks), max(map(len, held))), np.int64)
-        for r, (chunk, page_ids) in enumerate(zip(chunks, held, strict=True)):
-            page_table[r, : len(page_ids)] = page_ids
-            first, last, start = query_start[r], query_start[r + 1], chunk.start
-            token_ids[first:last] = chunk.request.token_ids[start : start + chunk.count]
-            positions[first:last] = np.arange(start, start + chunk.count)
-            at = positions[first:last]
-            slots[first:last] = (
-                page_table[r, at // self._page_tokens] * self._page_tokens + at % self._page_tokens
-            )
+        token_ids = np.concatenate([c.request.token_ids[c.start : c.start + c.count] for c in chunks])
+        positions = np.concatenate([np.arange(c.start, c.start + c.count) for c in chunks])
+        rows = np.repeat(np.arange(len(chunks)), counts)
         context_tokens = np.array([chunk.start + chunk.count for chunk in chunks])
-        table = self._tensor(page_table)
-        backend = self.model.attention_backend
+        holdings = [chunk.request.holding for chunk in chunks if chunk.request.holding is not None]
+
+        def pages(lists: list[list[int]], backend: Any) -> Pages:
+            return self._pages(lists, backend, positions, rows, query_start, context_tokens)
+
         step = Step(
             positions=self._tensor(positions),
-            token_slots=self._tensor(slots),
-            token_rows=self._tensor(np.repeat(np.arange(len(chunks)), counts)),
-            page_table=table,
+            token_rows=self._tensor(rows),
             query_start=query_start,
             context_tokens=context_tokens,
             caches=self._caches,
-            attention=backend.plan(query_start, context_tokens, table) if backend else None,
+            full=pages([holding.page_ids for holding in holdings], self.model.attention_backend),
+            window=pages([holding.window_page_ids for holding in holdings], self.model.attention_backend)
+            if self._has_window
+            else None,
+            state_slots=self._tensor(np.array([holding.state_slot for holding in holdings]))
+            if self._has_states
+            else None,
         )
         return token_ids, step
+
+    def _pages(
+        self,
+        lists: list[list[int]],
+        backend: Any,
+        positions: np.ndarray,
+        rows: np.ndarray,
+        query_start: np.ndarray,
+        context_tokens: np.ndarray,
+    ) -> Pages:
+        table = np.zeros((len(lists), max(map(len, lists))), np.int64)
+        for row, page_ids in enumerate(lists):
+            table[row, : len(page_ids)] = page_ids
+        page, offset = np.divmod(positions, self._page_tokens)
+        slots = table[rows, page] * self._page_tokens + offset
+        tensor = self._tensor(table)
+        plan = backend.plan(query_start, context_tokens, tensor) if backend else None
+        return Pages(self._tensor(slots), tensor, plan)
 
     def _sample(self, chunks: Sequence[Chunk], logits: torch.Tensor, counts: list[int]) -> list[Sampled]:
         """`counts[i]` rows of `logits` belong to chunk i; a sampling chunk's last row chooses its next

@@ -14,7 +14,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from firebox.cache.kv_cache import KVCache
+from firebox.cache.kv_cache import Holding, KVCache
 from firebox.engine.messages import Delta, Stats, TokenLogprobs
 from firebox.engine.request import Request
 
@@ -38,9 +38,11 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Plan:
-    """One step: at least one chunk, at most one per request."""
+    """One step: at least one chunk, at most one per request. `state_copies` (source slot, target slot) come
+    first, in order."""
 
     chunks: tuple[Chunk, ...]
+    state_copies: tuple[tuple[int, int], ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -120,9 +122,11 @@ class Scheduler:
         prefilling = [request for request in self.running if request.missing_tokens > 1]
         budget_tokens = self._max_batch_tokens
         for request in decoding + prefilling:
-            count = min(request.missing_tokens, budget_tokens, self._prefill_chunk_tokens)
-            if request.holding is None or count == 0:  # retracted a moment ago, or the budget is spent
+            if (
+                request.holding is None or budget_tokens == 0
+            ):  # retracted a moment ago, or the budget is spent
                 continue
+            count = self._chunk_tokens(request, budget_tokens)
             if self._make_room(request, request.computed_tokens + count, chunks):
                 chunks[request.request_id] = Chunk.of(request, count)
                 budget_tokens -= count
@@ -130,7 +134,9 @@ class Scheduler:
         if not chunks:
             assert not self._requests, f"{len(self._requests)} requests and nothing to compute"
             return None
-        return Plan(tuple(chunks.values()))
+        copies = tuple(self.cache.state_copies)
+        self.cache.state_copies.clear()
+        return Plan(tuple(chunks.values()), copies)
 
     def apply(self, plan: Plan, sampled: Sequence[Sampled]) -> list[Delta]:
         """Takes a step's results in: computed catches up, tokens are appended, finished requests leave. One
@@ -145,7 +151,9 @@ class Scheduler:
             request.computed_tokens += chunk.count
             if request.params.prompt_logprobs is not None:
                 self._keep_prompt_logprobs(request, chunk, result.prompt_logprobs)
-            self.cache.commit(request.holding, request.token_ids, request.computed_tokens)
+            self.cache.commit(
+                request.holding, request.token_ids, request.computed_tokens, request.prompt_tokens
+            )
             if request.missing_tokens == 0:
                 deltas.append(self._advance(request, result))
         return deltas
@@ -182,11 +190,7 @@ class Scheduler:
             # the last known token must be computed, for its logits; with prompt logprobs, every token must
             most_cached = 0 if request.params.prompt_logprobs is not None else len(request.token_ids) - 1
             holding, cached_tokens = self.cache.acquire(request.token_ids, most_cached)
-            pages = -(-len(request.token_ids) // self.cache.page_tokens) - len(holding.page_ids)
-            headroom_pages = len(
-                self.running
-            )  # each of them may need one soon; else the newcomer is retracted at once
-            if self.running and pages + headroom_pages > self.cache.available_pages:
+            if self.running and not self._fits(request, holding):
                 self.cache.release(holding)
                 return
             heapq.heappop(self._waiting)
@@ -196,13 +200,37 @@ class Scheduler:
                 request.cached_tokens = cached_tokens
                 self._counts["prompt_tokens"] += request.prompt_tokens
                 self._counts["cached_prompt_tokens"] += cached_tokens
-            count = min(request.missing_tokens, budget_tokens, self._prefill_chunk_tokens)
+            count = self._chunk_tokens(request, budget_tokens)
             grown = self.cache.grow(holding, cached_tokens + count)
             assert grown, (
                 f"{cached_tokens + count} tokens do not fit the pool of request {request.request_id}"
             )
             chunks[request.request_id] = Chunk.of(request, count)
             budget_tokens -= count
+
+    def _fits(self, request: Request, holding: Holding) -> bool:
+        """Are there pages for all tokens the request knows, and one for each running request, which may need
+        it soon? Otherwise the newcomer would be retracted at once."""
+        known, headroom_pages = len(request.token_ids), len(self.running)
+        pages = -(-known // self.cache.page_tokens) - len(holding.page_ids)
+        if pages + headroom_pages > self.cache.available_pages:
+            return False
+        computed = len(holding.page_ids) * self.cache.page_tokens
+        window_pages = self.cache.window_pages_for(
+            computed, min(known, computed + self._prefill_chunk_tokens)
+        )
+        return not window_pages or window_pages + headroom_pages <= self.cache.available_window_pages
+
+    def _chunk_tokens(self, request: Request, budget_tokens: int) -> int:
+        """How many of its tokens a request computes next. Prompts of models with a recurrent state stop at
+        the ends of pages, where the state can be kept for others."""
+        count = min(request.missing_tokens, budget_tokens, self._prefill_chunk_tokens)
+        if self.cache.has_states and count > 1:
+            end = request.computed_tokens + count
+            aligned = end - end % self.cache.page_tokens
+            if aligned > request.computed_tokens:
+                return aligned - request.computed_tokens
+        return count
 
     def _advance(self, request: Request, result: Sampled) -> Delta:
         """All known tokens are computed: append the sampled one, if any, and see whether the request is

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from firebox.cache.kv_cache import KVCache
-from firebox.cache.pool import allocate_pool
+from firebox.cache.kv_cache import CacheSizes, KVCache
+from firebox.cache.pool import PoolSizes, allocate_pool
+from firebox.cache.specs import cache_needs
 from firebox.config import CheckpointFacts, Config, Resolved, resolve
 from firebox.engine.ledger import ledger_rows, refuse_fallbacks
 from firebox.engine.messages import Ready, SamplingParams
@@ -18,13 +20,14 @@ from firebox.engine.runner import Runner
 from firebox.engine.scheduler import Scheduler
 from firebox.errors import UnsupportedFormat, UnsupportedModel
 from firebox.find import load, names
+from firebox.formats.select import formats_of
 from firebox.hardware.base import Gpu
 from firebox.hardware.probe import probe_cpu
 from firebox.kernels._cpu import set_threads
 from firebox.layers.base import Build
-from firebox.models.base import Model, need
+from firebox.models.base import Model
 from firebox.weights.checkpoint import Checkpoint, open_checkpoint
-from firebox.weights.load import load_dummy, load_weights
+from firebox.weights.load import chosen_slots, load_dummy, load_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -36,7 +39,8 @@ def start(
     began = time.perf_counter()
     gpu = probe_cpu()
     checkpoint = open_checkpoint(Path(config.model.model))
-    settings = resolve(config.engine, config.model.dtype, facts(checkpoint, config, gpu), gpu)
+    found = facts(checkpoint, config, gpu)
+    settings = resolve(config.engine, config.model.dtype, found, gpu)
     torch.set_num_threads(settings.threads)
     set_threads(settings.threads)
 
@@ -58,18 +62,17 @@ def start(
     else:
         load_weights(model, checkpoint, on_progress)
 
-    caches = allocate_pool(
-        model.cache_specs, settings.kv_pages, settings.page_tokens, DTYPES[settings.kv_dtype], build.device
-    )
-    runner = Runner(model, caches, settings.page_tokens, checkpoint.eos_token_ids)
-    warm_up(runner, make_scheduler(settings, prefix_cache=False, eos_token_ids=frozenset()))
-    scheduler = make_scheduler(settings, config.engine.prefix_cache, checkpoint.eos_token_ids)
-    found = facts(checkpoint, config, gpu)
+    sizes = PoolSizes(settings.kv_pages, settings.page_tokens, settings.window_pages, settings.states)
+    caches = allocate_pool(model.cache_specs, sizes, DTYPES[settings.kv_dtype], build.device)
+    runner = Runner(model, caches, settings.page_tokens, checkpoint.eos_token_ids, build.device)
+    window_tokens = found.window_tokens
+    warm_up(runner, make_scheduler(settings, window_tokens, prefix_cache=False, eos_token_ids=frozenset()))
+    scheduler = make_scheduler(settings, window_tokens, config.engine.prefix_cache, checkpoint.eos_token_ids)
     ready = Ready(
         model_type=checkpoint.model_type,
         device=gpu.name,
         dtype=settings.dtype,
-        vocab_size=int(checkpoint.config["vocab_size"]),
+        vocab_size=int(checkpoint.text_config["vocab_size"]),
         context_tokens=settings.context_tokens,
         max_running_requests=settings.max_running_requests,
         kv_pages=settings.kv_pages,
@@ -91,13 +94,9 @@ def make_model(checkpoint: Checkpoint, build: Build) -> Model:
             f"{checkpoint.folder} is a {checkpoint.model_type!r}",
             hint=f"supported: {', '.join(names('models'))}",
         )
-    if checkpoint.config.get("quantization_config"):
-        method = checkpoint.config["quantization_config"].get("quant_method")
-        raise UnsupportedFormat(
-            f"{checkpoint.folder} is quantised ({method})", hint="supported: bf16, fp16, fp32 weights"
-        )
     module = load("models", checkpoint.model_type)
-    model: Model = module.Model(module.Config.from_hf(checkpoint.config), build)
+    build = dataclasses.replace(build, format_of=formats_of(checkpoint.text_config))
+    model: Model = module.Model(module.Config.from_hf(checkpoint.text_config), build)
     return model
 
 
@@ -110,19 +109,28 @@ def facts(checkpoint: Checkpoint, config: Config, gpu: Gpu) -> CheckpointFacts:
         )
     kv_dtype = dtype if config.engine.kv_cache_dtype == "auto" else config.engine.kv_cache_dtype
     model = make_model(checkpoint, _build(config, dtype, kv_dtype, 1, gpu, torch.device("meta"), 1))
+    needs = cache_needs(model.cache_specs, DTYPES[kv_dtype].itemsize)
     return CheckpointFacts(
         model_type=checkpoint.model_type,
         dtype=checkpoint.dtype,
-        context_tokens=need(checkpoint.config, "max_position_embeddings"),
-        weights_bytes=sum(slot.target.nbytes for slot in model.slots()),
-        kv_bytes_per_token=sum(spec.bytes_per_token(DTYPES[kv_dtype].itemsize) for spec in model.cache_specs),
+        context_tokens=int(checkpoint.text_config["max_position_embeddings"]),
+        weights_bytes=sum(slot.target.nbytes for slot in chosen_slots(model, None)),
+        kv_bytes_per_token=needs.full_bytes_per_token,
+        window_tokens=needs.window_tokens,
+        window_bytes_per_token=needs.window_bytes_per_token,
+        state_bytes=needs.state_bytes,
     )
 
 
-def make_scheduler(settings: Resolved, prefix_cache: bool, eos_token_ids: frozenset[int]) -> Scheduler:
+def make_scheduler(
+    settings: Resolved, window_tokens: int | None, prefix_cache: bool, eos_token_ids: frozenset[int]
+) -> Scheduler:
     """A scheduler over an empty cache of the settings' size."""
+    sizes = CacheSizes(
+        settings.kv_pages, settings.page_tokens, window_tokens, settings.window_pages, settings.states
+    )
     return Scheduler(
-        KVCache(settings.kv_pages, settings.page_tokens, prefix_cache),
+        KVCache(sizes, prefix_cache),
         max_running_requests=settings.max_running_requests,
         max_batch_tokens=settings.max_batch_tokens,
         prefill_chunk_tokens=settings.prefill_chunk_tokens,

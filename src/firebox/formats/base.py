@@ -1,22 +1,149 @@
-"""How a checkpoint's tensors reach a layer: slots. (Quantised formats will each be a file in this room.)"""
+"""The contract of a weight format, and the slots through which a checkpoint's tensors reach a layer.
+
+A format is a file in this room; its name is the key. The file holds one frozen dataclass `Format` with the
+methods of the protocol below; its fields are what checkpoints vary (group size, spelling, …).
+`formats.select` reads them from a config.json.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
-class Slot:
-    """One checkpoint tensor and the memory it goes to; its shape must be `target`'s, its dtype is converted.
+class TensorSpec:
+    """One tensor as the checkpoint stores it. A scalar (`shape` ()) may be stored as [1] too. `optional`: it
+    may be absent."""
 
-    Widening bf16 or fp16 to fp32 is exact; narrowing rounds to nearest even.
-    """
+    shape: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+    optional: bool = False
+
+
+class Format(Protocol):
+    """One weight format. A weight is a matrix [rows, columns] = [out_features, in_features]."""
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        ...
+
+    def tensors(self, rows: int, columns: int) -> Mapping[str, TensorSpec]:
+        """What the checkpoint stores for one weight: the tensor name's last part → spec."""
+        ...
+
+    def dequantise(self, tensors: Mapping[str, torch.Tensor], rows: int, columns: int) -> torch.Tensor:
+        """The host oracle: the weight [rows, columns] in float32, exactly what the stored codes and scales
+        mean."""
+        ...
+
+    def cut_unit(self, axis: int) -> int:
+        """Tensor parallelism may cut rows (axis 0) or columns (axis 1) only at multiples of this."""
+        ...
+
+
+FormatOf = Callable[[str], Format]  # a module's path, such as "model.layers.0.mlp.down_proj" → its format
+
+
+class Slot(Protocol):
+    """Some of a checkpoint's tensors and the memory they go to."""
+
+    target: torch.Tensor
+
+    @property
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        """Full tensor name → what it must look like."""
+        ...
+
+    def fill(self, found: Mapping[str, torch.Tensor]) -> None:
+        """Takes all of `tensors` that the checkpoint has, shapes and dtypes checked. Called once."""
+        ...
+
+
+@dataclass(frozen=True)
+class PlainSlot:
+    """One unquantised tensor that goes as it is to `target`, which has its shape. Widening is exact;
+    narrowing rounds to nearest even. `arrange` (with `stored`, the shape before it) is for checkpoints that
+    store it in another order. `optional`: the checkpoint may lack it, and then `target` stays as it is."""
 
     name: str
     target: torch.Tensor
+    stored: tuple[int, ...] | None = None
+    arrange: Callable[[torch.Tensor], torch.Tensor] | None = None
+    optional: bool = False
+
+    @property
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        """The one tensor."""
+        return {self.name: TensorSpec(self.stored or tuple(self.target.shape), optional=self.optional)}
+
+    def fill(self, found: Mapping[str, torch.Tensor]) -> None:
+        """Copies."""
+        tensor = found[self.name]
+        self.target.copy_(tensor if self.arrange is None else self.arrange(tensor))
 
 
-Slots = Iterator[Slot]
+@dataclass(frozen=True)
+class WeightSlot:
+    """A weight in a format, dequantised into `target`: [rows, columns], or [experts, rows, columns] where the
+    checkpoint stores all experts in one tensor. The tensors' names are `module + separator + part`. `arrange`
+    (with `stored`, rows and columns before it) is for checkpoints that store the matrix in another order; it
+    maps one dequantised matrix.
+    """
+
+    module: str
+    format: Format
+    target: torch.Tensor
+    separator: str = "."
+    stored: tuple[int, int] | None = None
+    arrange: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    @property
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        """The format's tensors under this module's name, with the experts' dimension in front if there is
+        one."""
+        parts = self.format.tensors(*self._matrix)
+        return {
+            self.module + self.separator + part: replace(spec, shape=self._stacked(spec))
+            for part, spec in parts.items()
+        }
+
+    def fill(self, found: Mapping[str, torch.Tensor]) -> None:
+        """Dequantises, one matrix at a time."""
+        prefix = len(self.module) + len(self.separator)
+        specs = self.tensors
+        pieces = {name[prefix:]: tensor.reshape(specs[name].shape) for name, tensor in found.items()}
+        if self.target.dim() == 2:
+            self.target.copy_(self._matrix_of(pieces))
+            return
+        for expert, matrix in enumerate(self.target):
+            matrix.copy_(self._matrix_of({part: tensor[expert] for part, tensor in pieces.items()}))
+
+    @property
+    def _matrix(self) -> tuple[int, int]:
+        rows, columns = self.target.shape[-2:]
+        return self.stored or (rows, columns)
+
+    def _stacked(self, spec: TensorSpec) -> tuple[int, ...]:
+        return (*self.target.shape[:-2], *spec.shape)
+
+    def _matrix_of(self, pieces: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        matrix = self.format.dequantise(pieces, *self._matrix)
+        return matrix if self.arrange is None else self.arrange(matrix)
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Layouts in which checkpoints store the same weights (one tensor per expert, or all experts in one): the
+    loader takes the first of which the checkpoint has every tensor that must be there."""
+
+    layouts: Sequence[Sequence[Slot]]
+
+
+Slots = Iterator[Slot | OneOf]

@@ -27,7 +27,7 @@ from numba import prange
 
 from firebox.hardware.base import Gpu
 from firebox.kernels._cpu import F0, exp, jit, matmul, pack, rms_norm, rotate
-from firebox.step import Step
+from firebox.step import Pages, Step
 
 # ---- 1. the problem
 
@@ -36,16 +36,24 @@ OP = "attention_block"
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes of one grouped-query attention layer. `rotary_dim`: how many of `head_dim` are rotated."""
+    """Sizes and kinds of one grouped-query attention layer. `rotary_dim`: how many of `head_dim` are rotated.
+    `qk_norm`: "head" for a norm of each head, "row" for one over all heads of q and one over all of k, "" for
+    none. `window_tokens`: a token sees only so many last ones. `sinks`: a logit per head that only takes part
+    in the softmax. `output_gate`: what is attended is multiplied by the sigmoid of a gate that q_proj makes
+    beside q. `o_bias`: the output map has one too."""
 
     hidden: int
     heads: int
     kv_heads: int
     head_dim: int
     rotary_dim: int
-    qk_norm: bool
+    qk_norm: str
     bias: bool
     eps: float
+    window_tokens: int | None = None
+    sinks: bool = False
+    output_gate: bool = False
+    o_bias: bool = False
     dtype: torch.dtype = torch.float32
     kv_dtype: torch.dtype = torch.float32
 
@@ -56,6 +64,10 @@ def accepts(problem: Problem, gpu: Gpu) -> str | None:
         return "is made for a CPU"
     if problem.dtype != torch.float32 or problem.kv_dtype != torch.float32:
         return f"computes in float32, not {problem.dtype} with a {problem.kv_dtype} cache"
+    if problem.qk_norm == "row" or problem.output_gate or problem.o_bias:
+        return "knows no norm over all heads, no output gate and no output bias"
+    if problem.sinks or problem.window_tokens is not None:
+        return "knows no sinks and no window"
     return None
 
 
@@ -265,9 +277,9 @@ def bind(
         kernel(
             x.numpy(),
             step.positions.numpy(),
-            step.token_slots.numpy(),
+            step.full.token_slots.numpy(),
             step.token_rows.numpy(),
-            step.page_table.numpy(),
+            step.full.table.numpy(),
             layer_cache.k.numpy(),
             layer_cache.v.numpy(),
             plain["norm"],
@@ -321,12 +333,12 @@ def reference(problem: Problem, inputs: Mapping[str, Any]) -> torch.Tensor:
             q, k = norm(q, w["q_norm"]), norm(k, w["k_norm"])
         position = int(step.positions[t])
         queries.append(rope(q, position))
-        slot = int(step.token_slots[t])
+        slot = int(step.full.token_slots[t])
         cache.k.flatten(0, 1)[slot] = rope(k, position).float()
         cache.v.flatten(0, 1)[slot] = v.float()
     out = []
     for t, q in enumerate(queries):
-        pages = step.page_table[int(step.token_rows[t])]
+        pages = step.full.table[int(step.token_rows[t])]
         context = int(step.positions[t]) + 1
         k = cache.k[pages].flatten(0, 1)[:context].double().repeat_interleave(heads // kv_heads, 1)
         v = cache.v[pages].flatten(0, 1)[:context].double().repeat_interleave(heads // kv_heads, 1)
@@ -340,11 +352,11 @@ def reference(problem: Problem, inputs: Mapping[str, Any]) -> torch.Tensor:
 
 # (problem, tokens per request in this step, context of each request after it)
 CASES = (
-    (Problem(256, 4, 2, 64, 32, True, True, 1e-5), (1,), (1,)),
-    (Problem(256, 4, 2, 64, 32, True, True, 1e-5), (1, 1, 1), (5, 33, 257)),
-    (Problem(256, 4, 2, 64, 32, True, True, 1e-5), (7, 1, 20), (7, 16, 50)),
-    (Problem(64, 4, 1, 16, 16, True, False, 1e-6), (5, 3), (17, 3)),
-    (Problem(48, 3, 3, 24, 8, False, True, 1e-6), (1, 33), (100, 40)),
+    (Problem(256, 4, 2, 64, 32, "head", True, 1e-5), (1,), (1,)),
+    (Problem(256, 4, 2, 64, 32, "head", True, 1e-5), (1, 1, 1), (5, 33, 257)),
+    (Problem(256, 4, 2, 64, 32, "head", True, 1e-5), (7, 1, 20), (7, 16, 50)),
+    (Problem(64, 4, 1, 16, 16, "head", False, 1e-6), (5, 3), (17, 3)),
+    (Problem(48, 3, 3, 24, 8, "", True, 1e-6), (1, 33), (100, 40)),
 )
 # float32 sums of up to a few hundred terms against float64, relative to the reference's RMS
 TOLERANCE = 2e-6
@@ -379,13 +391,11 @@ def inputs(case: tuple[Problem, tuple[int, ...], tuple[int, ...]], seed: int = 0
                 k.flatten(0, 1)[slot], v.flatten(0, 1)[slot] = normal(*shape[2:]), normal(*shape[2:])
     step = Step(
         positions=torch.tensor(positions),
-        token_slots=torch.tensor(slots),
         token_rows=torch.tensor(rows),
-        page_table=page_table,
         query_start=np.cumsum([0, *counts]),
         context_tokens=np.array(contexts),
         caches=(),
-        attention=None,
+        full=Pages(torch.tensor(slots), page_table, None),
     )
     qkv_rows = (problem.heads + 2 * problem.kv_heads) * problem.head_dim
     attended = problem.heads * problem.head_dim

@@ -31,8 +31,14 @@ OP = "moe_block"
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes of one MoE layer. `scoring` "sigmoid" or "softmax"; `shared_experts`: how many experts of size
-    `inter` every token takes; `expert_groups` above 1 means group-limited routing."""
+    """Sizes and kinds of one MoE layer.
+
+    `scoring`: "sigmoid" (with a correction bias that takes part in the choice only), "softmax" over all
+    experts, or "softmax_top_k" over the chosen ones. `shared_experts`: how many experts of size `inter` every
+    token takes; `shared_gate`: their sum is weighted by a sigmoid. `expert_groups` above 1 means
+    group-limited routing. `biases`: the router and the experts have them. `activation` "silu_mul", or
+    "clamped_swiglu" with `limit` and `alpha` (gpt-oss).
+    """
 
     hidden: int
     inter: int
@@ -44,17 +50,26 @@ class Problem:
     routed_scale: float
     eps: float
     expert_groups: int = 1
+    shared_gate: bool = False
+    biases: bool = False
+    activation: str = "silu_mul"
+    limit: float = 0.0
+    alpha: float = 0.0
     dtype: torch.dtype = torch.float32
 
 
 def accepts(problem: Problem, gpu: Gpu) -> str | None:
-    """CPU, float32, no group-limited routing."""
+    """CPU, float32, plain experts."""
     if gpu.kind != "cpu":
         return "is made for a CPU"
     if problem.dtype != torch.float32:
         return f"computes in float32, not {problem.dtype}"
     if problem.expert_groups != 1:
         return f"does not route by groups ({problem.expert_groups} of them)"
+    if problem.scoring == "softmax_top_k" or problem.biases or problem.activation != "silu_mul":
+        return "knows no biases, no clamped SwiGLU and no softmax over the chosen experts only"
+    if problem.shared_gate:
+        return "does not weight the shared expert"
     return None
 
 

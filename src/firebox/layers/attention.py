@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 
-from firebox.attention.base import PagedSpec
+from firebox.attention.base import PagedSpec, WindowSpec
 from firebox.attention.base import select as select_backend
-from firebox.formats.base import Slots
+from firebox.formats.base import PlainSlot, Slots
 from firebox.kernels import cpu_attention_block
 from firebox.kernels.cpu_attention_block import Problem
 from firebox.kernels.select import TORCH, select
@@ -21,8 +22,9 @@ from firebox.step import Step
 
 
 class AttentionBlock:
-    """x + o(attend(q, k, v)), with q, k, v from norm(x), q and k normed per head where `qk_norm`, then
-    rotated by `tables` (cos and sin of `layers.rope.rotary_tables`).
+    """x + o(attend(q, k, v)), with q, k, v from norm(x), q and k perhaps normed, then rotated by `tables`
+    (cos and sin of `layers.rope`). `name`: the module's path, whose parts are q_proj … o_proj, q_norm, k_norm
+    and sinks. `options`: fields of the Problem in kernels/cpu_attention_block.py, where they are explained.
 
     `layer` is the index of its cache in `step.caches`, `spec` what that cache keeps. `backend` plans each
     step for the layer composed of torch operators; None where one kernel does it all.
@@ -31,38 +33,38 @@ class AttentionBlock:
     def __init__(
         self,
         build: Build,
+        norm: RMSNorm,
+        name: str,
         layer: int,
-        spec: PagedSpec,
+        spec: PagedSpec | WindowSpec,
         tables: tuple[torch.Tensor, torch.Tensor],
         *,
-        hidden: int,
-        heads: int,
-        qk_norm: bool,
-        bias: bool,
-        eps: float,
+        norm_plus_one: bool = False,
+        **options: Any,
     ) -> None:
         p = self.problem = Problem(
-            hidden=hidden,
-            heads=heads,
+            hidden=norm.weight.shape[0],
             kv_heads=spec.kv_heads,
             head_dim=spec.head_dim,
             rotary_dim=2 * tables[0].shape[-1],
-            qk_norm=qk_norm,
-            bias=bias,
-            eps=eps,
+            eps=norm.eps,
+            window_tokens=spec.window_tokens if isinstance(spec, WindowSpec) else None,
             dtype=build.dtype,
             kv_dtype=build.kv_dtype,
+            **options,
         )
-        q_rows, kv_rows = p.heads * p.head_dim, p.kv_heads * p.head_dim
-        self.layer = layer
-        self.norm = RMSNorm(build, p.hidden, p.eps)
-        self.qkv = Linear(
-            build, p.hidden, {"q_proj": q_rows, "k_proj": kv_rows, "v_proj": kv_rows}, bias=p.bias
-        )
-        self.q_norm = RMSNorm(build, p.head_dim if p.qk_norm else 0, p.eps)
-        self.k_norm = RMSNorm(build, p.head_dim if p.qk_norm else 0, p.eps)
-        self.o = Linear(build, q_rows, {"o_proj": p.hidden})
-        self.tables = tables
+        self.layer, self.name, self.tables, self.norm = layer, name, tables, norm
+        self._kv_rows = p.kv_heads * p.head_dim
+        self._q_rows = p.heads * p.head_dim * (2 if p.output_gate else 1)
+        rows = {"q_proj": self._q_rows, "k_proj": self._kv_rows, "v_proj": self._kv_rows}
+        self.qkv = Linear(build, p.hidden, {f"{name}.{part}": n for part, n in rows.items()}, bias=p.bias)
+        normed = {"": (0, 0), "head": (p.head_dim, p.head_dim), "row": (p.heads * p.head_dim, self._kv_rows)}[
+            p.qk_norm
+        ]
+        self.q_norm = RMSNorm(build, f"{name}.q_norm", normed[0], p.eps, plus_one=norm_plus_one)
+        self.k_norm = RMSNorm(build, f"{name}.k_norm", normed[1], p.eps, plus_one=norm_plus_one)
+        self.sinks = build.empty(p.heads) if p.sinks else None
+        self.o = Linear(build, p.heads * p.head_dim, {f"{name}.o_proj": p.hidden}, bias=p.o_bias)
         self._threads = build.threads
         self._run: Callable[[torch.Tensor, Step], torch.Tensor] = self._compose
         # a backend that is asked for by name runs inside the layer composed of torch operators
@@ -73,14 +75,16 @@ class AttentionBlock:
         if self._choice.kernel is None:
             self.backend = select_backend(p.heads, spec, build.gpu, build.attention_backend)
 
-    def slots(self, norm: str, attention: str) -> Slots:
-        """The norm's tensor and `{attention}.q_proj` … `.o_proj`, `.q_norm`, `.k_norm`."""
-        yield from self.norm.slots(norm)
-        yield from self.qkv.slots(f"{attention}.")
+    def slots(self) -> Slots:
+        """The norms' and projections' tensors, and the sinks."""
+        yield from self.norm.slots()
+        yield from self.qkv.slots()
         if self.problem.qk_norm:
-            yield from self.q_norm.slots(f"{attention}.q_norm")
-            yield from self.k_norm.slots(f"{attention}.k_norm")
-        yield from self.o.slots(f"{attention}.")
+            yield from self.q_norm.slots()
+            yield from self.k_norm.slots()
+        if self.sinks is not None:
+            yield PlainSlot(f"{self.name}.sinks", self.sinks)
+        yield from self.o.slots()
 
     def finish(self) -> None:
         """Binds the chosen kernel; its packed copy replaces the weights."""
@@ -108,13 +112,22 @@ class AttentionBlock:
     def _compose(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         p = self.problem
         assert self.backend is not None
-        qkv = self.qkv(self.norm(x)).unflatten(-1, (-1, p.head_dim))
-        q, k, v = qkv.split([p.heads, p.kv_heads, p.kv_heads], dim=1)  # [tokens, heads, head_dim]
-        if p.qk_norm:
+        q, k, v = self.qkv(self.norm(x)).split([self._q_rows, self._kv_rows, self._kv_rows], dim=-1)
+        gate = None
+        if p.output_gate:  # q_proj's rows: for each head its query, then its gate
+            q, gate = (part.flatten(1) for part in q.unflatten(-1, (p.heads, -1)).chunk(2, dim=-1))
+        if p.qk_norm == "row":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (part.unflatten(-1, (-1, p.head_dim)) for part in (q, k, v))  # [tokens, heads, head_dim]
+        if p.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = (table[step.positions].unsqueeze(1).to(x.dtype) for table in self.tables)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        pages = step.full if p.window_tokens is None else step.window
+        assert pages is not None
         cache = step.caches[self.layer]
-        cache.write(step.token_slots, k, v)
-        attended = self.backend.run(q, cache, step.attention, p.head_dim**-0.5)
-        return x + self.o(attended.flatten(1))
+        cache.write(pages.token_slots, k, v)
+        attended = self.backend.run(
+            q, cache, pages.attention, p.head_dim**-0.5, window_tokens=p.window_tokens, sinks=self.sinks
+        ).flatten(1)
+        return x + self.o(attended if gate is None else attended * gate.sigmoid())

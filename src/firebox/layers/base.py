@@ -7,18 +7,19 @@ from dataclasses import dataclass, field
 
 import torch
 
-from firebox.formats.base import Slot, Slots
+from firebox.formats import bf16
+from firebox.formats.base import FormatOf, OneOf, PlainSlot, Slots, WeightSlot
 from firebox.hardware.base import Gpu
 from firebox.kernels.select import Choice
 
-__all__ = ["Build", "Slot", "Slots"]  # models see slots through layers
+__all__ = ["Build", "OneOf", "PlainSlot", "Slots", "WeightSlot"]  # models see slots through layers
 
 
 @dataclass(frozen=True)
 class Build:
     """Where and how layers are built. `device` "meta" gives shapes without memory. `threads`: CPU threads of
-    the kernels. `max_positions`: the longest context. `choices` collects one Choice per operation, for the
-    ledger."""
+    the kernels. `max_positions`: the longest context. `format_of`: a module's path → the format of its
+    weight. `choices` collects one Choice per operation, for the ledger."""
 
     gpu: Gpu
     device: torch.device
@@ -28,6 +29,7 @@ class Build:
     threads: int = 1
     attention_backend: str = "auto"
     moe_backend: str = "auto"
+    format_of: FormatOf = lambda path: bf16.Format()
     choices: list[Choice] = field(default_factory=list)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:

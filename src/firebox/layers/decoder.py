@@ -4,41 +4,83 @@ their usual names."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Protocol
 
 import torch
 
+from firebox.attention.base import CacheSpec
 from firebox.formats.base import Slots
-from firebox.layers.attention import AttentionBlock
-from firebox.layers.dense import DenseBlock
 from firebox.layers.embedding import Embedding
 from firebox.layers.head import Head
-from firebox.layers.moe import MoeBlock
 from firebox.step import Step
 
-Block = tuple[AttentionBlock, DenseBlock | MoeBlock]
+
+class AttentionLike(Protocol):
+    """The first half of a block: hidden states in and out, the residual included; writes the step's cache."""
+
+    backend: ModuleType | None
+
+    def slots(self) -> Slots:
+        """Its checkpoint tensors."""
+        ...
+
+    def finish(self) -> None:
+        """All slots are filled."""
+        ...
+
+    def __call__(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        """`x` [tokens, hidden] → the same shape."""
+        ...
+
+
+class MlpLike(Protocol):
+    """The second half of a block: hidden states in and out, the residual included."""
+
+    def slots(self) -> Slots:
+        """Its checkpoint tensors."""
+        ...
+
+    def finish(self) -> None:
+        """All slots are filled."""
+        ...
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` [tokens, hidden] → the same shape."""
+        ...
+
+
+Block = tuple[AttentionLike, MlpLike]
 
 
 class Decoder:
-    """Runs the blocks in order. A model inherits this and builds the parts."""
+    """Runs the blocks in order. A model inherits this and builds the parts. `cache_specs`: one per block."""
 
-    def __init__(self, embedding: Embedding, blocks: Sequence[Block], head: Head) -> None:
+    def __init__(
+        self,
+        embedding: Embedding,
+        blocks: Sequence[Block],
+        head: Head,
+        cache_specs: Sequence[CacheSpec | None],
+    ) -> None:
         self.embedding = embedding
         self.blocks = tuple(blocks)
         self.head = head
-        self.attention_backend = self.blocks[0][0].backend if self.blocks else None
+        self.cache_specs = tuple(cache_specs)
+        backends = (attention.backend for attention, _ in self.blocks)
+        self.attention_backend = next((backend for backend in backends if backend is not None), None)
 
     def slots(self) -> Slots:
-        """Names as published by Hugging Face, one tensor per expert."""
-        yield from self.embedding.slots("model.embed_tokens")
-        for layer, (attention, mlp) in enumerate(self.blocks):
-            prefix = f"model.layers.{layer}"
-            yield from attention.slots(f"{prefix}.input_layernorm", f"{prefix}.self_attn")
-            yield from mlp.slots(f"{prefix}.post_attention_layernorm", f"{prefix}.mlp")
-        yield from self.head.slots("model.norm", "lm_head")
+        """Every checkpoint tensor that is read, and where it goes."""
+        yield from self.embedding.slots()
+        for attention, mlp in self.blocks:
+            yield from attention.slots()
+            yield from mlp.slots()
+        yield from self.head.slots()
 
     def unused(self, name: str) -> str | None:
         """Why a checkpoint tensor is not read: only a tied head's copy of the embedding."""
-        return "tied to the embedding" if self.head.tied and name == "lm_head.weight" else None
+        return "tied to the embedding" if self.head.tied and name == f"{self.head.name}.weight" else None
 
     def finish(self) -> None:
         """Lets every layer bind its kernel."""

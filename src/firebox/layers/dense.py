@@ -16,23 +16,25 @@ from firebox.layers.norm import RMSNorm
 
 
 class DenseBlock:
-    """x + down(silu(gate(h)) · up(h)), h = norm(x)."""
+    """x + down(silu(gate(h)) · up(h)), h = norm(x). `name`: the path of the MLP, whose parts are gate_proj,
+    up_proj and down_proj."""
 
-    def __init__(self, build: Build, hidden: int, inter: int, eps: float) -> None:
-        self.norm = RMSNorm(build, hidden, eps)
-        self.gate_up = Linear(build, hidden, {"gate_proj": inter, "up_proj": inter})
-        self.down = Linear(build, inter, {"down_proj": hidden})
-        self._problem = cpu_dense_block.Problem(hidden, inter, eps, build.dtype)
+    def __init__(self, build: Build, norm: RMSNorm, name: str, inter: int) -> None:
+        hidden = norm.weight.shape[0]
+        self.norm = norm
+        self.gate_up = Linear(build, hidden, {f"{name}.gate_proj": inter, f"{name}.up_proj": inter})
+        self.down = Linear(build, inter, {f"{name}.down_proj": hidden})
+        self._problem = cpu_dense_block.Problem(hidden, inter, norm.eps, build.dtype)
         self._choice = select(cpu_dense_block.OP, self._problem, build.gpu)
         self._threads = build.threads
         self._run: Callable[[torch.Tensor], torch.Tensor] = self._compose
         build.choices.append(self._choice)
 
-    def slots(self, norm: str, mlp: str) -> Slots:
-        """The norm's tensor and `{mlp}.gate_proj`, `.up_proj`, `.down_proj`."""
-        yield from self.norm.slots(norm)
-        yield from self.gate_up.slots(f"{mlp}.")
-        yield from self.down.slots(f"{mlp}.")
+    def slots(self) -> Slots:
+        """The norm's and the three projections' tensors."""
+        yield from self.norm.slots()
+        yield from self.gate_up.slots()
+        yield from self.down.slots()
 
     def finish(self) -> None:
         """Binds the chosen kernel; its packed copy replaces the weights."""

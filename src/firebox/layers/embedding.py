@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from firebox.formats.base import Slot, Slots
+from firebox.formats.base import PlainSlot, Slots
 from firebox.layers.base import Build
 
 
 class Embedding:
     """`weight` [vocab, hidden]."""
 
-    def __init__(self, build: Build, vocab: int, hidden: int) -> None:
+    def __init__(self, build: Build, name: str, vocab: int, hidden: int) -> None:
+        self.name = name
         self.weight = build.empty(vocab, hidden)
 
-    def slots(self, name: str) -> Slots:
+    def slots(self) -> Slots:
         """The checkpoint's `{name}.weight`."""
-        yield Slot(f"{name}.weight", self.weight)
+        yield PlainSlot(f"{self.name}.weight", self.weight)
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         """`token_ids` [tokens] int64 → [tokens, hidden]."""

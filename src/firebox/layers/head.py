@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
-from firebox.formats.base import Slot, Slots
+from firebox.formats.base import Slots
 from firebox.kernels import cpu_head
 from firebox.kernels.select import select
 from firebox.layers.base import Build
+from firebox.layers.linear import Linear
 from firebox.layers.norm import RMSNorm
 
 
@@ -19,33 +19,36 @@ class Head:
     checkpoint says so."""
 
     def __init__(
-        self, build: Build, hidden: int, vocab: int, eps: float, tied: torch.Tensor | None = None
+        self, build: Build, norm: RMSNorm, name: str, vocab: int, tied: torch.Tensor | None = None
     ) -> None:
-        self.norm = RMSNorm(build, hidden, eps)
-        self.tied = tied is not None
-        self.weight = build.empty(vocab, hidden) if tied is None else tied
-        self._problem = cpu_head.Problem(hidden, vocab, eps, build.dtype)
+        hidden = norm.weight.shape[0]
+        self.name, self.tied = name, tied is not None
+        self.norm = norm
+        self.linear = Linear(build, hidden, {name: vocab})
+        if tied is not None:
+            self.linear.weight = tied
+        self._problem = cpu_head.Problem(hidden, vocab, norm.eps, build.dtype)
         self._choice = select(cpu_head.OP, self._problem, build.gpu)
         self._threads = build.threads
         self._run: Callable[[torch.Tensor], torch.Tensor] = self._compose
         build.choices.append(self._choice)
 
-    def slots(self, norm: str, head: str) -> Slots:
-        """The checkpoint's `{norm}.weight` and, unless tied, `{head}.weight`."""
-        yield from self.norm.slots(norm)
+    def slots(self) -> Slots:
+        """The norm's tensor and, unless tied, the output matrix."""
+        yield from self.norm.slots()
         if not self.tied:
-            yield Slot(f"{head}.weight", self.weight)
+            yield from self.linear.slots()
 
     def finish(self) -> None:
         """Binds the chosen kernel; its packed copy replaces the weights."""
         if self._choice.kernel is not None:
-            weights = {"norm": self.norm.weight, "head": self.weight}
+            weights = {"norm": self.norm.weight, "head": self.linear.weight}
             self._run = self._choice.kernel.bind(self._problem, weights, self._threads)
-            del self.norm, self.weight
+            del self.norm, self.linear
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [rows, hidden] → logits [rows, vocab] float32."""
         return self._run(x)
 
     def _compose(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(self.norm(x), self.weight).float()
+        return self.linear(self.norm(x)).float()

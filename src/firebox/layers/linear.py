@@ -1,30 +1,32 @@
-"""A linear map whose weight may be several checkpoint tensors stacked row-wise (q, k, v; gate, up)."""
+"""A linear map whose weight may be several checkpoint modules stacked row-wise (q, k, v; gate, up)."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
-from firebox.formats.base import Slot, Slots
+from firebox.formats.base import PlainSlot, Slots, WeightSlot
 from firebox.layers.base import Build
 
 
 class Linear:
-    """y = x · weightᵀ (+ bias). `parts`: checkpoint name → rows, in the order they are stacked."""
+    """y = x · weightᵀ (+ bias). `parts`: module path → rows, in the order they are stacked; each part has its
+    own format, which its path decides. Quantised parts are dequantised when they are loaded."""
 
-    def __init__(self, build: Build, in_features: int, parts: dict[str, int], bias: bool = False) -> None:
+    def __init__(self, build: Build, in_features: int, parts: dict[str, int], *, bias: bool = False) -> None:
         self.parts = parts
         rows = sum(parts.values())
         self.weight = build.empty(rows, in_features)
         self.bias = build.empty(rows) if bias else None
+        self._format_of = build.format_of
 
-    def slots(self, prefix: str) -> Slots:
-        """The checkpoint's `{prefix}{part}.weight` and `.bias`."""
+    def slots(self) -> Slots:
+        """Each part's weight, in its format, and its `.bias`."""
         first = 0
-        for name, rows in self.parts.items():
-            yield Slot(f"{prefix}{name}.weight", self.weight[first : first + rows])
+        for path, rows in self.parts.items():
+            yield WeightSlot(path, self._format_of(path), self.weight[first : first + rows])
             if self.bias is not None:
-                yield Slot(f"{prefix}{name}.bias", self.bias[first : first + rows])
+                yield PlainSlot(f"{path}.bias", self.bias[first : first + rows])
             first += rows
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from firebox.formats.base import Slot, Slots
+from firebox.formats.base import OneOf, PlainSlot, Slot, Slots, WeightSlot
 from firebox.kernels import cpu_moe_block
 from firebox.kernels.cpu_moe_block import Problem
 from firebox.kernels.select import select
@@ -16,71 +18,135 @@ from firebox.layers.linear import Linear
 from firebox.layers.norm import RMSNorm
 
 
+@dataclass(frozen=True)
+class MoeNames:
+    """How a checkpoint names the parts of one MoE layer. `expert` has "{e}" for the expert's index. `fused`:
+    the module under which all experts' gate_up_proj and down_proj are one tensor each, another layout of the
+    same weights."""
+
+    router: str
+    expert: str
+    correction_bias: str = ""
+    shared: str = ""
+    shared_gate: str = ""
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    fused: str = ""
+
+    @classmethod
+    def usual(cls, mlp: str, shared: str = "shared_experts") -> MoeNames:
+        """The names that GLM, Qwen and DeepSeek share."""
+        return cls(
+            router=f"{mlp}.gate",
+            expert=f"{mlp}.experts.{{e}}",
+            correction_bias=f"{mlp}.gate.e_score_correction_bias",
+            shared=f"{mlp}.{shared}",
+            shared_gate=f"{mlp}.shared_expert_gate",
+            fused=f"{mlp}.experts",
+        )
+
+
 class MoeBlock:
-    """x + Σ wⱼ · expertⱼ(h) + shared(h), h = norm(x). See kernels/cpu_moe_block.py for the formula and the
-    sizes' meaning.
+    """x + Σ wⱼ · expertⱼ(h) + shared(h), h = norm(x). See kernels/cpu_moe_block.py for the formula and what
+    `options` (fields of its Problem) mean.
 
     With `expert_groups` > 1 only the experts of the `kept_groups` best groups can be chosen, a group's score
-    being the sum of its two best (DeepSeek-V3).
+    being the sum of its two best (DeepSeek-V3). `interleaved`: the fused layout is gpt-oss's, [experts, in,
+    out] with gate and up rows in turn.
     """
 
     def __init__(
         self,
         build: Build,
+        norm: RMSNorm,
+        names: MoeNames,
         *,
-        hidden: int,
-        inter: int,
-        experts: int,
-        top_k: int,
-        shared_experts: int,
-        scoring: str,
-        renormalise: bool,
-        routed_scale: float,
-        eps: float,
-        expert_groups: int = 1,
         kept_groups: int = 1,
+        interleaved: bool = False,
+        **options: Any,
     ) -> None:
-        p = self.problem = Problem(
-            hidden=hidden,
-            inter=inter,
-            experts=experts,
-            top_k=top_k,
-            shared_experts=shared_experts,
-            scoring=scoring,
-            renormalise=renormalise,
-            routed_scale=routed_scale,
-            eps=eps,
-            expert_groups=expert_groups,
-            dtype=build.dtype,
-        )
-        self.norm = RMSNorm(build, p.hidden, p.eps)
+        hidden = norm.weight.shape[0]
+        p = self.problem = Problem(hidden=hidden, eps=norm.eps, dtype=build.dtype, **options)
+        self.norm, self.names = norm, names
         self.router = build.empty(p.experts, p.hidden)
+        self.router_bias = build.empty(p.experts if p.biases else 0)
         self.correction_bias = build.empty(p.experts if p.scoring == "sigmoid" else 0, dtype=torch.float32)
         self.gate_up = build.empty(p.experts, 2 * p.inter, p.hidden)
         self.down = build.empty(p.experts, p.hidden, p.inter)
+        self.gate_up_bias = build.empty(p.experts if p.biases else 0, 2 * p.inter)
+        self.down_bias = build.empty(p.experts if p.biases else 0, p.hidden)
         wide = p.shared_experts * p.inter
-        self.shared_gate_up = Linear(build, p.hidden, {"gate_proj": wide, "up_proj": wide})
-        self.shared_down = Linear(build, wide, {"down_proj": p.hidden})
+        gate_up = {f"{names.shared}.{names.gate}": wide, f"{names.shared}.{names.up}": wide}
+        self.shared_gate_up = Linear(build, p.hidden, gate_up)
+        self.shared_down = Linear(build, wide, {f"{names.shared}.{names.down}": p.hidden})
+        self.shared_gate = Linear(build, p.hidden, {names.shared_gate: int(p.shared_gate)})
         self._kept_groups = kept_groups
+        self._interleaved = interleaved
+        self._format_of = build.format_of
         self._choice = select(cpu_moe_block.OP, p, build.gpu, build.moe_backend)
         self._threads = build.threads
         self._run: Callable[[torch.Tensor], torch.Tensor] = self._compose
         build.choices.append(self._choice)
 
-    def slots(self, norm: str, mlp: str) -> Slots:
-        """The norm's tensor, `{mlp}.gate`, one gate, up and down per expert, and `{mlp}.shared_experts`."""
-        p = self.problem
-        yield from self.norm.slots(norm)
-        yield Slot(f"{mlp}.gate.weight", self.router)
+    def slots(self) -> Slots:
+        """The norm's tensor, the router's, the experts' one by one or all in one, and the shared experts'."""
+        p, names = self.problem, self.names
+        yield from self.norm.slots()
+        yield PlainSlot(f"{names.router}.weight", self.router)
+        if p.biases:
+            yield PlainSlot(f"{names.router}.bias", self.router_bias)
         if p.scoring == "sigmoid":
-            yield Slot(f"{mlp}.gate.e_score_correction_bias", self.correction_bias)
-        for e in range(p.experts):
-            yield Slot(f"{mlp}.experts.{e}.gate_proj.weight", self.gate_up[e, : p.inter])
-            yield Slot(f"{mlp}.experts.{e}.up_proj.weight", self.gate_up[e, p.inter :])
-            yield Slot(f"{mlp}.experts.{e}.down_proj.weight", self.down[e])
+            yield PlainSlot(names.correction_bias, self.correction_bias)
+        layouts = [] if self._interleaved else [tuple(self._one_by_one())]
+        if names.fused:
+            layouts.append(tuple(self._gpt_oss() if self._interleaved else self._all_in_one()))
+        if self._interleaved:
+            layouts.append(tuple(self._gpt_oss(quantised=True)))
+        yield OneOf(tuple(layouts))
         if p.shared_experts:
-            yield from self.shared_gate_up.slots(f"{mlp}.shared_experts.")
-            yield from self.shared_down.slots(f"{mlp}.shared_experts.")
+            yield from self.shared_gate_up.slots()
+            yield from self.shared_down.slots()
+        if p.shared_gate:
+            yield from self.shared_gate.slots()
+
+    def _one_by_one(self) -> Iterator[Slot]:
+        inter, names = self.problem.inter, self.names
+        for e in range(self.problem.experts):
+            expert = names.expert.format(e=e)
+            for part, target in (
+                (names.gate, self.gate_up[e, :inter]),
+                (names.up, self.gate_up[e, inter:]),
+                (names.down, self.down[e]),
+            ):
+                path = f"{expert}.{part}"
+                yield WeightSlot(path, self._format_of(path), target)
+
+    def _all_in_one(self) -> Iterator[Slot]:
+        """Unquantised: [experts, 2 · inter, hidden], gate rows first, and [experts, hidden, inter]."""
+        yield PlainSlot(f"{self.names.fused}.gate_up_proj", self.gate_up)
+        yield PlainSlot(f"{self.names.fused}.down_proj", self.down)
+
+    def _gpt_oss(self, *, quantised: bool = False) -> Iterator[Slot]:
+        """Gate and up rows in turn; unquantised ones transposed, MXFP4 ones not, with their parts behind an
+        underscore."""
+        p, fused = self.problem, self.names.fused
+        for part, target, bias, arrange in (
+            ("gate_up_proj", self.gate_up, self.gate_up_bias, _gate_then_up),
+            ("down_proj", self.down, self.down_bias, _as_it_is),
+        ):
+            path = f"{fused}.{part}"
+            if quantised:
+                yield WeightSlot(path, self._format_of(path), target, separator="_", arrange=arrange)
+            else:
+                stored = (p.experts, target.shape[2], target.shape[1])
+                yield PlainSlot(path, target, stored, lambda w, arrange=arrange: arrange(w.transpose(1, 2)))
+            yield PlainSlot(
+                f"{path}_bias",
+                bias,
+                tuple(bias.shape),
+                lambda b, arrange=arrange: arrange(b.unsqueeze(-1)).squeeze(-1),
+            )
 
     def finish(self) -> None:
         """Binds the chosen kernel; its packed copy, with the shared experts behind the routed ones, replaces
@@ -99,38 +165,44 @@ class MoeBlock:
             "down": torch.cat((self.down, shared_down.transpose(0, 1))),
         }
         self._run = self._choice.kernel.bind(p, weights, self._threads)
-        del (
-            self.norm,
-            self.router,
-            self.correction_bias,
-            self.gate_up,
-            self.down,
-            self.shared_gate_up,
-            self.shared_down,
-        )
+        del self.norm, self.router, self.correction_bias, self.gate_up, self.down
+        del self.shared_gate_up, self.shared_down
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [tokens, hidden] → the same shape."""
         return self._run(x)
 
     def _compose(self, x: torch.Tensor) -> torch.Tensor:
+        p = self.problem
         h = self.norm(x)
         expert_ids, weights = self._route(h)
         out = x.to(torch.float32, copy=True)
         for e in expert_ids.unique().tolist():
             token, choice = torch.where(expert_ids == e)
-            gate, up = F.linear(h[token], self.gate_up[e]).chunk(2, dim=-1)
-            y = F.linear(F.silu(gate) * up, self.down[e])
+            gate_up = F.linear(h[token], self.gate_up[e], self.gate_up_bias[e] if p.biases else None)
+            y = F.linear(self._activate(gate_up), self.down[e], self.down_bias[e] if p.biases else None)
             out.index_add_(0, token, y.float() * weights[token, choice].unsqueeze(-1))
-        if self.problem.shared_experts:
-            gate, up = self.shared_gate_up(h).chunk(2, dim=-1)
-            out += self.shared_down(F.silu(gate) * up)
+        if p.shared_experts:
+            shared = self.shared_down(self._activate(self.shared_gate_up(h)))
+            out += shared * self.shared_gate(h).sigmoid() if p.shared_gate else shared
         return out.to(x.dtype)
+
+    def _activate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        p = self.problem
+        gate, up = gate_up.chunk(2, dim=-1)
+        if p.activation == "silu_mul":
+            return F.silu(gate) * up
+        assert p.activation == "clamped_swiglu", p.activation
+        gate, up = gate.clamp(max=p.limit), up.clamp(-p.limit, p.limit)
+        return (up + 1) * gate * (gate * p.alpha).sigmoid()
 
     def _route(self, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Chosen experts and their weights, both [tokens, top_k]; float32."""
         p = self.problem
-        logits = F.linear(h.float(), self.router.float())
+        logits = F.linear(h.float(), self.router.float(), self.router_bias.float() if p.biases else None)
+        if p.scoring == "softmax_top_k":
+            chosen, expert_ids = logits.topk(p.top_k, dim=-1)
+            return expert_ids, chosen.softmax(-1) * p.routed_scale
         scores = logits.sigmoid() if p.scoring == "sigmoid" else logits.softmax(-1)
         choice = scores + self.correction_bias if p.scoring == "sigmoid" else scores
         if p.expert_groups > 1:
@@ -143,3 +215,12 @@ class MoeBlock:
         if p.renormalise:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return expert_ids, weights * p.routed_scale
+
+
+def _gate_then_up(rows: torch.Tensor) -> torch.Tensor:
+    """`rows` [..., 2 · inter, n], gate and up in turn → all gate rows, then all up rows."""
+    return torch.cat((rows[..., ::2, :], rows[..., 1::2, :]), dim=-2)
+
+
+def _as_it_is(rows: torch.Tensor) -> torch.Tensor:
+    return rows

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import torch
 
-from firebox.formats.base import Slot, Slots
+from firebox.formats.base import PlainSlot, Slots
 from firebox.layers.base import Build
 
 
 class RMSNorm:
-    """weight · x / √(mean(x²) + eps) over the last dimension, computed in float32, returned in x's dtype."""
+    """weight · x / √(mean(x²) + eps) over the last dimension, computed in float32, returned in x's dtype.
+    With `plus_one` the checkpoint stores weight − 1 (Qwen3.5, Gemma)."""
 
-    def __init__(self, build: Build, width: int, eps: float) -> None:
+    def __init__(self, build: Build, name: str, width: int, eps: float, *, plus_one: bool = False) -> None:
+        self.name = name
         self.weight = build.empty(width)
         self.eps = eps
+        self._plus_one = plus_one
 
-    def slots(self, name: str) -> Slots:
+    def slots(self) -> Slots:
         """The checkpoint's `{name}.weight`."""
-        yield Slot(f"{name}.weight", self.weight)
+        stored = tuple(self.weight.shape)
+        arrange = (lambda weight: weight.float() + 1.0) if self._plus_one else None
+        yield PlainSlot(f"{self.name}.weight", self.weight, stored, arrange)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [..., width] → the same shape."""

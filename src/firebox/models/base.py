@@ -12,16 +12,17 @@ from typing import Any, Protocol
 
 import torch
 
-from firebox.cache.specs import PagedSpec
+from firebox.cache.specs import CacheSpec
 from firebox.errors import UnsupportedModel
 from firebox.layers.base import Slots
+from firebox.layers.rope import Yarn, mscale
 from firebox.step import Step
 
 
 class Model(Protocol):
     """What the engine and the loader see of a model."""
 
-    cache_specs: tuple[PagedSpec, ...]
+    cache_specs: tuple[CacheSpec | None, ...]
     attention_backend: Any  # the module of attention/ that plans each step; None where no layer needs one
 
     def slots(self) -> Slots:
@@ -62,11 +63,29 @@ def need(config: Mapping[str, Any], *keys: str, kind: Callable[[Any], Any] = int
     raise UnsupportedModel(f"config.json has no {keys[0]!r}")
 
 
-def rope_theta(config: Mapping[str, Any], default: float) -> float:
-    """The rotary base, from `rope_parameters` (transformers 5) or the top level. Any scaling is refused
-    here."""
-    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind != "default":
-        raise UnsupportedModel(f"config.json asks for rope type {kind!r}; this code supports 'default'")
-    return float(parameters.get("rope_theta", config.get("rope_theta", default)))
+def rotary(config: Mapping[str, Any], default_theta: float) -> tuple[float, Yarn | None]:
+    """The rotary base and its stretching, from `rope_parameters` (transformers 5) or the older `rope_theta` and `rope_scaling`.
+    Raises UnsupportedModel for a kind other than "default" and "yarn"."""
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = float(found.get("rope_theta", config.get("rope_theta", default_theta)))
+    kind = found.get("rope_type", found.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "yarn":
+        raise UnsupportedModel(
+            f"config.json asks for rope type {kind!r}; this code supports 'default', 'yarn'"
+        )
+    factor = float(found["factor"])
+    attention_factor = found.get("attention_factor")
+    if attention_factor is None:
+        weights = found.get("mscale"), found.get("mscale_all_dim")
+        both = weights[0] and weights[1]
+        attention_factor = mscale(factor, weights[0]) / mscale(factor, weights[1]) if both else mscale(factor)
+    return theta, Yarn(
+        factor=factor,
+        original_positions=int(found["original_max_position_embeddings"]),
+        attention_factor=float(attention_factor),
+        beta_fast=float(found.get("beta_fast") or 32.0),
+        beta_slow=float(found.get("beta_slow") or 1.0),
+        truncate=bool(found.get("truncate", True)),
+    )

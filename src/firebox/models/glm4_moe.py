@@ -18,13 +18,14 @@ import torch
 from firebox.cache.specs import PagedSpec
 from firebox.layers.attention import AttentionBlock
 from firebox.layers.base import Build
-from firebox.layers.decoder import Block, Decoder
+from firebox.layers.decoder import Decoder
 from firebox.layers.dense import DenseBlock
 from firebox.layers.embedding import Embedding
 from firebox.layers.head import Head
-from firebox.layers.moe import MoeBlock
-from firebox.layers.rope import rotary_tables
-from firebox.models.base import need, require, rope_theta
+from firebox.layers.moe import MoeBlock, MoeNames
+from firebox.layers.norm import RMSNorm
+from firebox.layers.rope import Yarn, rotary_tables
+from firebox.models.base import need, require, rotary
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Config:
     num_key_value_heads: int
     head_dim: int
     rotary_dim: int
-    rope_theta: float
+    rotary: tuple[float, Yarn | None]
     attention_bias: bool
     use_qk_norm: bool
     rms_norm_eps: float
@@ -72,7 +73,7 @@ class Config:
             num_key_value_heads=need(config, "num_key_value_heads"),
             head_dim=head_dim,
             rotary_dim=int(head_dim * partial),
-            rope_theta=rope_theta(config, 10000.0),
+            rotary=rotary(config, 10000.0),
             attention_bias=bool(config.get("attention_bias", False)),
             use_qk_norm=bool(config.get("use_qk_norm", False)),
             rms_norm_eps=need(config, "rms_norm_eps", kind=float),
@@ -93,24 +94,30 @@ def attention(
     config: Config, build: Build, layer: int, spec: PagedSpec, tables: tuple[torch.Tensor, torch.Tensor]
 ) -> AttentionBlock:
     """Grouped-query attention with a partial rotary embedding."""
+    prefix = f"model.layers.{layer}"
     return AttentionBlock(
         build,
+        RMSNorm(build, f"{prefix}.input_layernorm", config.hidden_size, config.rms_norm_eps),
+        f"{prefix}.self_attn",
         layer,
         spec,
         tables,
-        hidden=config.hidden_size,
         heads=config.num_attention_heads,
-        qk_norm=config.use_qk_norm,
+        qk_norm="head" if config.use_qk_norm else "",
         bias=config.attention_bias,
-        eps=config.rms_norm_eps,
     )
 
 
-def experts(config: Config, build: Build) -> MoeBlock:
-    """Sigmoid router, routed experts, one shared expert."""
+def mlp(config: Config, build: Build, layer: int) -> DenseBlock | MoeBlock:
+    """Dense in the first layers; then sigmoid router, routed experts, one shared expert."""
+    prefix = f"model.layers.{layer}"
+    norm = RMSNorm(build, f"{prefix}.post_attention_layernorm", config.hidden_size, config.rms_norm_eps)
+    if layer < config.first_k_dense_replace:
+        return DenseBlock(build, norm, f"{prefix}.mlp", config.intermediate_size)
     return MoeBlock(
         build,
-        hidden=config.hidden_size,
+        norm,
+        MoeNames.usual(f"{prefix}.mlp"),
         inter=config.moe_intermediate_size,
         experts=config.n_routed_experts,
         top_k=config.num_experts_per_tok,
@@ -118,32 +125,25 @@ def experts(config: Config, build: Build) -> MoeBlock:
         scoring="sigmoid",
         renormalise=config.norm_topk_prob,
         routed_scale=config.routed_scaling_factor,
-        eps=config.rms_norm_eps,
         expert_groups=config.n_group,
         kept_groups=config.topk_group,
     )
-
-
-def dense(config: Config, build: Build) -> DenseBlock:
-    """A plain gated MLP."""
-    return DenseBlock(build, config.hidden_size, config.intermediate_size, config.rms_norm_eps)
 
 
 class Model(Decoder):
     """The decoder with these blocks."""
 
     def __init__(self, config: Config, build: Build) -> None:
-        embedding = Embedding(build, config.vocab_size, config.hidden_size)
-        tables = rotary_tables(build.max_positions, config.rotary_dim, config.rope_theta, build.device)
+        embedding = Embedding(build, "model.embed_tokens", config.vocab_size, config.hidden_size)
+        theta, yarn = config.rotary
+        tables = rotary_tables(build.max_positions, config.rotary_dim, theta, build.device, yarn)
         spec = PagedSpec(config.num_key_value_heads, config.head_dim)
-        blocks: list[Block] = []
-        for layer in range(config.num_hidden_layers):
-            mlp = dense(config, build) if layer < config.first_k_dense_replace else experts(config, build)
-            blocks.append((attention(config, build, layer, spec, tables), mlp))
+        layers = range(config.num_hidden_layers)
+        blocks = [(attention(config, build, i, spec, tables), mlp(config, build, i)) for i in layers]
+        norm = RMSNorm(build, "model.norm", config.hidden_size, config.rms_norm_eps)
         tied = embedding.weight if config.tie_word_embeddings else None
-        head = Head(build, config.hidden_size, config.vocab_size, config.rms_norm_eps, tied)
-        super().__init__(embedding, blocks, head)
-        self.cache_specs = (spec,) * config.num_hidden_layers
+        head = Head(build, norm, "lm_head", config.vocab_size, tied)
+        super().__init__(embedding, blocks, head, [spec] * len(blocks))
 
     def unused(self, name: str) -> str | None:
         """The MTP layer stands behind the last layer."""

@@ -16,13 +16,14 @@ import torch
 from firebox.cache.specs import PagedSpec
 from firebox.layers.attention import AttentionBlock
 from firebox.layers.base import Build
-from firebox.layers.decoder import Block, Decoder
+from firebox.layers.decoder import Decoder
 from firebox.layers.dense import DenseBlock
 from firebox.layers.embedding import Embedding
 from firebox.layers.head import Head
-from firebox.layers.moe import MoeBlock
-from firebox.layers.rope import rotary_tables
-from firebox.models.base import need, require, rope_theta
+from firebox.layers.moe import MoeBlock, MoeNames
+from firebox.layers.norm import RMSNorm
+from firebox.layers.rope import Yarn, rotary_tables
+from firebox.models.base import need, require, rotary
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Config:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    rope_theta: float
+    rotary: tuple[float, Yarn | None]
     attention_bias: bool
     rms_norm_eps: float
     num_experts: int
@@ -63,7 +64,7 @@ class Config:
             num_attention_heads=heads,
             num_key_value_heads=need(config, "num_key_value_heads"),
             head_dim=int(config.get("head_dim") or hidden // heads),
-            rope_theta=rope_theta(config, 1000000.0),
+            rotary=rotary(config, 1000000.0),
             attention_bias=bool(config.get("attention_bias", False)),
             rms_norm_eps=need(config, "rms_norm_eps", kind=float),
             num_experts=need(config, "num_experts", "num_local_experts"),
@@ -79,24 +80,30 @@ def attention(
     config: Config, build: Build, layer: int, spec: PagedSpec, tables: tuple[torch.Tensor, torch.Tensor]
 ) -> AttentionBlock:
     """Grouped-query attention, q and k normed per head, the whole head rotated."""
+    prefix = f"model.layers.{layer}"
     return AttentionBlock(
         build,
+        RMSNorm(build, f"{prefix}.input_layernorm", config.hidden_size, config.rms_norm_eps),
+        f"{prefix}.self_attn",
         layer,
         spec,
         tables,
-        hidden=config.hidden_size,
         heads=config.num_attention_heads,
-        qk_norm=True,
+        qk_norm="head",
         bias=config.attention_bias,
-        eps=config.rms_norm_eps,
     )
 
 
-def experts(config: Config, build: Build) -> MoeBlock:
-    """Softmax router, routed experts only."""
+def mlp(config: Config, build: Build, layer: int) -> DenseBlock | MoeBlock:
+    """Dense in some layers; elsewhere softmax router and routed experts only."""
+    prefix = f"model.layers.{layer}"
+    norm = RMSNorm(build, f"{prefix}.post_attention_layernorm", config.hidden_size, config.rms_norm_eps)
+    if layer in config.dense_layers:
+        return DenseBlock(build, norm, f"{prefix}.mlp", config.intermediate_size)
     return MoeBlock(
         build,
-        hidden=config.hidden_size,
+        norm,
+        MoeNames.usual(f"{prefix}.mlp"),
         inter=config.moe_intermediate_size,
         experts=config.num_experts,
         top_k=config.num_experts_per_tok,
@@ -104,30 +111,23 @@ def experts(config: Config, build: Build) -> MoeBlock:
         scoring="softmax",
         renormalise=config.norm_topk_prob,
         routed_scale=1.0,
-        eps=config.rms_norm_eps,
     )
-
-
-def dense(config: Config, build: Build) -> DenseBlock:
-    """A plain gated MLP."""
-    return DenseBlock(build, config.hidden_size, config.intermediate_size, config.rms_norm_eps)
 
 
 class Model(Decoder):
     """The decoder with these blocks."""
 
     def __init__(self, config: Config, build: Build) -> None:
-        embedding = Embedding(build, config.vocab_size, config.hidden_size)
-        tables = rotary_tables(build.max_positions, config.head_dim, config.rope_theta, build.device)
+        embedding = Embedding(build, "model.embed_tokens", config.vocab_size, config.hidden_size)
+        theta, yarn = config.rotary
+        tables = rotary_tables(build.max_positions, config.head_dim, theta, build.device, yarn)
         spec = PagedSpec(config.num_key_value_heads, config.head_dim)
-        blocks: list[Block] = []
-        for layer in range(config.num_hidden_layers):
-            mlp = dense(config, build) if layer in config.dense_layers else experts(config, build)
-            blocks.append((attention(config, build, layer, spec, tables), mlp))
+        layers = range(config.num_hidden_layers)
+        blocks = [(attention(config, build, i, spec, tables), mlp(config, build, i)) for i in layers]
+        norm = RMSNorm(build, "model.norm", config.hidden_size, config.rms_norm_eps)
         tied = embedding.weight if config.tie_word_embeddings else None
-        head = Head(build, config.hidden_size, config.vocab_size, config.rms_norm_eps, tied)
-        super().__init__(embedding, blocks, head)
-        self.cache_specs = (spec,) * config.num_hidden_layers
+        head = Head(build, norm, "lm_head", config.vocab_size, tied)
+        super().__init__(embedding, blocks, head, [spec] * len(blocks))
 
 
 TINY: dict[str, Any] = {

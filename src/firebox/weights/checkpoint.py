@@ -6,8 +6,9 @@ Nothing in a folder is executed: no pickle, no remote code.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,15 +41,23 @@ class Checkpoint:
         return model_type
 
     @property
+    def text_config(self) -> dict[str, Any]:
+        """The language model's section of config.json: the whole of it, or `text_config` of a model that sees
+        too."""
+        nested = self.config.get("text_config")
+        return self.config if nested is None else {**self.config, **nested}
+
+    @property
     def dtype(self) -> str:
         """The compute dtype that config.json names ("torch_dtype" before transformers 5); float32 if it names
         none."""
-        return str(self.config.get("dtype") or self.config.get("torch_dtype") or "float32")
+        config = self.text_config
+        return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
         """End-of-sequence ids: generation_config.json's, else config.json's; possibly none."""
-        for source in (self.generation_config, self.config):
+        for source in (self.generation_config, self.text_config):
             found = source.get("eos_token_id")
             if found is not None:
                 return frozenset(found if isinstance(found, list) else [found])
@@ -59,16 +68,32 @@ class Checkpoint:
         """Bytes of all shards on disk."""
         return sum(shard.stat().st_size for shard in self.shards)
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor, Path]]:
-        """Every tensor with its name and shard, one at a time, as it is stored. Raises CorruptShard, naming
+    def names(self) -> dict[str, str]:
+        """Every tensor's name → the file name of its shard, from the shards' headers. Raises CorruptShard,
+        naming the file."""
+        found: dict[str, str] = {}
+        for shard in self.shards:
+            with _opened(shard) as file:
+                found |= dict.fromkeys(file.keys(), shard.name)
+        return found
+
+    def tensors(self, wanted: Container[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The wanted tensors, one at a time, as they are stored, shard by shard. Raises CorruptShard, naming
         the file."""
         for shard in self.shards:
-            try:
-                with safe_open(shard, framework="pt") as file:
-                    for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                        yield name, file.get_tensor(name), shard
-            except (SafetensorError, OSError) as error:
-                raise CorruptShard(f"{shard}: {error}", hint="download the file again") from error
+            with _opened(shard) as file:
+                for name in file.keys():  # noqa: SIM118 (safe_open is not a mapping)
+                    if name in wanted:
+                        yield name, file.get_tensor(name)
+
+
+@contextlib.contextmanager
+def _opened(shard: Path) -> Iterator[Any]:
+    try:
+        with safe_open(shard, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CorruptShard(f"{shard}: {error}", hint="download the file again") from error
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -78,6 +103,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(
             f"{folder} has no config.json", hint="MODEL is a folder in Hugging Face's layout"
         )
+    if (quantization := _read_json(folder / "hf_quant_config.json")) and not config.get(
+        "quantization_config"
+    ):
+        config["quantization_config"] = quantization  # modelopt's older place
     generation_config = _read_json(folder / "generation_config.json") or {}
     return Checkpoint(folder, config, generation_config, _shards(folder))
 

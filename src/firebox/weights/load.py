@@ -1,5 +1,10 @@
 """Fills a model's slots: from the shards, tensor by tensor, or with random values of a like distribution
-(`dummy`)."""
+(`dummy`).
+
+Names are checked against the shards' headers before anything is read. A tensor is read when its turn in its
+shard comes, and its slot is filled as soon as all of the slot's tensors are there, so that the host holds one
+tensor and the slots that are half complete.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +12,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from firebox.errors import CheckpointError, MissingTensor, UnknownTensor, WrongShape
-from firebox.formats.base import Slot
+from firebox.errors import CheckpointError, MissingTensor, UnknownTensor, UnsupportedFormat, WrongShape
+from firebox.formats.base import OneOf, Slot, TensorSpec
 from firebox.models.base import Model
 from firebox.weights.checkpoint import Checkpoint
 
@@ -16,31 +21,37 @@ from firebox.weights.checkpoint import Checkpoint
 def load_weights(
     model: Model, checkpoint: Checkpoint, on_progress: Callable[[int, int], None] = lambda loaded, total: None
 ) -> None:
-    """Copies every tensor of the checkpoint to its slot and lets the model finish. `on_progress(loaded_bytes,
+    """Fills every slot from the checkpoint and lets the model finish. `on_progress(loaded_bytes,
     total_bytes)`.
 
-    Raises CorruptShard, UnknownTensor, WrongShape, MissingTensor, each naming the tensor; nothing is served
-    then.
+    Raises CorruptShard, UnknownTensor, MissingTensor, WrongShape, UnsupportedFormat (a wrong dtype), each
+    naming the tensor; nothing is served then.
     """
     if not checkpoint.shards:
         raise CheckpointError(
             f"{checkpoint.folder} has no safetensors files", hint="--load-format dummy fills random values"
         )
-    slots = {slot.name: slot for slot in model.slots()}
+    present = checkpoint.names()
+    slots = chosen_slots(model, present)
+    owner = {name: slot for slot in slots for name in slot.tensors}
+    _require_known(model, checkpoint, owner, present)
+    _require_all(slots, checkpoint, present)
+
+    waiting = {id(slot): {name for name in slot.tensors if name in present} for slot in slots}
+    held: dict[int, dict[str, torch.Tensor]] = {}
     total_bytes, loaded_bytes, reported_bytes = checkpoint.total_bytes, 0, 0
-    filled: set[str] = set()
-    for name, tensor, shard in checkpoint.tensors():
-        slot = slots.get(name)
-        if slot is not None:
-            _fill(slot, tensor)
-            filled.add(name)
-        elif model.unused(name) is None:
-            raise UnknownTensor(f"{shard.name} holds {name}, which {checkpoint.model_type} does not have")
+    for name, tensor in checkpoint.tensors(owner):
+        slot = owner[name]
+        _check(name, tensor, slot.tensors[name])
+        pieces = held.setdefault(id(slot), {})
+        pieces[name] = tensor
+        if len(pieces) == len(waiting[id(slot)]):
+            slot.fill(held.pop(id(slot)))
         loaded_bytes += tensor.nbytes
         if loaded_bytes - reported_bytes > total_bytes // 100:
             reported_bytes = loaded_bytes
             on_progress(loaded_bytes, total_bytes)
-    _require_all(slots.values(), filled, checkpoint)
+    assert not held, list(held)
     model.finish()
 
 
@@ -48,26 +59,63 @@ def load_dummy(model: Model, seed: int = 0) -> None:
     """Random weights in the real shapes: norms near 1, biases near 0, matrices at 1/√in_features; not zeros,
     so that routing spreads."""
     generator = torch.Generator().manual_seed(seed)
-    for slot in model.slots():
-        values = torch.randn(slot.target.shape, generator=generator, dtype=torch.float32)
-        if slot.target.dim() >= 2:
-            values *= slot.target.shape[-1] ** -0.5
+    for slot in chosen_slots(model, None):
+        target = slot.target
+        values = torch.randn(target.shape, generator=generator, dtype=torch.float32)
+        if target.dim() >= 2:
+            values *= target.shape[-1] ** -0.5
         else:
-            values = values * 0.02 + (0.0 if slot.name.endswith("bias") else 1.0)
-        slot.target.copy_(values)
+            name = next(iter(slot.tensors))
+            values = values * 0.02 + (0.0 if name.endswith("bias") else 1.0)
+        target.copy_(values)
     model.finish()
 
 
-def _fill(slot: Slot, tensor: torch.Tensor) -> None:
-    if tensor.shape != slot.target.shape:
-        raise WrongShape(
-            f"{slot.name} is {list(tensor.shape)}; config.json implies {list(slot.target.shape)}"
-        )
-    slot.target.copy_(tensor)
+def chosen_slots(model: Model, present: dict[str, str] | None) -> list[Slot]:
+    """The model's slots, each OneOf replaced by the layout that the checkpoint has (the first if none fits,
+    or `present` is None)."""
+    slots: list[Slot] = []
+    for entry in model.slots():
+        if isinstance(entry, OneOf):
+            fits = (
+                layout for layout in entry.layouts if present is not None and not _missing(layout, present)
+            )
+            slots += next(fits, entry.layouts[0])
+        else:
+            slots.append(entry)
+    return slots
 
 
-def _require_all(slots: Iterable[Slot], filled: set[str], checkpoint: Checkpoint) -> None:
-    missing = [slot.name for slot in slots if slot.name not in filled]
+def _missing(slots: Iterable[Slot], present: dict[str, str]) -> list[str]:
+    return [
+        name
+        for slot in slots
+        for name, spec in slot.tensors.items()
+        if name not in present and not spec.optional
+    ]
+
+
+def _require_known(
+    model: Model, checkpoint: Checkpoint, owner: dict[str, Slot], present: dict[str, str]
+) -> None:
+    for name, shard in present.items():
+        if name not in owner and model.unused(name) is None:
+            raise UnknownTensor(f"{shard} holds {name}, which {checkpoint.model_type} does not have")
+
+
+def _require_all(slots: list[Slot], checkpoint: Checkpoint, present: dict[str, str]) -> None:
+    missing = _missing(slots, present)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise MissingTensor(f"{checkpoint.folder} lacks {missing[0]}{more}")
+
+
+def _check(name: str, tensor: torch.Tensor, spec: TensorSpec) -> None:
+    shape = tuple(tensor.shape)
+    if shape != spec.shape and not (spec.shape == () and shape == (1,)):
+        raise WrongShape(f"{name} is {list(shape)}; config.json implies {list(spec.shape)}")
+    if tensor.dtype not in spec.dtypes:
+        wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in spec.dtypes)
+        raise UnsupportedFormat(
+            f"{name} is {str(tensor.dtype).removeprefix('torch.')}; its format stores {wanted}"
+        )

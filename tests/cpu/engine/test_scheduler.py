@@ -11,7 +11,7 @@ import random
 
 import pytest
 
-from firebox.cache.kv_cache import KVCache
+from firebox.cache.kv_cache import CacheSizes, KVCache
 from firebox.engine.messages import Delta, SamplingParams
 from firebox.engine.request import Request
 from firebox.engine.scheduler import Plan, Sampled, Scheduler
@@ -66,7 +66,7 @@ def make(
     pages: int, *, running: int = 6, budget: int = 24, chunk: int = 8, prefix_cache: bool = True
 ) -> Scheduler:
     return Scheduler(
-        KVCache(pages, PAGE_TOKENS, prefix_cache),
+        KVCache(CacheSizes(pages, PAGE_TOKENS), prefix_cache),
         max_running_requests=running,
         max_batch_tokens=budget,
         prefill_chunk_tokens=chunk,

@@ -29,7 +29,7 @@ def run(kernel, case, made, threads: int) -> torch.Tensor:
     extra = (made["step"], made["cache"]) if "step" in made else ()
     out = launch(made["x"], *extra)
     if "cache" in made:
-        slots = made["step"].token_slots
+        slots = made["step"].full.token_slots
         assert not made["cache"].k.flatten(0, 1)[slots].isnan().any(), "a key was not written"
     return out
 

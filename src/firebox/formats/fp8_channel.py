@@ -1,0 +1,36 @@
+"""FP8 with a scale for each output channel: w[r, c] = code[r, c] · weight_scale[r].
+
+`weight` [rows, columns] float8_e4m3fn, `weight_scale` [rows, 1]. compressed-tensors `float-quantized`,
+strategy "channel" (zai-org/GLM-4.7-FP8, GLM-4.5-Air-FP8: activations are quantised per token at run time).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from firebox.formats.base import TensorSpec
+
+
+@dataclass(frozen=True)
+class Format:
+    """See firebox.formats.base.Format."""
+
+    name: str = "fp8_channel"
+
+    def tensors(self, rows: int, columns: int) -> Mapping[str, TensorSpec]:
+        """`weight`, `weight_scale`."""
+        return {
+            "weight": TensorSpec((rows, columns), (torch.float8_e4m3fn,)),
+            "weight_scale": TensorSpec((rows, 1)),
+        }
+
+    def dequantise(self, tensors: Mapping[str, torch.Tensor], rows: int, columns: int) -> torch.Tensor:
+        """code · row scale in float32; NaN codes stay NaN."""
+        return tensors["weight"].float() * tensors["weight_scale"].float()
+
+    def cut_unit(self, axis: int) -> int:
+        """Anywhere: a row takes its scale along, a cut row shares it."""
+        return 1
