@@ -14,7 +14,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from firebox.cache.kv_cache import KVCache
+from firebox.cache.kv_cache import CacheSizes, KVCache
 from firebox.engine import runner
 from firebox.engine.messages import SamplingParams
 from firebox.engine.request import Request
@@ -64,7 +64,7 @@ def alone(engine: InProcessEngine, prompts: list[list[int]]) -> list[list[int]]:
 def renew(engine: InProcessEngine, *, pages: int = 256, prefix_cache: bool = True, chunk: int = 512) -> None:
     """An empty cache and a new scheduler over the same model."""
     engine.scheduler = Scheduler(
-        KVCache(pages, engine.ready.page_tokens, prefix_cache),
+        KVCache(CacheSizes(pages, engine.ready.page_tokens), prefix_cache),
         max_running_requests=8,
         max_batch_tokens=512,
         prefill_chunk_tokens=chunk,
