@@ -25,7 +25,7 @@ from firebox.hardware.base import Gpu
 from firebox.hardware.probe import probe_cpu
 from firebox.kernels._cpu import set_threads
 from firebox.layers.base import Build
-from firebox.models.base import Model
+from firebox.models.base import Model, need
 from firebox.weights.checkpoint import Checkpoint, open_checkpoint
 from firebox.weights.load import chosen_slots, load_dummy, load_weights
 
@@ -113,7 +113,7 @@ def facts(checkpoint: Checkpoint, config: Config, gpu: Gpu) -> CheckpointFacts:
     return CheckpointFacts(
         model_type=checkpoint.model_type,
         dtype=checkpoint.dtype,
-        context_tokens=int(checkpoint.text_config["max_position_embeddings"]),
+        context_tokens=need(checkpoint.text_config, "max_position_embeddings"),
         weights_bytes=sum(slot.target.nbytes for slot in chosen_slots(model, None)),
         kv_bytes_per_token=needs.full_bytes_per_token,
         window_tokens=needs.window_tokens,

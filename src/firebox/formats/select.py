@@ -3,8 +3,10 @@
 `formats_of(config)` gives a function from a module's path ("model.layers.3.mlp.experts.7.down_proj") to its
 Format. Lists of exceptions are matched the way the library that wrote them matches them:
 
-    compressed-tensors   whole names, or a regular expression from the start after "re:"; a class name such as "Linear" means all
-    transformers         (fp8, mxfp4, awq, gptq) a regular expression from the start up to a module border, or the end of the name
+    compressed-tensors   whole names, or a regular expression from the start after "re:"; a class name such as
+                         "Linear" means all
+    transformers         (fp8, mxfp4, awq, gptq) a regular expression from the start up to a module border, or
+                         the end of the name
     modelopt             shell patterns over whole names
 """
 
@@ -87,7 +89,7 @@ def _compressed_tensors(quantization: Mapping[str, Any]) -> FormatOf:
         raise UnsupportedFormat(f"the checkpoint is sparse ({sparsity})", hint="supported: dense weights")
     groups = [
         (list(group.get("targets") or ()), _compressed_group(group, quantization.get("format")))
-        for group in quantization["config_groups"].values()
+        for group in _need(quantization, "config_groups").values()
     ]
     ignore = list(quantization.get("ignore") or ())
 
@@ -121,7 +123,7 @@ def _compressed_group(group: Mapping[str, Any], default: str | None) -> Format:
         if strategy == "channel":
             return fp8_channel.Format()
         if strategy == "block":
-            rows, columns = weights["block_structure"]
+            rows, columns = _need(weights, "block_structure")
             return fp8_block.Format((int(rows), int(columns)), scale="weight_scale")
     if (kind, bits, layout) == ("int", 4, "pack-quantized") and strategy in ("group", "channel"):
         if weights.get("actorder") in ("group", "dynamic"):
@@ -149,7 +151,7 @@ def _modelopt(quantization: Mapping[str, Any]) -> FormatOf:
     algorithms: dict[str, Format] = {"NVFP4": nvfp4.Format("modelopt"), "FP8": fp8_tensor.Format()}
     algorithm = str(inner.get("quant_algo"))
     if algorithm == "MIXED_PRECISION":
-        layers = {path: str(entry["quant_algo"]) for path, entry in inner["quantized_layers"].items()}
+        layers = {path: str(entry["quant_algo"]) for path, entry in _need(inner, "quantized_layers").items()}
         for name in layers.values():
             _require({"quant_algo": name}, "quant_algo", tuple(algorithms))
         return lambda path: algorithms[layers[path]] if path in layers else PLAIN
@@ -161,7 +163,7 @@ def _awq(quantization: Mapping[str, Any]) -> FormatOf:
     _require(quantization, "bits", (4,))
     _require(quantization, "version", ("gemm", None))
     _require(quantization, "zero_point", (True, None))
-    format = awq.Format(int(quantization["group_size"]))
+    format = awq.Format(int(_need(quantization, "group_size")))
     return _all_but(format, _not_converted(quantization), matches_transformers)
 
 
@@ -169,12 +171,19 @@ def _gptq(quantization: Mapping[str, Any]) -> FormatOf:
     _require(quantization, "bits", (4, 8))
     _require(quantization, "checkpoint_format", ("gptq", "gptq_v2", None))
     format = gptq.Format(
-        group=max(0, int(quantization["group_size"])),
+        group=max(0, int(_need(quantization, "group_size"))),
         bits=int(quantization["bits"]),
         zero_offset=0 if quantization.get("checkpoint_format") == "gptq_v2" else 1,
         desc_act=bool(quantization.get("desc_act", False)),
     )
     return _all_but(format, _not_converted(quantization), matches_transformers)
+
+
+def _need(found: Mapping[str, Any], key: str) -> Any:
+    if found.get(key) is None:
+        method = f" of {found['quant_method']}" if "quant_method" in found else ""
+        raise UnsupportedFormat(f"the checkpoint's quantization_config{method} has no {key!r}")
+    return found[key]
 
 
 def _require(found: Mapping[str, Any], key: str, supported: tuple[Any, ...]) -> None:

@@ -64,8 +64,9 @@ def need(config: Mapping[str, Any], *keys: str, kind: Callable[[Any], Any] = int
 
 
 def rotary(config: Mapping[str, Any], default_theta: float) -> tuple[float, Yarn | None]:
-    """The rotary base and its stretching, from `rope_parameters` (transformers 5) or the older `rope_theta` and `rope_scaling`.
-    Raises UnsupportedModel for a kind other than "default" and "yarn"."""
+    """The rotary base and its stretching, from `rope_parameters` (transformers 5) or the older `rope_theta`
+    and `rope_scaling`. Raises UnsupportedModel for a kind other than "default" and "yarn", and for a yarn
+    that lacks its factor or its original context."""
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}
     theta = float(found.get("rope_theta", config.get("rope_theta", default_theta)))
     kind = found.get("rope_type", found.get("type", "default"))
@@ -75,15 +76,16 @@ def rotary(config: Mapping[str, Any], default_theta: float) -> tuple[float, Yarn
         raise UnsupportedModel(
             f"config.json asks for rope type {kind!r}; this code supports 'default', 'yarn'"
         )
-    factor = float(found["factor"])
+    factor = need(found, "factor", kind=float)
     attention_factor = found.get("attention_factor")
     if attention_factor is None:
-        weights = found.get("mscale"), found.get("mscale_all_dim")
-        both = weights[0] and weights[1]
-        attention_factor = mscale(factor, weights[0]) / mscale(factor, weights[1]) if both else mscale(factor)
+        some, all_dim = found.get("mscale"), found.get("mscale_all_dim")
+        attention_factor = (
+            mscale(factor, some) / mscale(factor, all_dim) if some and all_dim else mscale(factor)
+        )
     return theta, Yarn(
         factor=factor,
-        original_positions=int(found["original_max_position_embeddings"]),
+        original_positions=need(found, "original_max_position_embeddings"),
         attention_factor=float(attention_factor),
         beta_fast=float(found.get("beta_fast") or 32.0),
         beta_slow=float(found.get("beta_slow") or 1.0),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from transformers.models.glm4_moe.modeling_glm4_moe import (
     Glm4MoeMoE,
@@ -16,6 +17,8 @@ from transformers.models.glm4_moe.modeling_glm4_moe import (
     Glm4MoeRotaryEmbedding,
 )
 from transformers.models.glm4_moe.modeling_glm4_moe import apply_rotary_pos_emb as glm_rotary
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP, GptOssRotaryEmbedding
+from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeRMSNorm, Qwen3_5MoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeRMSNorm,
     Qwen3MoeRotaryEmbedding,
@@ -24,20 +27,23 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
 from transformers.models.qwen3_moe.modeling_qwen3_moe import apply_rotary_pos_emb as qwen_rotary
 
 from firebox.find import load, names
+from firebox.formats import bf16, mxfp4
+from firebox.formats.base import OneOf, Slot
 from firebox.hardware.probe import probe_cpu
 from firebox.layers.base import Build
 from firebox.layers.dense import DenseBlock
 from firebox.layers.embedding import Embedding
 from firebox.layers.head import Head
 from firebox.layers.linear import Linear
-from firebox.layers.moe import MoeBlock
+from firebox.layers.moe import MoeBlock, MoeNames
 from firebox.layers.norm import RMSNorm
-from firebox.layers.rope import rotary_tables, rotate
+from firebox.layers.rope import Yarn, rotary_tables, rotate
 from tests.support.checkpoints import load_reference, reference_greedy, write_checkpoint
 from tests.support.engine import GREEDY, InProcessEngine
 
 GLM = load("models", "glm4_moe").TINY
 QWEN = load("models", "qwen3_moe").TINY
+QWEN_3_5 = load("models", "qwen3_5_moe").TINY["text_config"]
 CPU = torch.device("cpu")
 
 
@@ -64,6 +70,35 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     )
 
 
+def slots(layer: Any, layout: int = 0) -> list[Slot]:
+    """The layer's slots; of weights that are stored in several ways those of one layout."""
+    found: list[Slot] = []
+    for entry in layer.slots():
+        found += entry.layouts[layout] if isinstance(entry, OneOf) else [entry]
+    return found
+
+
+def targets(layer: Any) -> dict[str, torch.Tensor]:
+    """Tensor name → the memory that it goes to; every tensor of its target's shape, no name twice."""
+    found: dict[str, torch.Tensor] = {}
+    for slot in slots(layer):
+        (name, spec), *more = slot.tensors.items()
+        assert not more and name not in found and spec.shape == slot.target.shape, name
+        found[name] = slot.target
+    return found
+
+
+def fill(layer: Any, state: dict[str, torch.Tensor], layout: int = 0) -> None:
+    """As the loader does: `state` holds exactly the tensors that the layer asks for."""
+    wanted = slots(layer, layout)
+    specs = [(name, spec) for slot in wanted for name, spec in slot.tensors.items()]
+    assert sorted(name for name, _ in specs) == sorted(state)
+    for name, spec in specs:
+        assert state[name].shape == spec.shape and state[name].dtype in spec.dtypes, name
+    for slot in wanted:
+        slot.fill({name: state[name] for name in slot.tensors})
+
+
 # ---- norm
 
 
@@ -72,7 +107,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("eps", [1e-6, 0.5])
 def test_rms_norm(module: type[torch.nn.Module], dtype: torch.dtype, eps: float) -> None:
     """Bit for bit as transformers computes it, and as the formula says."""
-    norm, reference = RMSNorm(build(dtype), 48, eps), module(48, eps=eps).to(dtype)
+    norm, reference = RMSNorm(build(dtype), "norm", 48, eps), module(48, eps=eps).to(dtype)
     norm.weight.copy_(1 + normal(48, scale=0.3))
     reference.load_state_dict({"weight": norm.weight})
     x = (normal(7, 3, 48) * normal(7, 1, 1, scale=10)).to(dtype)
@@ -83,8 +118,24 @@ def test_rms_norm(module: type[torch.nn.Module], dtype: torch.dtype, eps: float)
     assert relative_error(found, formula) < (1e-6 if dtype == torch.float32 else 4e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_rms_norm_plus_one(dtype: torch.dtype) -> None:
+    """The checkpoint stores weight − 1; the 1 is added before rounding. In float32 bit for bit as
+    transformers computes it; in bf16 transformers rounds later."""
+    norm = RMSNorm(build(dtype), "norm", 48, 1e-6, plus_one=True)
+    stored, x = normal(48, scale=0.3).to(dtype), (normal(7, 3, 48) * normal(7, 1, 1, scale=10)).to(dtype)
+    fill(norm, {"norm.weight": stored})
+    assert torch.equal(norm.weight, (stored.double() + 1).to(dtype))
+    reference = Qwen3_5MoeRMSNorm(48, eps=1e-6).to(dtype)
+    reference.load_state_dict({"weight": stored})
+    found = norm(x)
+    assert found.dtype == dtype and relative_error(found, reference(x)) < 6e-3
+    assert dtype != torch.float32 or torch.equal(found, reference(x))
+
+
 def test_rms_norm_of_zeros_is_zero() -> None:
-    norm = RMSNorm(build(), 8, 1e-6)
+    norm = RMSNorm(build(), "norm", 8, 1e-6)
     norm.weight.fill_(2.0)
     assert torch.equal(norm(torch.zeros(2, 8)), torch.zeros(2, 8))
 
@@ -134,6 +185,27 @@ def test_rotary_by_the_formula() -> None:
     assert torch.equal(found[..., rotary_dim:], x[..., rotary_dim:]) and torch.equal(found[0], x[0])
 
 
+@pytest.mark.parametrize("truncate", [True, False])
+def test_yarn_as_in_transformers(truncate: bool) -> None:
+    parameters = {
+        "rope_type": "yarn",
+        "rope_theta": 150000.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 512,
+        "attention_factor": 1.3,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": truncate,
+    }
+    config = AutoConfig.for_model("gpt_oss", head_dim=64, rope_parameters=parameters)
+    expected = GptOssRotaryEmbedding(config)(torch.ones(1), torch.arange(600).unsqueeze(0))
+    found = rotary_tables(600, 64, 150000.0, CPU, Yarn(8.0, 512, 1.3, 32.0, 1.0, truncate))
+    plain = rotary_tables(600, 64, 150000.0, CPU)
+    for table, theirs, unstretched in zip(found, expected, plain, strict=True):
+        assert torch.allclose(table, theirs[0], atol=1e-4)
+        assert not torch.allclose(table, unstretched * 1.3, atol=1e-2)
+
+
 def test_scores_after_rotation_depend_on_the_distance_alone() -> None:
     cos, sin = rotary_tables(64, 16, 10000.0, CPU)
     q, k = normal(1, 1, 16, seed=1), normal(1, 1, 16, seed=2)
@@ -147,8 +219,7 @@ def test_scores_after_rotation_depend_on_the_distance_alone() -> None:
 # ---- experts
 
 
-def fill_moe(block: MoeBlock, reference: torch.nn.Module, norm: torch.Tensor, inter: int) -> None:
-    """Gives both the same weights, under the published names: one gate, up and down an expert."""
+def randomise(reference: torch.nn.Module) -> None:
     with torch.no_grad():
         for number, (name, parameter) in enumerate(reference.named_parameters()):
             scale = 1.0 if name == "gate.weight" else parameter.shape[-1] ** -0.5
@@ -156,24 +227,32 @@ def fill_moe(block: MoeBlock, reference: torch.nn.Module, norm: torch.Tensor, in
         for name, buffer in reference.named_buffers():
             assert name == "gate.e_score_correction_bias", name
             buffer.copy_(normal(*buffer.shape, seed=99, scale=0.2))
+
+
+def fill_moe(
+    block: MoeBlock, reference: torch.nn.Module, norm: torch.Tensor, inter: int, layout: int = 0
+) -> None:
+    """Gives both the same weights, under the published names: one gate, up and down an expert, or, as layout
+    1, all experts in one tensor, as transformers has them."""
+    randomise(reference)
     state = dict(reference.state_dict())
-    gate_up, down = state.pop("experts.gate_up_proj"), state.pop("experts.down_proj")
-    for e in range(gate_up.shape[0]):
-        state[f"experts.{e}.gate_proj.weight"], state[f"experts.{e}.up_proj.weight"] = gate_up[e].split(inter)
-        state[f"experts.{e}.down_proj.weight"] = down[e]
-    slots = {slot.name: slot.target for slot in block.slots("norm", "mlp")}
-    slots.pop("norm.weight").copy_(norm)
-    assert set(slots) == {f"mlp.{name}" for name in state}
-    for name, tensor in state.items():
-        assert slots[f"mlp.{name}"].shape == tensor.shape
-        slots[f"mlp.{name}"].copy_(tensor)
+    if layout == 0:
+        gate_up, down = state.pop("experts.gate_up_proj"), state.pop("experts.down_proj")
+        for e in range(gate_up.shape[0]):
+            gate, up = gate_up[e].split(inter)
+            state[f"experts.{e}.gate_proj.weight"], state[f"experts.{e}.up_proj.weight"] = gate, up
+            state[f"experts.{e}.down_proj.weight"] = down[e]
+        assert set(targets(block)) == {"norm.weight", *(f"mlp.{name}" for name in state)}
+    fill(block, {"norm.weight": norm, **{f"mlp.{name}": tensor for name, tensor in state.items()}}, layout)
 
 
 @torch.inference_mode()
-def compare_moe(block: MoeBlock, reference: torch.nn.Module, hidden: int, inter: int) -> torch.Tensor:
+def compare_moe(
+    block: MoeBlock, reference: torch.nn.Module, hidden: int, inter: int, layout: int = 0
+) -> torch.Tensor:
     """Our block, residual to residual, against x + reference(norm(x)); returns which experts were chosen."""
     weight = 1 + normal(hidden, scale=0.1)
-    fill_moe(block, reference, weight, inter)
+    fill_moe(block, reference, weight, inter, layout)
     block.finish()
     x = normal(67, hidden, seed=5, scale=2.0)
     h = weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
@@ -189,9 +268,11 @@ def glm_config(**changes: Any) -> Any:
 
 
 def glm_block(groups: int, kept: int, shared: int, renormalise: bool, **settings: Any) -> MoeBlock:
+    built = build(**settings)
     return MoeBlock(
-        build(**settings),
-        hidden=64,
+        built,
+        RMSNorm(built, "norm", 64, 1e-5),
+        MoeNames.usual("mlp"),
         inter=48,
         experts=16,
         top_k=4,
@@ -199,7 +280,6 @@ def glm_block(groups: int, kept: int, shared: int, renormalise: bool, **settings
         scoring="sigmoid",
         renormalise=renormalise,
         routed_scale=1.5,
-        eps=1e-5,
         expert_groups=groups,
         kept_groups=kept,
     )
@@ -248,13 +328,17 @@ def test_plain_routing_with_shared_experts(backend: str, shared: int, renormalis
     compare_moe(block, Glm4MoeMoE(glm_config(n_shared_experts=shared, norm_topk_prob=renormalise)), 64, 48)
 
 
+@pytest.mark.parametrize("layout", [0, 1])
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("renormalise", [True, False])
-def test_softmax_routing_without_shared_experts(backend: str, renormalise: bool) -> None:
+def test_softmax_routing_without_shared_experts(backend: str, renormalise: bool, layout: int) -> None:
+    """With one tensor per expert and with all experts in one."""
     config = AutoConfig.for_model(**QWEN | {"norm_topk_prob": renormalise})
+    built = build(moe_backend=backend)
     block = MoeBlock(
-        build(moe_backend=backend),
-        hidden=64,
+        built,
+        RMSNorm(built, "norm", 64, 1e-5),
+        MoeNames.usual("mlp"),
         inter=48,
         experts=8,
         top_k=3,
@@ -262,19 +346,93 @@ def test_softmax_routing_without_shared_experts(backend: str, renormalise: bool)
         scoring="softmax",
         renormalise=renormalise,
         routed_scale=1.0,
-        eps=1e-5,
     )
-    compare_moe(block, Qwen3MoeSparseMoeBlock(config), 64, 48)
+    compare_moe(block, Qwen3MoeSparseMoeBlock(config), 64, 48, layout)
+
+
+def test_gated_shared_expert() -> None:
+    built = build()
+    block = MoeBlock(
+        built,
+        RMSNorm(built, "norm", 64, 1e-5),
+        MoeNames.usual("mlp", shared="shared_expert"),
+        inter=48,
+        experts=8,
+        top_k=3,
+        shared_experts=1,
+        shared_gate=True,
+        scoring="softmax",
+        renormalise=True,
+        routed_scale=1.0,
+    )
+    compare_moe(block, Qwen3_5MoeSparseMoeBlock(AutoConfig.for_model(**QWEN_3_5)), 64, 48)
+
+
+def gpt_oss_block() -> MoeBlock:
+    built = build(format_of=lambda path: mxfp4.Format() if path.startswith("mlp.experts.") else bf16.Format())
+    return MoeBlock(
+        built,
+        RMSNorm(built, "norm", 64, 1e-5),
+        MoeNames(router="mlp.router", expert="", fused="mlp.experts"),
+        interleaved=True,
+        inter=32,
+        experts=8,
+        top_k=3,
+        shared_experts=0,
+        scoring="softmax_top_k",
+        renormalise=False,
+        routed_scale=1.0,
+        biases=True,
+        activation="clamped_swiglu",
+        limit=1.5,
+        alpha=1.702,
+    )
+
+
+@torch.inference_mode()
+def test_experts_as_gpt_oss_in_transformers() -> None:
+    """Biases, clamped SwiGLU, gate and up rows in turn; unquantised, and the same weights in MXFP4, whose
+    values transformers unpacks."""
+    config = AutoConfig.for_model(
+        "gpt_oss",
+        hidden_size=64,
+        intermediate_size=32,
+        num_local_experts=8,
+        num_experts_per_tok=3,
+        swiglu_limit=1.5,
+        swiglu_alpha=1.702,
+    )
+    reference = GptOssMLP(config)
+    randomise(reference)
+    packed = {}
+    for part, rows, columns in (("gate_up_proj", 64, 64), ("down_proj", 64, 32)):
+        generator = torch.Generator().manual_seed(rows + columns)
+        groups = columns // 32
+        blocks = torch.randint(256, (8, rows, groups, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(122, 126, (8, rows, groups), dtype=torch.uint8, generator=generator)
+        packed |= {f"mlp.experts.{part}_blocks": blocks, f"mlp.experts.{part}_scales": scales}
+        values = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)  # [experts, in, out]
+        getattr(reference.experts, part).copy_(values)
+    weight, x = 1 + normal(64, scale=0.1), normal(67, 64, seed=5, scale=2.0)
+    state = {"norm.weight": weight, **{f"mlp.{name}": t for name, t in reference.state_dict().items()}}
+    small = {name: t for name, t in state.items() if not name.endswith("_proj")}
+    h = weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+    expected = x + reference(h.unsqueeze(0))[0][0]
+    for layout, stored in ((0, state), (1, small | packed)):
+        block = gpt_oss_block()
+        fill(block, stored, layout)
+        block.finish()
+        assert relative_error(block(x), expected) < 2e-6, f"layout {layout}"
 
 
 # ---- linear, dense, embedding, head
 
 
 def test_linear_stacks_its_parts_in_order() -> None:
-    linear = Linear(build(), 6, {"q": 4, "k": 2, "v": 3}, bias=True)
+    linear = Linear(build(), 6, {"p.q": 4, "p.k": 2, "p.v": 3}, bias=True)
     state = {
-        slot.name: slot.target.copy_(normal(*slot.target.shape, seed=i))
-        for i, slot in enumerate(linear.slots("p."))
+        name: target.copy_(normal(*target.shape, seed=i))
+        for i, (name, target) in enumerate(targets(linear).items())
     }
     assert set(state) == {f"p.{part}.{kind}" for part in "qkv" for kind in ("weight", "bias")}
     x = normal(5, 6)
@@ -282,12 +440,23 @@ def test_linear_stacks_its_parts_in_order() -> None:
     assert torch.allclose(linear(x), expected, atol=1e-6)
 
 
+def test_each_part_of_a_linear_has_its_own_format() -> None:
+    built = build(format_of=lambda path: mxfp4.Format() if path == "p.k" else bf16.Format())
+    linear = Linear(built, 64, {"p.q": 4, "p.k": 2})
+    blocks, scales = torch.full((2, 2, 16), 0x72, dtype=torch.uint8), torch.tensor([[127, 128], [126, 127]])
+    q = normal(4, 64)
+    fill(linear, {"p.q.weight": q, "p.k.blocks": blocks, "p.k.scales": scales.to(torch.uint8)})
+    pairs = torch.tensor([1.0, 6.0]).repeat(32)  # what the codes 2 and 7 stand for
+    assert torch.equal(linear.weight[:4], q)
+    assert torch.equal(linear.weight[4:], pairs * torch.tensor([[1.0, 2], [0.5, 1]]).repeat_interleave(32, 1))
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_dense_block(finished: bool) -> None:
-    block = DenseBlock(build(), 24, 40, 1e-5)
+    block = DenseBlock(build(), RMSNorm(build(), "norm", 24, 1e-5), "mlp", 40)
     state = {
-        slot.name: slot.target.copy_(normal(*slot.target.shape, seed=i, scale=0.3)).double()
-        for i, slot in enumerate(block.slots("norm", "mlp"))
+        name: target.copy_(normal(*target.shape, seed=i, scale=0.3)).double()
+        for i, (name, target) in enumerate(targets(block).items())
     }
     assert set(state) == {"norm.weight", *(f"mlp.{name}_proj.weight" for name in ("gate", "up", "down"))}
     if finished:
@@ -302,15 +471,17 @@ def test_dense_block(finished: bool) -> None:
 @pytest.mark.parametrize("finished", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
 def test_head(finished: bool, tied: bool) -> None:
-    embedding = Embedding(build(), 101, 24)
-    embedding.weight.copy_(normal(101, 24))
-    head = Head(build(), 24, 101, 1e-5, embedding.weight if tied else None)
-    slots = {slot.name: slot.target for slot in head.slots("norm", "lm_head")}
-    assert set(slots) == ({"norm.weight"} if tied else {"norm.weight", "lm_head.weight"})
-    for number, target in enumerate(slots.values()):
+    embedding = Embedding(build(), "embed_tokens", 101, 24)
+    fill(embedding, {"embed_tokens.weight": normal(101, 24)})
+    assert torch.equal(embedding.weight, normal(101, 24))
+    final_norm = RMSNorm(build(), "norm", 24, 1e-5)
+    head = Head(build(), final_norm, "lm_head", 101, embedding.weight if tied else None)
+    filled = targets(head)
+    assert set(filled) == ({"norm.weight"} if tied else {"norm.weight", "lm_head.weight"})
+    for number, target in enumerate(filled.values()):
         target.copy_(normal(*target.shape, seed=number + 7))
-    weight = (embedding.weight if tied else slots["lm_head.weight"]).double()
-    norm = slots["norm.weight"].double()
+    weight = (embedding.weight if tied else filled["lm_head.weight"]).double()
+    norm = filled["norm.weight"].double()
     if finished:
         head.finish()
     x = normal(5, 24)
@@ -321,17 +492,23 @@ def test_head(finished: bool, tied: bool) -> None:
 
 
 def test_logits_of_a_bf16_head_are_float32() -> None:
-    head = Head(build(torch.bfloat16), 24, 101, 1e-5)
-    for slot in head.slots("norm", "lm_head"):
-        slot.target.copy_(normal(*slot.target.shape))
+    built = build(torch.bfloat16)
+    head = Head(built, RMSNorm(built, "norm", 24, 1e-5), "lm_head", 101)
+    for target in targets(head).values():
+        target.copy_(normal(*target.shape))
     head.finish()
     assert head(normal(2, 24).to(torch.bfloat16)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", names("models"))
 def test_a_model_with_a_tied_head_equals_transformers(name: str, tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path, load("models", name).TINY | {"tie_word_embeddings": True})
+    config = load("models", name).TINY | {"tie_word_embeddings": True}
+    if "text_config" in config:
+        config["text_config"] = config["text_config"] | {"tie_word_embeddings": True}
+    folder = write_checkpoint(tmp_path, config)
     prompt = [5, 17, 200, 3, 99, 12]
-    expected = reference_greedy(load_reference(folder), prompt, 24)
+    reference = load_reference(folder)
+    assert reference.get_output_embeddings().weight is reference.get_input_embeddings().weight
+    expected = reference_greedy(reference, prompt, 24)
     assert InProcessEngine(folder).generate([prompt], GREEDY) == [expected]
     assert len(set(expected)) > 3

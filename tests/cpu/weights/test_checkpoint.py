@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from firebox.errors import CheckpointError, CorruptShard
-from firebox.weights.checkpoint import INDEX, SINGLE, open_checkpoint
+from firebox.weights.checkpoint import INDEX, SINGLE, Checkpoint, open_checkpoint
 
 TENSORS = {
     name: torch.arange(6, dtype=torch.float32).view(2, 3) + i for i, name in enumerate(("a", "b", "c", "d"))
@@ -42,7 +42,12 @@ def sharded(tmp_path: Path) -> Path:
 
 
 def read_all(folder: Path) -> dict[str, tuple[torch.Tensor, str]]:
-    return {name: (tensor, shard.name) for name, tensor, shard in open_checkpoint(folder).tensors()}
+    """Every tensor, and the shard it is in; the headers and the data agree about what there is."""
+    checkpoint = open_checkpoint(folder)
+    shards = checkpoint.names()
+    found = list(checkpoint.tensors(shards))
+    assert sorted(name for name, _ in found) == sorted(shards), "each tensor once"
+    return {name: (tensor, shards[name]) for name, tensor in found}
 
 
 def test_a_single_file(single: Path) -> None:
@@ -61,6 +66,14 @@ def test_shards_with_an_index(sharded: Path) -> None:
     assert all(torch.equal(tensor, TENSORS[name]) for name, (tensor, _) in found.items())
 
 
+def test_only_what_is_wanted_is_read(sharded: Path) -> None:
+    checkpoint = open_checkpoint(sharded)
+    found = list(checkpoint.tensors({"d", "a", "no such tensor"}))
+    assert [name for name, _ in found] == ["a", "d"], "in the order of the shards"
+    assert all(torch.equal(tensor, TENSORS[name]) for name, tensor in found)
+    assert list(checkpoint.tensors(())) == []
+
+
 def test_the_index_decides_which_files_are_read(sharded: Path) -> None:
     """A stray file, even one with the usual name, is not read when there is an index."""
     save_file({"stray": torch.zeros(1)}, sharded / SINGLE)
@@ -77,7 +90,8 @@ def test_total_bytes_are_those_on_disk(layout: str, request: pytest.FixtureReque
 def test_a_folder_with_only_a_config(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", {"model_type": "x"})
     checkpoint = open_checkpoint(tmp_path)
-    assert checkpoint.shards == () and checkpoint.total_bytes == 0 and list(checkpoint.tensors()) == []
+    assert checkpoint.shards == () and checkpoint.total_bytes == 0
+    assert checkpoint.names() == {} and list(checkpoint.tensors(TENSORS)) == []
 
 
 # ---- broken folders
@@ -121,27 +135,32 @@ def test_a_truncated_shard(sharded: Path, kept_bytes: int) -> None:
     checkpoint, seen = open_checkpoint(sharded), []
 
     def read() -> None:
-        for name, _, _ in checkpoint.tensors():
+        for name, _ in checkpoint.tensors(TENSORS):
             seen.append(name)
 
     with pytest.raises(CorruptShard) as caught:
         read()
     assert str(path) in str(caught.value) and caught.value.hint
     assert sorted(seen) == ["a", "c"], "the whole shard before it was read"
+    with pytest.raises(CorruptShard) as caught:
+        checkpoint.names()
+    assert str(path) in str(caught.value) and caught.value.hint
 
 
 def test_a_shard_that_is_something_else(single: Path) -> None:
     (single / SINGLE).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(CorruptShard) as caught:
-        list(open_checkpoint(single).tensors())
-    assert str(single / SINGLE) in str(caught.value)
+    for read in (Checkpoint.names, lambda checkpoint: list(checkpoint.tensors(TENSORS))):
+        with pytest.raises(CorruptShard) as caught:
+            read(open_checkpoint(single))
+        assert str(single / SINGLE) in str(caught.value)
 
 
 def test_a_shard_that_is_a_folder(single: Path) -> None:
     (single / SINGLE).unlink()
     (single / SINGLE).mkdir()
-    with pytest.raises(CorruptShard, match=SINGLE):
-        list(open_checkpoint(single).tensors())
+    for read in (Checkpoint.names, lambda checkpoint: list(checkpoint.tensors(TENSORS))):
+        with pytest.raises(CorruptShard, match=SINGLE):
+            read(open_checkpoint(single))
 
 
 # ---- what config.json and generation_config.json say
