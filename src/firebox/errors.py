@@ -40,7 +40,7 @@ class CheckpointError(FireboxError):
 
 
 class UnsupportedModel(CheckpointError):
-    """An architecture, or one of its config values, that the code does not implement."""
+    """An architecture, or one of its config values, that the code lacks."""
 
 
 class UnsupportedFormat(CheckpointError):

@@ -94,7 +94,7 @@ def cache_needs(specs: Sequence[CacheSpec | None], dtype_bytes: int) -> CacheNee
     """Adds up the layers; `dtype_bytes` of keys and values (states are float32). Raises UnsupportedModel for
     windows of two sizes."""
 
-    def rows(kind: type) -> int:
+    def rows(kind: type[PagedSpec] | type[LatentSpec] | type[WindowSpec]) -> int:
         return sum(
             math.prod(shape) * dtype_bytes
             for spec in specs
