@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+STAND_INS = {"kimi_k2": "deepseek_v3"}  # a model type that transformers has under another name only
 
 
 def write_checkpoint(
@@ -16,7 +26,8 @@ def write_checkpoint(
     """A random checkpoint of `config`, as `save_pretrained` writes it; in several shards with
     `shard_bytes`."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    known = _known(config)
+    model = _auto(known).from_config(known)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if (
@@ -31,13 +42,33 @@ def write_checkpoint(
             if name.endswith("e_score_correction_bias"):
                 buffer.normal_(std=0.3)
     model.save_pretrained(folder, **({"max_shard_size": shard_bytes} if shard_bytes else {}))
+    if config["model_type"] in STAND_INS:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": config["model_type"]}))
     return folder
 
 
-def load_reference(folder: Path | str) -> PreTrainedModel:
-    """The checkpoint as transformers runs it, in float32."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def load_reference(folder: Path | str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The checkpoint as transformers runs it in `dtype`."""
+    known = _known(json.loads((Path(folder) / "config.json").read_text()))
+    model: PreTrainedModel = _auto(known).from_pretrained(folder, config=known, dtype=dtype)
     return model.eval()
+
+
+def _known(config: dict[str, Any]) -> PreTrainedConfig:
+    """The config as transformers knows it."""
+    model_type = STAND_INS.get(config["model_type"], config["model_type"])
+    known: PreTrainedConfig = AutoConfig.for_model(**copy.deepcopy(config) | {"model_type": model_type})
+    return known
+
+
+def _auto(config: PreTrainedConfig) -> Any:
+    """The class that makes its models: one that sees too is no causal language model to transformers."""
+    return (
+        AutoModelForCausalLM
+        if type(config) in AutoModelForCausalLM._model_mapping
+        else AutoModelForImageTextToText
+    )
 
 
 @torch.inference_mode()

@@ -4,7 +4,7 @@ scheduler speaks.
 A request's pages, in token order, one list per kind ("full", and "window" where the model has windowed
 layers):
 
-    [ shared: pages of the prefix tree's nodes | own: written by this request, not yet full or not yet shared ]
+    [ shared: pages of the prefix tree's nodes | own: written by this request, not full or not yet shared ]
       `nodes`, locked                            freed with the request
 
 Of the window kind only the pages that the window still reaches are held; earlier entries are 0.

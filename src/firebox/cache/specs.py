@@ -1,10 +1,10 @@
 """What one layer keeps of the tokens it has seen. A model lists one spec per layer, or None for a layer that
 keeps nothing.
 
-PagedSpec       keys and values of every token                       pages of the "full" kind
-LatentSpec      one compressed row per token (MLA)                   pages of the "full" kind
-WindowSpec      keys and values of the last `window_tokens` tokens   pages of the "window" kind, freed as the window moves on
-RecurrentSpec   a state of fixed size                                one slot a request, and snapshots at page boundaries
+PagedSpec       keys and values of every token                       "full" pages
+LatentSpec      one compressed row per token (MLA)                   "full" pages
+WindowSpec      keys and values of the last `window_tokens` tokens   "window" pages, freed behind it
+RecurrentSpec   a state of fixed size                                one slot a request, and snapshots
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def cache_needs(specs: Sequence[CacheSpec | None], dtype_bytes: int) -> CacheNee
     """Adds up the layers; `dtype_bytes` of keys and values (states are float32). Raises UnsupportedModel for
     windows of two sizes."""
 
-    def rows(kind: type) -> int:
+    def rows(kind: type[PagedSpec] | type[LatentSpec] | type[WindowSpec]) -> int:
         return sum(
             math.prod(shape) * dtype_bytes
             for spec in specs

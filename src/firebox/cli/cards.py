@@ -28,11 +28,11 @@ def cards(as_json: Annotated[bool, typer.Option("--json", help="one JSON documen
 def describe(folder: Path) -> dict[str, Any]:
     """A bundled model in five fields. Multimodal configs keep the language model's numbers one level down."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config = {**config, **config.get("text_config", {})}
+    text = {**config, **config.get("text_config", {})}
     return {
         "name": folder.name,
         "model_type": config["model_type"],
-        "layers": config["num_hidden_layers"],
-        "experts": next((config[name] for name in EXPERTS if name in config), 0),
+        "layers": text["num_hidden_layers"],
+        "experts": next((text[name] for name in EXPERTS if name in text), 0),
         "has_weights": any(folder.glob("*.safetensors")),
     }

@@ -39,7 +39,8 @@ class Format:
         """In float32."""
 
         def codes(packed: torch.Tensor) -> torch.Tensor:
-            return unpack_words(packed).unflatten(1, (-1, PER_WORD))[..., PLACES].flatten(1).float()
+            words: torch.Tensor = unpack_words(packed).unflatten(1, (-1, PER_WORD))
+            return words[..., PLACES].flatten(1).float()
 
         def wide(per_group: torch.Tensor) -> torch.Tensor:
             return per_group.repeat_interleave(self.group, 0)[:columns]

@@ -18,8 +18,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor as the checkpoint stores it. A scalar (`shape` ()) may be stored as [1] too. `optional`: it
-    may be absent."""
+    """One tensor as the checkpoint stores it. A scalar (`shape` ()) may be stored as [1] or [1, 1] too.
+    `optional`: it may be absent."""
 
     shape: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...] = FLOATS
@@ -54,7 +54,10 @@ FormatOf = Callable[[str], Format]  # a module's path, such as "model.layers.0.m
 class Slot(Protocol):
     """Some of a checkpoint's tensors and the memory they go to."""
 
-    target: torch.Tensor
+    @property
+    def target(self) -> torch.Tensor:
+        """The memory."""
+        ...
 
     @property
     def tensors(self) -> Mapping[str, TensorSpec]:

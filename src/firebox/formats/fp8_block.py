@@ -2,8 +2,9 @@
 
 `weight` [rows, columns] float8_e4m3fn, `weight_scale_inv` [⌈rows / 128⌉, ⌈columns / 128⌉] (the inverse of
 what the quantiser multiplied by, hence the name). DeepSeek-V3's spelling, quant_method "fp8" with
-weight_block_size; compressed-tensors stores the same, strategy "block", under `weight_scale`. Rows or columns
-that do not fill their last block are allowed.
+weight_block_size; compressed-tensors stores the same, strategy "block", under `weight_scale`. Rows or
+columns that do not fill their last block are allowed. Scales may be stored as powers of two (float8_e8m0fnu;
+scale_fmt "ue8m0" in transformers).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from firebox.formats.base import TensorSpec
+from firebox.formats.base import FLOATS, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,9 @@ class Format:
         """`weight` and the scales."""
         return {
             "weight": TensorSpec((rows, columns), (torch.float8_e4m3fn,)),
-            self.scale: TensorSpec((-(-rows // self.block[0]), -(-columns // self.block[1]))),
+            self.scale: TensorSpec(
+                (-(-rows // self.block[0]), -(-columns // self.block[1])), (*FLOATS, torch.float8_e8m0fnu)
+            ),
         }
 
     def dequantise(self, tensors: Mapping[str, torch.Tensor], rows: int, columns: int) -> torch.Tensor:

@@ -2,9 +2,9 @@
 // 32] − 127).
 
 OCP Microscaling Formats v1.0. gpt-oss stores `blocks` [rows, columns / 32, 16] uint8 and `scales` [rows,
-columns / 32] uint8 (E8M0;
-255 is NaN), all experts in one tensor, so its names end in "_blocks" and "_scales". compressed-tensors (`mxfp4-pack-quantized`) stores
-`weight_packed` [rows, columns / 2] and `weight_scale` [rows, columns / 32].
+columns / 32] uint8 (E8M0; 255 is NaN), all experts in one tensor, so its names end in "_blocks" and
+"_scales". compressed-tensors (`mxfp4-pack-quantized`) stores `weight_packed` [rows, columns / 2] and
+`weight_scale` [rows, columns / 32].
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Format:
         return {"weight_packed": TensorSpec((rows, columns // 2), (torch.uint8,)), "weight_scale": scales}
 
     def dequantise(self, tensors: Mapping[str, torch.Tensor], rows: int, columns: int) -> torch.Tensor:
-        """Exact: float32 holds every product."""
+        """Exact: float32 holds every product below 2^128; those above become infinite."""
         codes, scales = (tensors[name] for name in self.tensors(rows, columns))
         values = unpack(codes.reshape(rows, -1, GROUP // 2))  # [rows, groups, 32]
         return (values * e8m0(scales).unsqueeze(-1)).flatten(1)[:, :columns]
@@ -48,5 +48,5 @@ class Format:
 
 def e8m0(scales: torch.Tensor) -> torch.Tensor:
     """2^(s − 127) in float32 for `scales` uint8; NaN for 255. Zero stands for 2^−127, a subnormal number."""
-    values = torch.ldexp(torch.ones(()), scales.int() - 127)
+    values = torch.ldexp(torch.ones_like(scales, dtype=torch.float32), scales.int() - 127)
     return values.masked_fill(scales == 255, torch.nan)

@@ -3,11 +3,13 @@
 `formats_of(config)` gives a function from a module's path ("model.layers.3.mlp.experts.7.down_proj") to its
 Format. Lists of exceptions are matched the way the library that wrote them matches them:
 
-    compressed-tensors   whole names, or a regular expression from the start after "re:"; a class name such as
-                         "Linear" means all
-    transformers         (fp8, mxfp4, awq, gptq) a regular expression from the start up to a module border, or
-                         the end of the name
-    modelopt             shell patterns over whole names
+    compressed-tensors   whole names, or after "re:" a regular expression from the start; "Linear" means all
+    transformers         (fp8, mxfp4) a regular expression from the start up to a module border, or an ending
+    AutoAWQ, GPTQ        whole parts anywhere: "self_attn", "mlp.gate" (not "mlp.gate_proj")
+    modelopt             shell patterns over the name or a module that contains it
+
+transformers leaves the output matrix alone where no list is given, AutoAWQ and GPTQ always do. A model whose
+language model is one of several parts has `language_model.` before its names; a list may leave that out.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from firebox.formats.base import Format, FormatOf
 
 Match = Callable[[str, Sequence[str]], bool]  # does any of these patterns mean the module?
 PLAIN = bf16.Format()
+HEAD = "lm_head"
+LANGUAGE_MODEL = "language_model."
 
 
 def formats_of(config: Mapping[str, Any]) -> FormatOf:
@@ -35,7 +39,7 @@ def formats_of(config: Mapping[str, Any]) -> FormatOf:
     readers = {
         "compressed-tensors": _compressed_tensors,
         "fp8": _transformers_fp8,
-        "mxfp4": lambda found: _all_but(mxfp4.Format(), _not_converted(found), matches_transformers),
+        "mxfp4": _mxfp4,
         "modelopt": _modelopt,
         "modelopt_fp4": _modelopt,
         "awq": _awq,
@@ -49,14 +53,21 @@ def formats_of(config: Mapping[str, Any]) -> FormatOf:
 
 
 def matches_compressed_tensors(path: str, patterns: Sequence[str]) -> bool:
-    """As `compressed_tensors.utils.match.match_name`; "Linear" means every module here, since only linear
-    ones are asked about."""
-    return any(
-        re.match(pattern.removeprefix("re:"), path) is not None
-        if pattern.startswith("re:")
-        else pattern in (path, "Linear")
+    """As `compressed_tensors.utils.match.is_match`; "Linear" means every module here, since only linear ones
+    are asked about."""
+    return _rank(path, patterns) is not None
+
+
+def _rank(path: str, patterns: Sequence[str]) -> tuple[int, str] | None:
+    """How closely the closest of the patterns means the module, the smallest first: by its name, by a regular
+    expression (the first in the alphabet), by its class. None: not at all."""
+    ranks = (
+        (0 if pattern == path else 1 if pattern.startswith("re:") else 2, pattern)
         for pattern in patterns
+        if pattern in (path, "Linear")
+        or (pattern.startswith("re:") and re.match(pattern.removeprefix("re:"), path))
     )
+    return min(ranks, default=None)
 
 
 def matches_transformers(path: str, patterns: Sequence[str]) -> bool:
@@ -64,6 +75,12 @@ def matches_transformers(path: str, patterns: Sequence[str]) -> bool:
     "layers.11"."""
     border = r"(?:(?<=\.)|(?=\.|$))"
     return any(re.match(f"(?:{pattern}){border}", path) or path.endswith(pattern) for pattern in patterns)
+
+
+def matches_parts(path: str, patterns: Sequence[str]) -> bool:
+    """Do a pattern's parts follow each other somewhere in the path? AutoAWQ looks for its patterns anywhere,
+    so its lists hold "self_attn" and "model.layers.1."; the whole parts are what they mean."""
+    return any(f".{pattern.strip('.')}." in f".{path}." for pattern in patterns)
 
 
 def matches_modelopt(path: str, patterns: Sequence[str]) -> bool:
@@ -75,11 +92,21 @@ def matches_modelopt(path: str, patterns: Sequence[str]) -> bool:
 
 
 def _all_but(format: Format, exceptions: Sequence[str], match: Match) -> FormatOf:
-    return lambda path: PLAIN if match(path, exceptions) else format
+    return lambda path: PLAIN if _excepted(path, exceptions, match) else format
+
+
+def _excepted(path: str, exceptions: Sequence[str], match: Match) -> bool:
+    return match(path, exceptions) or (
+        path.startswith(LANGUAGE_MODEL) and match(path.removeprefix(LANGUAGE_MODEL), exceptions)
+    )
 
 
 def _not_converted(quantization: Mapping[str, Any]) -> list[str]:
-    return list(quantization.get("modules_to_not_convert") or quantization.get("ignored_layers") or ())
+    """For what transformers wrote; `ignored_layers` is AutoFP8's word."""
+    for key in ("modules_to_not_convert", "ignored_layers"):
+        if quantization.get(key) is not None:
+            return list(quantization[key])
+    return [HEAD]
 
 
 def _compressed_tensors(quantization: Mapping[str, Any]) -> FormatOf:
@@ -94,15 +121,11 @@ def _compressed_tensors(quantization: Mapping[str, Any]) -> FormatOf:
     ignore = list(quantization.get("ignore") or ())
 
     def format_of(path: str) -> Format:
-        if matches_compressed_tensors(path, ignore):
+        if _excepted(path, ignore, matches_compressed_tensors):
             return PLAIN
-        # a group that names the module goes before one that means all linear ones
-        for wanted_class in (False, True):
-            for targets, format in groups:
-                named = [target for target in targets if (target == "Linear") == wanted_class]
-                if matches_compressed_tensors(path, named):
-                    return format
-        return PLAIN
+        found = ((_rank(path, targets), format) for targets, format in groups)
+        ranked = [(rank, format) for rank, format in found if rank is not None]
+        return min(ranked, key=lambda pair: pair[0])[1] if ranked else PLAIN
 
     return format_of
 
@@ -139,9 +162,18 @@ def _compressed_group(group: Mapping[str, Any], default: str | None) -> Format:
 
 
 def _transformers_fp8(quantization: Mapping[str, Any]) -> FormatOf:
+    """transformers' own, which always has a `weight_block_size`, or AutoFP8's, which never has."""
     block = quantization.get("weight_block_size")
-    format = fp8_tensor.Format() if block is None else fp8_block.Format((int(block[0]), int(block[1])))
+    format: Format = fp8_tensor.Format()
+    if block is not None:
+        format = fp8_block.Format((int(block[0]), int(block[1])))
+    elif "weight_block_size" in quantization:
+        format = fp8_tensor.Format("weight_scale_inv", "activation_scale")
     return _all_but(format, _not_converted(quantization), matches_transformers)
+
+
+def _mxfp4(quantization: Mapping[str, Any]) -> FormatOf:
+    return _all_but(mxfp4.Format(), _not_converted(quantization), matches_transformers)
 
 
 def _modelopt(quantization: Mapping[str, Any]) -> FormatOf:
@@ -156,6 +188,8 @@ def _modelopt(quantization: Mapping[str, Any]) -> FormatOf:
             _require({"quant_algo": name}, "quant_algo", tuple(algorithms))
         return lambda path: algorithms[layers[path]] if path in layers else PLAIN
     _require(inner, "quant_algo", tuple(algorithms))
+    if algorithm == "NVFP4":
+        _require(inner, "group_size", (nvfp4.GROUP, None))
     return _all_but(algorithms[algorithm], exceptions, matches_modelopt)
 
 
@@ -163,20 +197,32 @@ def _awq(quantization: Mapping[str, Any]) -> FormatOf:
     _require(quantization, "bits", (4,))
     _require(quantization, "version", ("gemm", None))
     _require(quantization, "zero_point", (True, None))
-    format = awq.Format(int(_need(quantization, "group_size")))
-    return _all_but(format, _not_converted(quantization), matches_transformers)
+    exceptions = [HEAD, *(quantization.get("modules_to_not_convert") or ())]
+    return _all_but(awq.Format(int(_need(quantization, "group_size"))), exceptions, matches_parts)
 
 
 def _gptq(quantization: Mapping[str, Any]) -> FormatOf:
+    """`dynamic` is GPTQModel's: "-:" and a regular expression, from the start, of modules left as they
+    are."""
     _require(quantization, "bits", (4, 8))
     _require(quantization, "checkpoint_format", ("gptq", "gptq_v2", None))
+    _require(quantization, "pack_dtype", ("int32", None))
     format = gptq.Format(
         group=max(0, int(_need(quantization, "group_size"))),
         bits=int(quantization["bits"]),
         zero_offset=0 if quantization.get("checkpoint_format") == "gptq_v2" else 1,
         desc_act=bool(quantization.get("desc_act", False)),
     )
-    return _all_but(format, _not_converted(quantization), matches_transformers)
+    head = [] if quantization.get("lm_head") else [HEAD]
+    listed = _all_but(format, [*head, *(quantization.get("modules_to_not_convert") or ())], matches_parts)
+    dynamic = [str(pattern) for pattern in quantization.get("dynamic") or ()]
+    for pattern in dynamic:
+        if not pattern.startswith("-:"):
+            raise UnsupportedFormat(
+                f"the checkpoint's dynamic has {pattern!r}", hint='supported: exceptions only ("-:…")'
+            )
+    left_out = [pattern.removeprefix("-:") for pattern in dynamic]
+    return lambda path: PLAIN if any(re.match(pattern, path) for pattern in left_out) else listed(path)
 
 
 def _need(found: Mapping[str, Any], key: str) -> Any:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch
 
 from firebox.formats import bf16
-from firebox.formats.base import FormatOf, OneOf, PlainSlot, Slots, WeightSlot
+from firebox.formats.base import FormatOf, OneOf, PlainSlot, Slot, Slots, WeightSlot
 from firebox.hardware.base import Gpu
 from firebox.kernels.select import Choice
 
-__all__ = ["Build", "OneOf", "PlainSlot", "Slots", "WeightSlot"]  # models see slots through layers
+__all__ = ["Build", "OneOf", "PlainSlot", "Slot", "Slots", "WeightSlot"]  # models see slots through layers
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,10 @@ from firebox.step import Step
 class AttentionLike(Protocol):
     """The first half of a block: hidden states in and out, the residual included; writes the step's cache."""
 
-    backend: ModuleType | None
+    @property
+    def backend(self) -> ModuleType | None:
+        """What plans each step for it, if it needs that."""
+        ...
 
     def slots(self) -> Slots:
         """Its checkpoint tensors."""
@@ -79,7 +82,10 @@ class Decoder:
         yield from self.head.slots()
 
     def unused(self, name: str) -> str | None:
-        """Why a checkpoint tensor is not read: only a tied head's copy of the embedding."""
+        """Why a checkpoint tensor is not read: a tied head's copy of the embedding, or a scale for keys or
+        values in FP8."""
+        if name.endswith((".k_scale", ".v_scale")):
+            return "the cache is not quantised with the checkpoint's scales"
         return "tied to the embedding" if self.head.tied and name == f"{self.head.name}.weight" else None
 
     def finish(self) -> None:

@@ -22,7 +22,8 @@ class GatedDeltaBlock:
     value_dim]:
 
         q, k, v = silu(causal convolution of in_qkv(h));  q = q / |q| / √key_dim;  k = k / |k|
-        S ← S · exp(−exp(A_log) · softplus(in_a(h) + dt_bias));  S ← S + k ⊗ (v − k·S) · sigmoid(in_b(h));  o = q·S
+        S ← S · exp(−exp(A_log) · softplus(in_a(h) + dt_bias))
+        S ← S + k ⊗ (v − k·S) · sigmoid(in_b(h));  o = q·S
 
     Each of `key_heads` serves value_heads / key_heads successive value heads. The layer composed of torch
     operators walks a request's tokens one by one, so its states are the same to the bit however a prompt is

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class MoeNames:
     same weights."""
 
     router: str
-    expert: str
+    expert: str = ""
     correction_bias: str = ""
     shared: str = ""
     shared_gate: str = ""
@@ -98,12 +99,11 @@ class MoeBlock:
             yield PlainSlot(f"{names.router}.bias", self.router_bias)
         if p.scoring == "sigmoid":
             yield PlainSlot(names.correction_bias, self.correction_bias)
-        layouts = [] if self._interleaved else [tuple(self._one_by_one())]
-        if names.fused:
-            layouts.append(tuple(self._gpt_oss() if self._interleaved else self._all_in_one()))
         if self._interleaved:
-            layouts.append(tuple(self._gpt_oss(quantised=True)))
-        yield OneOf(tuple(layouts))
+            yield from self._gpt_oss()
+        else:
+            fused = (tuple(self._all_in_one()),) if names.fused else ()
+            yield OneOf((tuple(self._one_by_one()), *fused))
         if p.shared_experts:
             yield from self.shared_gate_up.slots()
             yield from self.shared_down.slots()
@@ -127,7 +127,7 @@ class MoeBlock:
         yield PlainSlot(f"{self.names.fused}.gate_up_proj", self.gate_up)
         yield PlainSlot(f"{self.names.fused}.down_proj", self.down)
 
-    def _gpt_oss(self, *, quantised: bool = False) -> Iterator[Slot]:
+    def _gpt_oss(self) -> Iterator[Slot]:
         """Gate and up rows in turn; unquantised ones transposed, MXFP4 ones not, with their parts behind an
         underscore."""
         p, fused = self.problem, self.names.fused
@@ -136,17 +136,13 @@ class MoeBlock:
             ("down_proj", self.down, self.down_bias, _as_it_is),
         ):
             path = f"{fused}.{part}"
-            if quantised:
-                yield WeightSlot(path, self._format_of(path), target, separator="_", arrange=arrange)
+            format = self._format_of(path)
+            if format.name != "bf16":
+                yield WeightSlot(path, format, target, separator="_", arrange=arrange)
             else:
                 stored = (p.experts, target.shape[2], target.shape[1])
-                yield PlainSlot(path, target, stored, lambda w, arrange=arrange: arrange(w.transpose(1, 2)))
-            yield PlainSlot(
-                f"{path}_bias",
-                bias,
-                tuple(bias.shape),
-                lambda b, arrange=arrange: arrange(b.unsqueeze(-1)).squeeze(-1),
-            )
+                yield PlainSlot(path, target, stored, partial(_transposed, arrange))
+            yield PlainSlot(f"{path}_bias", bias, tuple(bias.shape), partial(_each_number, arrange))
 
     def finish(self) -> None:
         """Binds the chosen kernel; its packed copy, with the shared experts behind the routed ones, replaces
@@ -215,6 +211,17 @@ class MoeBlock:
         if p.renormalise:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return expert_ids, weights * p.routed_scale
+
+
+Arrange = Callable[[torch.Tensor], torch.Tensor]  # of rows [..., rows, n]
+
+
+def _transposed(arrange: Arrange, stored: torch.Tensor) -> torch.Tensor:
+    return arrange(stored.transpose(1, 2))
+
+
+def _each_number(arrange: Arrange, bias: torch.Tensor) -> torch.Tensor:
+    return arrange(bias.unsqueeze(-1)).squeeze(-1)
 
 
 def _gate_then_up(rows: torch.Tensor) -> torch.Tensor:

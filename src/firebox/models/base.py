@@ -8,13 +8,16 @@ TINY                       a config.json of the same architecture, small enough 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from firebox.cache.specs import CacheSpec
 from firebox.errors import UnsupportedModel
-from firebox.layers.base import Slots
+from firebox.layers.base import OneOf, Slots
+from firebox.layers.decoder import Decoder
+from firebox.layers.moe import MoeBlock
 from firebox.layers.rope import Yarn, mscale
 from firebox.step import Step
 
@@ -46,6 +49,31 @@ class Model(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Parameters:
+    """How many numbers a model has. `active`: those that one token's step multiplies with, so without the
+    experts that were not chosen and without the embedding, of which it reads one row. `embedding`: 0 if the
+    output matrix is the same one. The MTP layer and what sees images are in none of them."""
+
+    total: int
+    active: int
+    embedding: int
+
+
+def parameters(model: Decoder) -> Parameters:
+    """Counts a model's slots, which it has until `finish`; on the meta device that costs nothing."""
+    entries = (entry.layouts[0] if isinstance(entry, OneOf) else (entry,) for entry in model.slots())
+    total = sum(slot.target.numel() for slots in entries for slot in slots)
+    idle = 0
+    for _, mlp in model.blocks:
+        if isinstance(mlp, MoeBlock):
+            p = mlp.problem
+            biases = 2 * p.inter + p.hidden if p.biases else 0
+            idle += (p.experts - p.top_k) * (3 * p.hidden * p.inter + biases)
+    embedding = 0 if model.head.tied else model.embedding.weight.numel()
+    return Parameters(total, total - idle - embedding, embedding)
+
+
 def require(config: Mapping[str, Any], key: str, *supported: Any) -> None:
     """UnsupportedModel unless `config[key]` is absent or one of `supported`."""
     if key in config and config[key] not in supported:
@@ -63,15 +91,27 @@ def need(config: Mapping[str, Any], *keys: str, kind: Callable[[Any], Any] = int
     raise UnsupportedModel(f"config.json has no {keys[0]!r}")
 
 
+def rope_parameters(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`rope_parameters` (transformers 5), or the older `rope_scaling`; empty if the config has neither.
+    Raises UnsupportedModel for parameters that differ from layer to layer."""
+    found: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    for kind, nested in found.items():
+        if isinstance(nested, Mapping):
+            raise UnsupportedModel(
+                f"config.json has rotary parameters of its own for {kind!r} layers; "
+                "this code supports the same ones in every layer"
+            )
+    return found
+
+
 def rotary(config: Mapping[str, Any], default_theta: float) -> tuple[float, Yarn | None]:
-    """The rotary base and its stretching, from `rope_parameters` (transformers 5) or the older `rope_theta`
-    and `rope_scaling`. Raises UnsupportedModel for a kind other than "default" and "yarn", and for a yarn
-    that lacks its factor or its original context."""
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = float(found.get("rope_theta", config.get("rope_theta", default_theta)))
+    """The rotary base and its stretching, from `rope_parameters(config)` and the older `rope_theta`. Raises
+    UnsupportedModel for a kind other than "default" and "yarn"."""
+    found = rope_parameters(config)
+    theta = found.get("rope_theta") or config.get("rope_theta") or default_theta
     kind = found.get("rope_type", found.get("type", "default"))
     if kind == "default":
-        return theta, None
+        return float(theta), None
     if kind != "yarn":
         raise UnsupportedModel(
             f"config.json asks for rope type {kind!r}; this code supports 'default', 'yarn'"
@@ -79,11 +119,10 @@ def rotary(config: Mapping[str, Any], default_theta: float) -> tuple[float, Yarn
     factor = need(found, "factor", kind=float)
     attention_factor = found.get("attention_factor")
     if attention_factor is None:
-        some, all_dim = found.get("mscale"), found.get("mscale_all_dim")
-        attention_factor = (
-            mscale(factor, some) / mscale(factor, all_dim) if some and all_dim else mscale(factor)
-        )
-    return theta, Yarn(
+        one, all_dim = (float(found.get(key) or 0.0) for key in ("mscale", "mscale_all_dim"))
+        both = one and all_dim
+        attention_factor = mscale(factor, one) / mscale(factor, all_dim) if both else mscale(factor)
+    return float(theta), Yarn(
         factor=factor,
         original_positions=need(found, "original_max_position_embeddings"),
         attention_factor=float(attention_factor),

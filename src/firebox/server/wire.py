@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from firebox.answer import SamplingParams
 from firebox.errors import RequestError, UnsupportedField
@@ -139,6 +139,15 @@ class TextPart(Body):
 
     type: Literal["text"]
     text: str
+
+    @field_validator("type", mode="before")
+    @classmethod
+    def _only_text(cls, value: Any) -> Any:
+        if isinstance(value, str) and value != "text":
+            raise ValueError(
+                f"a content part is {value[:40]!r}; this server reads text: no images, video, audio, files"
+            )
+        return value
 
 
 class ChatMessage(Body):

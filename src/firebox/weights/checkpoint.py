@@ -20,6 +20,7 @@ from firebox.errors import CheckpointError, CorruptShard
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+QUANTIZATION = ("quantization_config", "compression_config")
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,14 @@ class Checkpoint:
 
     @property
     def text_config(self) -> dict[str, Any]:
-        """The language model's section of config.json: the whole of it, or `text_config` of a model that sees
-        too."""
-        nested = self.config.get("text_config")
-        return self.config if nested is None else {**self.config, **nested}
+        """The language model's section of config.json: the whole of it, or of a model that sees too what its
+        `text_config` says (null says nothing), and for the rest the whole. How the weights are quantised is
+        the whole's to say, if it says so: a checkpoint that was quantised again may keep the old section."""
+        nested = self.config.get("text_config") or {}
+        said = {key: value for key, value in nested.items() if value is not None}
+        if any(self.config.get(key) for key in QUANTIZATION):
+            said = {key: value for key, value in said.items() if key not in QUANTIZATION}
+        return self.config | said
 
     @property
     def dtype(self) -> str:

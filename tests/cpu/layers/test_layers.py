@@ -368,8 +368,8 @@ def test_gated_shared_expert() -> None:
     compare_moe(block, Qwen3_5MoeSparseMoeBlock(AutoConfig.for_model(**QWEN_3_5)), 64, 48)
 
 
-def gpt_oss_block() -> MoeBlock:
-    built = build(format_of=lambda path: mxfp4.Format() if path.startswith("mlp.experts.") else bf16.Format())
+def gpt_oss_block(format: Any) -> MoeBlock:
+    built = build(format_of=lambda path: format if path.startswith("mlp.experts.") else bf16.Format())
     return MoeBlock(
         built,
         RMSNorm(built, "norm", 64, 1e-5),
@@ -418,11 +418,11 @@ def test_experts_as_gpt_oss_in_transformers() -> None:
     small = {name: t for name, t in state.items() if not name.endswith("_proj")}
     h = weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
     expected = x + reference(h.unsqueeze(0))[0][0]
-    for layout, stored in ((0, state), (1, small | packed)):
-        block = gpt_oss_block()
-        fill(block, stored, layout)
+    for format, stored in ((bf16.Format(), state), (mxfp4.Format(), small | packed)):
+        block = gpt_oss_block(format)
+        fill(block, stored)
         block.finish()
-        assert relative_error(block(x), expected) < 2e-6, f"layout {layout}"
+        assert relative_error(block(x), expected) < 2e-6, format.name
 
 
 # ---- linear, dense, embedding, head

@@ -104,23 +104,30 @@ def test_logprobs_of_the_prompt_within_1e_4(case: Case) -> None:
     "settings", [{"attention_backend": "torch_reference", "moe_backend": "torch"}, {"dtype": "bfloat16"}]
 )
 def test_the_layers_composed_of_torch_operators(case: Case, settings: dict[str, str]) -> None:
-    """The path for dtypes without a CPU kernel. In float32 it must agree; in bfloat16 logits only come
-    close."""
+    """The path for dtypes without a CPU kernel. In float32 it must agree; in bfloat16 logits only come as
+    close to the float32 ones as transformers' own in bfloat16 do."""
     engine = InProcessEngine(case.folder, **settings)
-    rows = {row.op: row for row in engine.ready.ledger}
-    assert rows["attention_block"].kernel == rows["moe_block"].kernel == "torch"
+    kernels = {op: {row.kernel for row in engine.ready.ledger if op in row.op} for op in ("attention", "moe")}
+    assert kernels == {"attention": {"torch"}, "moe": {"torch"}}
     if "dtype" not in settings:
         assert engine.generate(case.prompts) == case.expected
         return
-    assert all(row.fallback for row in rows.values())
+    assert all(row.fallback for row in engine.ready.ledger)
     params = msgspec.structs.replace(GREEDY, max_tokens=1, prompt_logprobs=0)
-    request_id = engine.submit(case.prompts[7], params)
-    (delta,) = engine.deltas()[request_id]
-    assert delta.prompt_logprobs is not None
-    expected = reference_logprobs(case.reference, case.prompts[7])
-    errors = [
-        abs(entry.logprob - float(expected[i, entry.token_id]))
-        for i, entry in enumerate(delta.prompt_logprobs[1:])
-        if entry is not None
-    ]
-    assert sum(errors) / len(errors) < 0.15
+    narrow = load_reference(case.folder, torch.bfloat16)
+    ours, theirs = [], []
+    for prompt in case.prompts[5:]:
+        request_id = engine.submit(prompt, params)
+        (delta,) = engine.deltas()[request_id]
+        assert delta.prompt_logprobs is not None
+        following = torch.tensor(prompt[1:]).unsqueeze(-1)
+        exact, rounded = (
+            reference_logprobs(model, prompt)[:-1].gather(1, following).squeeze(-1)
+            for model in (case.reference, narrow)
+        )
+        found = torch.tensor([entry.logprob for entry in delta.prompt_logprobs[1:] if entry is not None])
+        ours.append((found - exact).abs())
+        theirs.append((rounded - exact).abs())
+    # a token near the border between two experts may be routed otherwise: then its error is large, in both
+    assert torch.cat(ours).median() < 1.5 * torch.cat(theirs).median()
+    assert torch.cat(ours).mean() < 2 * torch.cat(theirs).mean()

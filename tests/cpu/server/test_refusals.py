@@ -74,11 +74,25 @@ def test_wrong_chat_field_is_400_and_named(server, fields, param, code):
     assert server.engine.generated == []
 
 
-def test_image_parts_are_refused(server):
-    part = {"type": "image_url", "image_url": {"url": "data:,"}}
-    response = server.chat(messages=[{"role": "user", "content": [part]}])
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": {"url": "data:,"}},
+        {"type": "image_url", "image_url": {"url": "https://example.com/cat.png"}},
+        {"type": "input_image", "image_url": "data:,"},
+        {"type": "video_url", "video_url": {"url": "data:,"}},
+        {"type": "input_audio", "input_audio": {"data": "", "format": "wav"}},
+    ],
+)
+@pytest.mark.parametrize("before", [[], [{"type": "text", "text": "what is this?"}]])
+def test_parts_that_are_not_text_are_refused(server, part, before):
+    """Also by a server of a model that could see: only its language model runs."""
+    response = server.chat(messages=[USER, {"role": "user", "content": [*before, part]}])
     assert response.status_code == 400
-    assert error_of(response)["param"].startswith("messages.0.content.0.")
+    error = error_of(response)
+    assert error["param"] == f"messages.1.content.{len(before)}.type"
+    assert f"'{part['type']}'" in error["message"] and "no images" in error["message"]
+    assert server.engine.generated == []
 
 
 @pytest.mark.parametrize(

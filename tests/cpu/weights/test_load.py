@@ -38,6 +38,8 @@ from firebox.weights.load import chosen_slots, load_dummy, load_weights
 from tests.support.checkpoints import write_checkpoint
 
 BUNDLED = Path(__file__).parents[3] / "src/firebox/assets/firebox-tiny"
+# the models whose tensor names the tests below spell out; each model's own checkpoint is loaded by its contract test
+MODELS = ("glm4_moe", "qwen3_moe", "qwen3_5_moe", "qwen3_5_moe_text")
 GLM = load("models", "glm4_moe").TINY
 QWEN = load("models", "qwen3_moe").TINY
 # without the rotary section, so that tests can put in their own under its older and newer name
@@ -106,7 +108,7 @@ def resolve_facts(config: dict[str, Any], folder: Path) -> Any:
     return facts(open_checkpoint(folder), Config(), probe_cpu())
 
 
-@pytest.fixture(scope="module", params=names("models"))
+@pytest.fixture(scope="module", params=MODELS)
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that transformers wrote, in several shards."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -556,7 +558,7 @@ def test_null_where_a_key_might_as_well_be_absent(tmp_path: Path) -> None:
 
 
 def test_the_rotary_base_under_its_older_and_newer_name() -> None:
-    for name in names("models"):
+    for name in MODELS:
         module = load("models", name)
         tiny = {**module.TINY, **module.TINY.get("text_config", {})}
         plain = {k: v for k, v in tiny.items() if k not in ("rope_theta", "rope_parameters")}

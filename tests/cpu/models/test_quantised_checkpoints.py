@@ -1,0 +1,136 @@
+"""TINY checkpoints in each format they are published in give the greedy tokens of transformers on what the
+quantised weights mean."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+from firebox.find import load
+from tests.support.checkpoints import load_reference, reference_greedy, write_checkpoint
+from tests.support.engine import InProcessEngine
+from tests.support.quantise import (
+    RECIPES,
+    compress,
+    compressed_scheme,
+    quantise_checkpoint,
+    read_tensors,
+    write_tensors,
+)
+
+TOKENS = 16
+BY_NAME = {recipe.name: recipe for recipe in RECIPES}
+# sizes that every group divides; no two of a layer's are equal but the hidden size and itself
+SIZES = {
+    "glm4_moe": {"moe_intermediate_size": 96},
+    "qwen3_moe": {"moe_intermediate_size": 96},
+    "minimax_m2": {},
+}
+PAIRS = [
+    *(("glm4_moe", name) for name in BY_NAME),
+    *(("qwen3_moe", name) for name in BY_NAME),
+    ("minimax_m2", "fp8_channel"),
+]
+
+
+def prompts() -> list[list[int]]:
+    rng = random.Random(3)
+    return [[rng.randrange(1, 320) for _ in range(n)] for n in (1, 17, 40)]
+
+
+def greedy(folder: Path, reference: Any) -> None:
+    engine = InProcessEngine(folder)
+    expected = [reference_greedy(reference, prompt, TOKENS) for prompt in prompts()]
+    found = [ids[:TOKENS] for ids in engine.generate(prompts())]
+    assert found == expected
+    assert len({tuple(ids) for ids in found}) == len(found)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("plain")
+    return {
+        name: write_checkpoint(folder / name, load("models", name).TINY | sizes)
+        for name, sizes in SIZES.items()
+    }
+
+
+@pytest.mark.parametrize(("model", "recipe"), PAIRS)
+def test_it_answers_as_transformers_on_what_the_weights_mean(
+    plain: dict[str, Path], model: str, recipe: str, tmp_path: Path
+) -> None:
+    meant = quantise_checkpoint(plain[model], tmp_path / recipe, BY_NAME[recipe])
+    greedy(tmp_path / recipe, load_reference(meant))
+
+
+@pytest.mark.parametrize("model", ["qwen3_moe", "glm4_moe"])
+@pytest.mark.parametrize("recipe", ["fp8_channel", "fp8_tensor", "int4_group", "fp8_block"])
+def test_it_answers_as_transformers_that_reads_the_checkpoint_itself(
+    plain: dict[str, Path], model: str, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The formats that transformers 5.23 can dequantise on a CPU, experts included."""
+    quantise_checkpoint(plain[model], tmp_path / recipe, BY_NAME[recipe])
+    # it asks for accelerate, which it does not need to dequantise
+    monkeypatch.setattr(
+        "transformers.quantizers.quantizer_finegrained_fp8.is_accelerate_available", lambda: True
+    )
+    config = (
+        FineGrainedFP8Config(weight_block_size=(32, 32), dequantize=True)
+        if recipe == "fp8_block"
+        else CompressedTensorsConfig(dequantize=True)
+    )
+    reference = AutoModelForCausalLM.from_pretrained(
+        tmp_path / recipe, quantization_config=config, dtype=torch.float32
+    )
+    greedy(tmp_path / recipe, reference.eval())
+
+
+def mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`weight` [experts, columns, rows], as transformers stores it unquantised → blocks and scales."""
+    scheme = compressed_scheme(
+        num_bits=4, type="float", strategy="group", group_size=32, scale_dtype="torch.uint8"
+    )
+    found = [compress("mxfp4-pack-quantized", scheme, matrix.T.contiguous()) for matrix in weight]
+    blocks = torch.stack([tensors["weight_packed"].unflatten(1, (-1, 16)) for tensors in found])
+    return blocks, torch.stack([tensors["weight_scale"] for tensors in found])
+
+
+@pytest.mark.parametrize("reads", ["what the weights mean", "the blocks itself"])
+def test_gpt_oss_in_mxfp4(tmp_path: Path, reads: str) -> None:
+    """With the names and shapes of openai/gpt-oss-20b."""
+    config = load("models", "gpt_oss").TINY
+    folder = write_checkpoint(tmp_path / "plain", config)
+    stored: dict[str, torch.Tensor] = {}
+    meant: dict[str, torch.Tensor] = {}
+    for name, tensor in read_tensors(folder).items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            blocks, scales = mxfp4(tensor)
+            stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+            meant[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+        else:
+            stored[name] = meant[name] = tensor
+    section = {
+        "modules_to_not_convert": [
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
+        "quant_method": "mxfp4",
+    }
+    write_tensors(tmp_path / "mxfp4", config | {"quantization_config": section}, stored)
+    write_tensors(tmp_path / "meant", config, meant)
+    assert stored["model.layers.0.mlp.experts.gate_up_proj_blocks"].shape == (8, 192, 2, 16)
+    assert stored["model.layers.0.mlp.experts.down_proj_scales"].shape == (8, 64, 3)
+    reference = load_reference(tmp_path / "meant")
+    if reads == "the blocks itself":
+        reference = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "mxfp4", quantization_config=Mxfp4Config(dequantize=True), dtype=torch.float32
+        )
+    greedy(tmp_path / "mxfp4", reference.eval())

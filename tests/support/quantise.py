@@ -1,0 +1,377 @@
+"""Quantised weights for tests, made by the libraries that define the formats: compressed-tensors' compressors
+and transformers' FP8 code; and the layouts of modelopt, AutoAWQ and GPTQModel, written out from their
+documents."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization.lifecycle.forward import dequantize
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+from safetensors.torch import load_file, save_file
+from transformers import FineGrainedFP8Config
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
+
+Tensors = dict[str, torch.Tensor]
+
+
+# ---- compressed-tensors
+
+
+def compressed_scheme(**weights: Any) -> QuantizationScheme:
+    """A scheme for linear layers with these weight arguments."""
+    return QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
+
+
+def compress(layout: str, scheme: QuantizationScheme, weight: torch.Tensor) -> Tensors:
+    """`weight` [rows, columns] float32 → what the library stores for it."""
+    args = scheme.weights
+    assert args is not None
+    rows, columns = weight.shape
+    extra: Tensors = {}
+    global_scale = None
+    if args.strategy == "tensor":
+        low, high = weight.min().reshape(1), weight.max().reshape(1)
+    elif args.strategy == "channel":
+        low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+    elif args.strategy == "block":
+        assert args.block_structure is not None
+        height, width = args.block_structure
+        down, across = -(-rows // height), -(-columns // width)
+        padded = torch.zeros(down * height, across * width)
+        padded[:rows, :columns] = weight
+        blocks = padded.view(down, height, across, width)
+        low, high = blocks.amin((1, 3)), blocks.amax((1, 3))
+    else:
+        groups = weight.unflatten(1, (-1, args.group_size))
+        low, high = groups.amin(2), groups.amax(2)
+    if args.strategy == "tensor_group":
+        global_scale = generate_gparam(weight.min(), weight.max())
+        extra["weight_global_scale"] = global_scale
+    scale, zero_point = calculate_qparams(low, high, args, global_scale)
+    state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero_point.to(torch.int8), **extra}
+    if args.symmetric:
+        del state["weight_zero_point"]
+    compressor = BaseCompressor.get_value_from_registry(layout)
+    return {name: tensor.contiguous() for name, tensor in compressor.compress(state, scheme).items()}
+
+
+def decompress(layout: str, scheme: QuantizationScheme, tensors: Tensors) -> torch.Tensor:
+    """What the library makes of them, with float32 arithmetic (it would do 4-bit floats in bfloat16)."""
+    compressor = BaseCompressor.get_value_from_registry(layout)
+    if layout not in ("nvfp4-pack-quantized", "mxfp4-pack-quantized"):
+        wide = {
+            name: tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+            for name, tensor in tensors.items()
+        }
+        return compressor.decompress(wide, scheme)["weight"].float()
+    packed = tensors["weight_packed"]
+    codes = unpack_fp4_from_uint8(packed, packed.shape[0], 2 * packed.shape[1], torch.float32)
+    return dequantize(
+        codes,
+        compressor._decompress_scale(tensors["weight_scale"], torch.float32),
+        args=scheme.weights,
+        global_scale=tensors.get("weight_global_scale"),
+        dtype=torch.float32,
+    )
+
+
+# ---- transformers' FP8
+
+
+def _fp8(**options: Any) -> Any:
+    return SimpleNamespace(quantization_config=FineGrainedFP8Config(**options))
+
+
+def fp8_quantise(weight: torch.Tensor, **options: Any) -> Tensors:
+    """`weight` in transformers' FP8; `options` of FineGrainedFP8Config. Only for whole blocks."""
+    found = Fp8Quantize(_fp8(**options))._quantize_one("x.weight", weight)
+    assert len(found) == 2, "the library left it as it is"
+    return {name.removeprefix("x."): tensor for name, tensor in found.items()}
+
+
+def fp8_dequantise(tensors: Tensors) -> torch.Tensor:
+    """What transformers makes of them."""
+    operation = Fp8Dequantize(_fp8())
+    return operation._dequantize_one(tensors["weight"], tensors["weight_scale_inv"], torch.float32)
+
+
+# ---- modelopt's NVFP4: weight_scale_2 = amax / (6 · 448), weight_scale = group amax / (6 · weight_scale_2)
+
+LEVELS = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def modelopt_nvfp4(weight: torch.Tensor, group: int = 16) -> Tensors:
+    """`weight` [rows, columns] as modelopt exports it."""
+    scale_2 = weight.abs().amax() / (6 * 448)
+    groups = weight.unflatten(1, (-1, group))
+    scale = (groups.abs().amax(2) / (6 * scale_2)).clamp(min=2**-9).to(torch.float8_e4m3fn)
+    scaled = groups / (scale.float() * scale_2).unsqueeze(2)
+    nearest = (
+        (scaled.abs().unsqueeze(-1) - LEVELS).abs().argmin(-1)
+    )  # which of two equally near is no matter here
+    codes = (nearest + 8 * (scaled < 0)).flatten(1).to(torch.uint8)
+    return {
+        "weight": codes[:, 0::2] | codes[:, 1::2] << 4,
+        "weight_scale": scale,
+        "weight_scale_2": scale_2,
+        "input_scale": torch.tensor(0.01),
+    }
+
+
+def modelopt_nvfp4_meaning(tensors: Tensors, group: int = 16) -> torch.Tensor:
+    """The weight, one code at a time: even columns in the low four bits."""
+    levels = [float(level) for level in LEVELS] + [-float(level) for level in LEVELS]
+    scales = (tensors["weight_scale"].float() * tensors["weight_scale_2"].reshape(())).tolist()
+    rows = zip(tensors["weight"].tolist(), scales, strict=True)
+    values = [
+        [levels[line[c // 2] >> 4 * (c % 2) & 15] * scale[c // group] for c in range(2 * len(line))]
+        for line, scale in rows
+    ]
+    return torch.tensor(values)  # a product of two float32 in Python's double is rounded here, once
+
+
+# ---- AutoAWQ's "gemm" layout and GPTQ's
+
+AWQ_ORDER = (
+    0,
+    2,
+    4,
+    6,
+    1,
+    3,
+    5,
+    7,
+)  # the place of a word, lowest bits first, → the row of its eight that is there
+
+
+def integer_quantise(
+    weight: torch.Tensor, group: int, bits: int = 4, group_of: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes [rows, columns], zeros and scales [rows, groups] by the range of each group of columns."""
+    columns = weight.shape[1]
+    group_of = torch.arange(columns) // group if group_of is None else group_of
+    groups, top = int(group_of.max()) + 1, 2**bits - 1
+    low, high = (
+        torch.stack([reduce(weight[:, group_of == g], 1) for g in range(groups)], 1).clamp(*limits)
+        for reduce, limits in ((torch.amin, (None, 0)), (torch.amax, (0, None)))
+    )
+    scales = ((high - low) / top).clamp(min=1e-6).half().float()
+    zeros = (-low / scales).round().clamp(1, top)  # GPTQ stores zero − 1
+    codes = (weight / scales[:, group_of] + zeros[:, group_of]).round().clamp(0, top)
+    return codes.int(), zeros.int(), scales
+
+
+def pack(codes: list[int], bits: int) -> int:
+    """One int32 word of codes, the first in the lowest bits."""
+    word = sum(code << (bits * place) for place, code in enumerate(codes))
+    return word - 2**32 if word >= 2**31 else word
+
+
+def awq_tensors(codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> Tensors:
+    """AutoAWQ's three tensors for codes [rows, columns], zeros and scales [rows, groups]."""
+
+    def words(per_row: torch.Tensor) -> torch.Tensor:
+        packed = [
+            [pack([line[8 * word + row] for row in AWQ_ORDER], 4) for word in range(len(line) // 8)]
+            for line in per_row.T.tolist()
+        ]
+        return torch.tensor(packed, dtype=torch.int32)
+
+    return {"qweight": words(codes), "qzeros": words(zeros), "scales": scales.T.contiguous().half()}
+
+
+def gptq_tensors(
+    codes: torch.Tensor,
+    zeros: torch.Tensor,
+    scales: torch.Tensor,
+    bits: int,
+    group_of: torch.Tensor,
+    offset: int,
+) -> Tensors:
+    """GPTQ's four tensors; `offset` 1 for "gptq", which stores zeros less one, and 0 for "gptq_v2"."""
+    per_word = 32 // bits
+    along_columns = [
+        [pack(line[first : first + per_word], bits) for first in range(0, len(line), per_word)]
+        for line in codes.tolist()
+    ]
+    along_rows = [
+        [pack(line[first : first + per_word], bits) for first in range(0, len(line), per_word)]
+        for line in (zeros - offset).T.tolist()
+    ]
+    return {
+        "qweight": torch.tensor(along_columns, dtype=torch.int32).T.contiguous(),
+        "qzeros": torch.tensor(along_rows, dtype=torch.int32),
+        "scales": scales.T.contiguous().half(),
+        "g_idx": group_of.int(),
+    }
+
+
+def integer_meaning(
+    codes: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, group_of: torch.Tensor
+) -> torch.Tensor:
+    """(code − zero) · scale in float32, with the scales as they are stored."""
+    return (codes - zeros[:, group_of]).float() * scales.half().float()[:, group_of]
+
+
+# ---- whole checkpoints
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to quantise a checkpoint. `section`: its quantization_config. `quantise`: a weight → its
+    tensors and what they mean in float32, both by the library."""
+
+    name: str
+    section: dict[str, Any]
+    quantise: Callable[[torch.Tensor], tuple[Tensors, torch.Tensor]] = field(repr=False)
+
+
+def _compressed(name: str, layout: str, **weights: Any) -> Recipe:
+    scheme = compressed_scheme(**weights)
+
+    def quantise(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        tensors = compress(layout, scheme, weight)
+        return tensors, decompress(layout, scheme, tensors)
+
+    assert scheme.weights is not None
+    group = {"targets": ["Linear"], "weights": scheme.weights.model_dump(mode="json"), "format": None}
+    section = {
+        "quant_method": "compressed-tensors",
+        "format": layout,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head", r"re:.*mlp\.gate$", r"re:.*block_sparse_moe\.gate$"],
+        "kv_cache_scheme": None,
+    }
+    return Recipe(name, section, quantise)
+
+
+def _fp8_block(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    tensors = fp8_quantise(weight, weight_block_size=(32, 32))
+    return tensors, fp8_dequantise(tensors)
+
+
+def _fp8_tensor(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    tensors = fp8_quantise(weight, weight_block_size=None)
+    meaning = fp8_dequantise(tensors)
+    return tensors | {"weight_scale_inv": tensors["weight_scale_inv"].reshape(())}, meaning
+
+
+def _modelopt(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    tensors = modelopt_nvfp4(weight)
+    return tensors, modelopt_nvfp4_meaning(tensors)
+
+
+def _awq(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    found = integer_quantise(weight, 32)
+    return awq_tensors(*found), integer_meaning(*found, torch.arange(weight.shape[1]) // 32)
+
+
+def _gptq(bits: int, desc_act: bool) -> Callable[[torch.Tensor], tuple[Tensors, torch.Tensor]]:
+    def quantise(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        group_of = torch.arange(weight.shape[1]) // 32
+        if desc_act:
+            group_of = group_of[torch.randperm(len(group_of), generator=torch.Generator().manual_seed(1))]
+        found = integer_quantise(weight, 32, bits, group_of)
+        return gptq_tensors(*found, bits, group_of, 1), integer_meaning(*found, group_of)
+
+    return quantise
+
+
+INT4: dict[str, Any] = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+GPTQ: dict[str, Any] = {
+    "quant_method": "gptq",
+    "group_size": 32,
+    "checkpoint_format": "gptq",
+    "lm_head": False,
+}
+RECIPES = (
+    _compressed("fp8_channel", "float-quantized", num_bits=8, type="float", strategy="channel"),
+    _compressed("fp8_tensor", "float-quantized", num_bits=8, type="float", strategy="tensor"),
+    _compressed(
+        "fp8_block_ct",
+        "float-quantized",
+        num_bits=8,
+        type="float",
+        strategy="block",
+        block_structure=[32, 48],
+    ),
+    _compressed("int4_group", "pack-quantized", **INT4),
+    _compressed("int4_group_asymmetric", "pack-quantized", **INT4, symmetric=False),
+    _compressed(
+        "nvfp4_ct",
+        "nvfp4-pack-quantized",
+        num_bits=4,
+        type="float",
+        strategy="tensor_group",
+        group_size=16,
+        scale_dtype="torch.float8_e4m3fn",
+    ),
+    _compressed(
+        "mxfp4_ct",
+        "mxfp4-pack-quantized",
+        num_bits=4,
+        type="float",
+        strategy="group",
+        group_size=32,
+        scale_dtype="torch.uint8",
+    ),
+    Recipe("fp8_block", {"quant_method": "fp8", "weight_block_size": [32, 32]}, _fp8_block),
+    Recipe("fp8_tensor_transformers", {"quant_method": "fp8", "weight_block_size": None}, _fp8_tensor),
+    Recipe(
+        "nvfp4",
+        {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": ["lm_head"]},
+        _modelopt,
+    ),
+    Recipe(
+        "awq",
+        {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True},
+        _awq,
+    ),
+    Recipe("gptq", {**GPTQ, "bits": 4, "desc_act": False}, _gptq(4, False)),
+    Recipe("gptq_8bit_desc_act", {**GPTQ, "bits": 8, "desc_act": True}, _gptq(8, True)),
+)
+
+UNQUANTISED = ("lm_head", "embed_tokens", "mlp.gate", "block_sparse_moe.gate")
+
+
+def quantise_checkpoint(source: Path, target: Path, recipe: Recipe) -> Path:
+    """Writes a quantised copy of `source` to `target`, every linear layer but the routers and the output
+    matrix by `recipe`; returns a folder beside it with what the quantised weights mean, unquantised."""
+    meant = target.with_name(f"{target.name}-meant")
+    config, tensors = json.loads((source / "config.json").read_text()), read_tensors(source)
+    stored, meanings = {}, {}
+    for name, tensor in tensors.items():
+        module, _, part = name.rpartition(".")
+        if part != "weight" or tensor.dim() != 2 or module.endswith(UNQUANTISED):
+            stored[name] = meanings[name] = tensor
+            continue
+        pieces, meanings[name] = recipe.quantise(tensor)
+        stored |= {f"{module}.{piece}": found for piece, found in pieces.items()}
+    write_tensors(target, config | {"quantization_config": recipe.section}, stored)
+    write_tensors(meant, config, meanings)
+    return meant
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a folder's shards."""
+    shards = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
+    return {name: tensor for shard in shards for name, tensor in shard.items()}
+
+
+def write_tensors(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """A folder with one shard."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(whole, folder / "model.safetensors", {"format": "pt"})
