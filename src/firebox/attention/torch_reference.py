@@ -1,7 +1,7 @@
 """Attention as the formula says, request by request, in float32: slow, right, and on any device.
 
-out_t = Σ_j a_j · V_j,  a = softmax of scale · q_t · K_j over j in max(0, p_t − window + 1) … p_t and, if there
-is one, the sink;  p_t = the position of token t in its request
+out_t = Σ_j a_j · V_j,  a = softmax of scale · q_t · K_j over j in max(0, p_t − window + 1) … p_t and, if
+there is one, the sink;  p_t = the position of token t in its request
 """
 
 from __future__ import annotations

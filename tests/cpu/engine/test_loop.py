@@ -22,7 +22,7 @@ import zmq
 from msgspec.structs import replace
 from safetensors.torch import load_file, save_file
 
-from firebox.cache.kv_cache import KVCache
+from firebox.cache.kv_cache import CacheSizes, KVCache
 from firebox.config import Config, EngineConfig, ModelConfig
 from firebox.engine.__main__ import main as engine_main
 from firebox.engine.client import AsyncEngine, EngineProcess, LoadProgress, RequestStream

@@ -9,13 +9,11 @@ from pathlib import Path
 
 import msgspec
 import pytest
-import torch
 
 from firebox.engine.messages import SamplingParams
-from firebox.engine.sampler import philox_uniform
 from firebox.find import load, names
 from tests.support.checkpoints import write_checkpoint
-from tests.support.engine import GREEDY, InProcessEngine
+from tests.support.engine import InProcessEngine
 
 REQUESTS = 40
 
@@ -60,38 +58,5 @@ def test_warm_equals_cold(folder: Path, seed: int) -> None:
 
     stats = warm.scheduler.stats()
     assert stats.cached_prompt_tokens > 0 and stats.retractions > 0, f"the traffic is too tame: {stats}"
-    ties = []
     for number, (prompt, params) in enumerate(requests):
-        found, wanted = outputs[number], expected[number]
-        if found == wanted:
-            continue
-        same = next(i for i, pair in enumerate(zip(found, wanted, strict=True)) if pair[0] != pair[1])
-        known = prompt + wanted[:same]
-        message = f"request {number}, token {same}: {len(prompt)} tokens, {params}"
-        assert is_tie(cold, known, params, found[same], wanted[same]), message
-        ties.append(message)
-    assert len(ties) <= 1, ties
-
-
-def is_tie(engine: InProcessEngine, ids: list[int], params: SamplingParams, one: int, other: int) -> bool:
-    """Are the two tokens after `ids` closer than the rounding of a layer composed of torch operators, whose
-    sums depend on the batch? For a greedy request their logits are, for another the draw falls on the border
-    between them."""
-    kept: list[torch.Tensor] = []
-    logits_of = engine.runner.model.logits
-
-    def keep(x: torch.Tensor) -> torch.Tensor:
-        kept.append(logits_of(x))
-        return kept[-1].clone()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.runner.model, "logits", keep)
-        engine.generate([ids], msgspec.structs.replace(GREEDY, max_tokens=1))
-    logits = kept[-1][-1].double()
-    if params.temperature == 0.0:
-        return bool((logits[one] - logits[other]).abs() < 1e-4)
-    assert params.seed is not None
-    cumulative = (logits / params.temperature).softmax(-1).cumsum(-1)
-    low, high = sorted((one, other))
-    drawn = philox_uniform(params.seed, len(ids))
-    return abs(float(cumulative[low]) - drawn) < 1e-5 and abs(float(cumulative[high - 1]) - drawn) < 1e-5
+        assert outputs[number] == expected[number], f"request {number}: {len(prompt)} tokens, {params}"

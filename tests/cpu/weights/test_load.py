@@ -25,7 +25,7 @@ from firebox.errors import (
     UnsupportedModel,
     WrongShape,
 )
-from firebox.find import load, names
+from firebox.find import load
 from firebox.formats.base import OneOf
 from firebox.hardware.probe import probe_cpu
 from firebox.layers.base import Build
@@ -38,7 +38,7 @@ from firebox.weights.load import chosen_slots, load_dummy, load_weights
 from tests.support.checkpoints import write_checkpoint
 
 BUNDLED = Path(__file__).parents[3] / "src/firebox/assets/firebox-tiny"
-# the models whose tensor names the tests below spell out; each model's own checkpoint is loaded by its contract test
+# the models whose tensor names the tests below spell out; the contract test loads each model's own checkpoint
 MODELS = ("glm4_moe", "qwen3_moe", "qwen3_5_moe", "qwen3_5_moe_text")
 GLM = load("models", "glm4_moe").TINY
 QWEN = load("models", "qwen3_moe").TINY
