@@ -77,7 +77,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> InProcessEngine:
 def make_scheduler(model: InProcessEngine) -> Scheduler:
     """Over empty pages, nothing kept for later: a page is free unless a running request holds it."""
     return Scheduler(
-        KVCache(PAGES, model.ready.page_tokens, prefix_cache=False),
+        KVCache(CacheSizes(PAGES, model.ready.page_tokens), prefix_cache=False),
         max_running_requests=8,
         max_batch_tokens=512,
         prefill_chunk_tokens=16,
