@@ -36,7 +36,8 @@ def start(
     began = time.perf_counter()
     gpu = probe_cpu()
     checkpoint = open_checkpoint(Path(config.model.model))
-    settings = resolve(config.engine, config.model.dtype, facts(checkpoint, config, gpu), gpu)
+    found = facts(checkpoint, config, gpu)
+    settings = resolve(config.engine, config.model.dtype, found, gpu)
     torch.set_num_threads(settings.threads)
     set_threads(settings.threads)
 
@@ -64,7 +65,6 @@ def start(
     runner = Runner(model, caches, settings.page_tokens, checkpoint.eos_token_ids)
     warm_up(runner, make_scheduler(settings, prefix_cache=False, eos_token_ids=frozenset()))
     scheduler = make_scheduler(settings, config.engine.prefix_cache, checkpoint.eos_token_ids)
-    found = facts(checkpoint, config, gpu)
     ready = Ready(
         model_type=checkpoint.model_type,
         device=gpu.name,
