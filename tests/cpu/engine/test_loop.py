@@ -50,7 +50,7 @@ from firebox.errors import (
     QueueFull,
     UnsupportedModel,
 )
-from firebox.find import load
+from firebox.find import load, names
 from firebox.weights.checkpoint import open_checkpoint
 from tests.support.checkpoints import write_checkpoint
 from tests.support.engine import GREEDY, InProcessEngine
@@ -403,7 +403,7 @@ def test_start_up_errors_arrive_as_what_they_were(tmp_path: Path) -> None:
             tmp_path / "foreign",
             UnsupportedModel,
             f"{tmp_path}/foreign is a 'llama'",
-            "supported: glm4_moe, qwen3_moe",
+            f"supported: {', '.join(names('models'))}",
         ),
     ]
 
