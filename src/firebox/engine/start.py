@@ -27,7 +27,8 @@ from firebox.kernels._cpu import set_threads
 from firebox.layers.base import Build
 from firebox.models.base import Model, need
 from firebox.weights.checkpoint import Checkpoint, open_checkpoint
-from firebox.weights.load import chosen_slots, load_dummy, load_weights
+from firebox.weights.dummy import load_dummy
+from firebox.weights.load import chosen_slots, load_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -95,7 +96,8 @@ def make_model(checkpoint: Checkpoint, build: Build) -> Model:
             hint=f"supported: {', '.join(names('models'))}",
         )
     module = load("models", checkpoint.model_type)
-    build = dataclasses.replace(build, format_of=formats_of(checkpoint.text_config))
+    stored = frozenset(checkpoint.names()) if checkpoint.shards else None
+    build = dataclasses.replace(build, format_of=formats_of(checkpoint.text_config), stored=stored)
     model: Model = module.Model(module.Config.from_hf(checkpoint.text_config), build)
     return model
 
@@ -110,11 +112,12 @@ def facts(checkpoint: Checkpoint, config: Config, gpu: Gpu) -> CheckpointFacts:
     kv_dtype = dtype if config.engine.kv_cache_dtype == "auto" else config.engine.kv_cache_dtype
     model = make_model(checkpoint, _build(config, dtype, kv_dtype, 1, gpu, torch.device("meta"), 1))
     needs = cache_needs(model.cache_specs, DTYPES[kv_dtype].itemsize)
+    present = checkpoint.names() if checkpoint.shards else None
     return CheckpointFacts(
         model_type=checkpoint.model_type,
         dtype=checkpoint.dtype,
         context_tokens=need(checkpoint.text_config, "max_position_embeddings"),
-        weights_bytes=sum(slot.target.nbytes for slot in chosen_slots(model, None)),
+        weights_bytes=sum(slot.target.nbytes for slot in chosen_slots(model, present)),
         kv_bytes_per_token=needs.full_bytes_per_token,
         window_tokens=needs.window_tokens,
         window_bytes_per_token=needs.window_bytes_per_token,

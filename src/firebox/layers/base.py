@@ -4,6 +4,8 @@ readies it."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Protocol
 
 import torch
 
@@ -11,6 +13,7 @@ from firebox.formats import bf16
 from firebox.formats.base import FormatOf, OneOf, PlainSlot, Slot, Slots, WeightSlot
 from firebox.hardware.base import Gpu
 from firebox.kernels.select import Choice
+from firebox.step import Step
 
 __all__ = ["Build", "OneOf", "PlainSlot", "Slot", "Slots", "WeightSlot"]  # models see slots through layers
 
@@ -19,7 +22,8 @@ __all__ = ["Build", "OneOf", "PlainSlot", "Slot", "Slots", "WeightSlot"]  # mode
 class Build:
     """Where and how layers are built. `device` "meta" gives shapes without memory. `threads`: CPU threads of
     the kernels. `max_positions`: the longest context. `format_of`: a module's path → the format of its
-    weight. `choices` collects one Choice per operation, for the ledger."""
+    weight. `choices` collects one Choice per operation, for the ledger. `stored`: the names of the
+    checkpoint's tensors; None where they are not known, and config.json's word counts."""
 
     gpu: Gpu
     device: torch.device
@@ -31,7 +35,48 @@ class Build:
     moe_backend: str = "auto"
     format_of: FormatOf = lambda path: bf16.Format()
     choices: list[Choice] = field(default_factory=list)
+    stored: frozenset[str] | None = None
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Uninitialised weights on the device, in the compute dtype unless another is given."""
         return torch.empty(*shape, dtype=dtype or self.dtype, device=self.device)
+
+
+class AttentionLike(Protocol):
+    """The first half of a block: hidden states in and out, the residual included; writes the step's cache."""
+
+    @property
+    def backend(self) -> ModuleType | None:
+        """What plans each step for it, if it needs that."""
+        ...
+
+    def slots(self) -> Slots:
+        """Its checkpoint tensors."""
+        ...
+
+    def finish(self) -> None:
+        """All slots are filled."""
+        ...
+
+    def __call__(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        """`x` [tokens, hidden] → the same shape."""
+        ...
+
+
+class MlpLike(Protocol):
+    """The second half of a block: hidden states in and out, the residual included."""
+
+    def slots(self) -> Slots:
+        """Its checkpoint tensors."""
+        ...
+
+    def finish(self) -> None:
+        """All slots are filled."""
+        ...
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` [tokens, hidden] → the same shape."""
+        ...
+
+
+Block = tuple[AttentionLike, MlpLike]

@@ -18,6 +18,7 @@ from firebox.errors import UnsupportedModel
 from firebox.layers.base import OneOf, Slots
 from firebox.layers.decoder import Decoder
 from firebox.layers.moe import MoeBlock
+from firebox.layers.mtp import MtpLayer
 from firebox.layers.rope import Yarn, mscale
 from firebox.step import Step
 
@@ -27,6 +28,12 @@ class Model(Protocol):
 
     cache_specs: tuple[CacheSpec | None, ...]
     attention_backend: Any  # the module of attention/ that plans each step; None where no layer needs one
+    mtp: tuple[MtpLayer, ...]  # what the checkpoint holds of it; no step runs it
+
+    @property
+    def mtp_cache_specs(self) -> tuple[CacheSpec, ...]:
+        """One per MTP layer."""
+        ...
 
     def slots(self) -> Slots:
         """Every checkpoint tensor the model reads, and where it goes."""
@@ -53,7 +60,7 @@ class Model(Protocol):
 class Parameters:
     """How many numbers a model has. `active`: those that one token's step multiplies with, so without the
     experts that were not chosen and without the embedding, of which it reads one row. `embedding`: 0 if the
-    output matrix is the same one. The MTP layer and what sees images are in none of them."""
+    output matrix is the same one. MTP layers and what sees images are in none of them."""
 
     total: int
     active: int
@@ -62,8 +69,7 @@ class Parameters:
 
 def parameters(model: Decoder) -> Parameters:
     """Counts a model's slots, which it has until `finish`; on the meta device that costs nothing."""
-    entries = (entry.layouts[0] if isinstance(entry, OneOf) else (entry,) for entry in model.slots())
-    total = sum(slot.target.numel() for slots in entries for slot in slots)
+    total = _numbers(model.slots()) - sum(_numbers(layer.slots()) for layer in model.mtp)
     idle = 0
     for _, mlp in model.blocks:
         if isinstance(mlp, MoeBlock):
@@ -72,6 +78,11 @@ def parameters(model: Decoder) -> Parameters:
             idle += (p.experts - p.top_k) * (3 * p.hidden * p.inter + biases)
     embedding = 0 if model.head.tied else model.embedding.weight.numel()
     return Parameters(total, total - idle - embedding, embedding)
+
+
+def _numbers(slots: Slots) -> int:
+    entries = (entry.layouts[0] if isinstance(entry, OneOf) else (entry,) for entry in slots)
+    return sum(slot.target.numel() for layout in entries for slot in layout)
 
 
 def require(config: Mapping[str, Any], key: str, *supported: Any) -> None:
