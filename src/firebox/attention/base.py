@@ -32,6 +32,7 @@ __all__ = [
 ]  # layers see specs here
 
 KvSpec = PagedSpec | LatentSpec | WindowSpec
+REFERENCE = "torch_reference"  # serves every layer, slowly: asked last
 
 
 class Backend(Protocol):
@@ -70,7 +71,8 @@ def select(heads: int, spec: KvSpec, gpu: Gpu, wanted: str = "auto") -> ModuleTy
             f"no attention backend {wanted!r}", hint=f"there are: {', '.join(names('attention'))}"
         )
     reasons = {}
-    for name in names("attention") if wanted == "auto" else (wanted,):
+    in_order = sorted(names("attention"), key=lambda name: name == REFERENCE)
+    for name in in_order if wanted == "auto" else (wanted,):
         backend = load("attention", name)
         reason = backend.accepts(heads, spec, gpu)
         if reason is None:

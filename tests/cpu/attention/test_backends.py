@@ -1,4 +1,5 @@
-"""Every attention backend against the dense formula in float64, over ragged steps and scattered pages.
+"""Every attention backend of a CPU against the dense formula in float64, over ragged steps and scattered
+pages.
 
 Everything a backend must not read is NaN: pages no request owns, page 0, and the rows behind a request's last
 token.
@@ -14,15 +15,19 @@ import pytest
 import torch
 
 from firebox.attention import base
-from firebox.attention.base import select
+from firebox.attention.base import KvSpec, select
 from firebox.cache.pool import LayerCache
-from firebox.cache.specs import PagedSpec
+from firebox.cache.specs import LatentSpec, PagedSpec, WindowSpec
 from firebox.errors import ConfigError
 from firebox.find import load, names
+from firebox.hardware.base import Gpu, find_gpu, known_gpus
 from firebox.hardware.probe import probe_cpu
 
-BACKENDS = [load("attention", name) for name in names("attention")]
 CPU = probe_cpu()
+ACCEPTING = [
+    name for name in names("attention") if load("attention", name).accepts(4, PagedSpec(2, 64), CPU) is None
+]
+BACKENDS = [load("attention", name) for name in ACCEPTING]
 
 # name → (tokens in this step, tokens in the cache after it) of each request
 STEPS = {
@@ -158,9 +163,33 @@ def test_auto_takes_one_that_accepts() -> None:
     assert select(4, spec, CPU).accepts(4, spec, CPU) is None
 
 
-@pytest.mark.parametrize("name", names("attention"))
+@pytest.mark.parametrize("name", ACCEPTING)
 def test_a_backend_by_its_name(name: str) -> None:
     assert select(4, PagedSpec(2, 16), CPU, name) is load("attention", name)
+
+
+@pytest.mark.parametrize("gpu", known_gpus().values(), ids=lambda gpu: gpu.name)
+def test_a_gpu_gets_the_kernels_and_the_reference_for_what_they_lack(gpu: Gpu) -> None:
+    triton_paged, reference = (load("attention", name) for name in ("triton_paged", "torch_reference"))
+    for spec in (PagedSpec(8, 128), PagedSpec(2, 256), WindowSpec(8, 64, 128), LatentSpec(512, 64)):
+        assert select(64, spec, gpu) is triton_paged
+    for spec in (PagedSpec(8, 96), PagedSpec(3, 128), LatentSpec(256, 64)):
+        assert select(64, spec, gpu) is reference
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        (PagedSpec(8, 96), "supports head_dim 64, 128, 192 and 256, not 96"),
+        (PagedSpec(3, 128), "not 64 over 3 key heads"),
+        (LatentSpec(256, 64), "supports latent rows of 512 \\+ 64 columns, not 256 \\+ 64"),
+    ],
+)
+def test_the_gpu_kernels_say_what_they_lack(spec: KvSpec, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        select(64, spec, find_gpu("gb10"), "triton_paged")
+    with pytest.raises(ConfigError, match="runs on NVIDIA GPUs"):
+        select(64, spec, CPU, "triton_paged")
 
 
 def test_an_unknown_backend_is_named_with_what_there_is() -> None:

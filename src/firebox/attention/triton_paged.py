@@ -1,0 +1,179 @@
+"""Attention on NVIDIA GPUs, in Triton, straight from the pages: no keys are copied or gathered beforehand.
+
+Requests of up to 16 queries (decode, drafts) go to kernels/attention_decode.py, which divides long contexts
+among blocks; longer ones (prefill) to kernels/attention_extend.py. A step that has both launches both; each
+writes its own requests' rows.
+
+A plan's arrays lie on the device and keep their addresses: a step captured in a CUDA graph is replayed after
+`refill` with the integers of another step of as many requests and tokens a request. Its grid is then that of
+`context_bound`, and blocks that have nothing to do end at once.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from firebox.attention.base import KvSpec, LatentSpec
+from firebox.cache.pool import LayerCache
+from firebox.hardware.base import Gpu
+from firebox.hardware.probe import probe_gpu
+
+if TYPE_CHECKING:  # Triton is imported where there is a GPU, and not before
+    from firebox.kernels._attention import Paged, Problem
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`paged`: the step's integers on the device; on the host `query_start` [requests + 1] and
+    `context_tokens` [requests]. `decode_queries`: the most queries of a request that decode serves, 0 if it
+    serves none; `decode_contexts`: tokens of the longest of these, and of all divided by the requests.
+    `tiles`: extend's, for each (group, block_m) once."""
+
+    paged: Paged
+    query_start: np.ndarray
+    context_tokens: np.ndarray
+    decode_queries: int
+    decode_contexts: tuple[int, int]
+    tiles: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+
+
+def accepts(heads: int, spec: KvSpec, gpu: Gpu) -> str | None:
+    """NVIDIA GPUs; head_dim 64, 128, 192, 256, and latent rows of 512 + 64."""
+    if gpu.kind != "cuda":
+        return "runs on NVIDIA GPUs"
+    from firebox.kernels._attention import unsupported
+
+    if isinstance(spec, LatentSpec):
+        return unsupported(heads, 1, spec.latent_dim + spec.rope_dim, spec.latent_dim)
+    return unsupported(heads, spec.kv_heads, spec.head_dim, spec.head_dim)
+
+
+def plan(
+    query_start: np.ndarray,
+    context_tokens: np.ndarray,
+    page_table: torch.Tensor,
+    *,
+    tree: torch.Tensor | None = None,
+    context_bound: int | None = None,
+) -> Plan:
+    """The arrays on the device of `page_table` [requests, max_pages] int32 or int64, whose rows are padded
+    with 0. `tree` [requests, queries, queries] bool: which of its request's own tokens a token sees (see
+    kernels/_attention.py `pack_tree`). `context_bound`: the longest context that the plan will be refilled
+    with; by default those that it has."""
+    from firebox.kernels._attention import Paged, pack_tree
+    from firebox.kernels.attention_decode import MAX_QUERIES
+
+    device, counts = page_table.device, np.diff(query_start)
+    bits = (None, None) if tree is None else pack_tree(tree, query_start)
+    pages = page_table.to(torch.int32).contiguous()
+    paged = Paged(pages, _int32(context_tokens, device), _int32(query_start, device), *bits)
+    few = (counts > 0) & (counts <= MAX_QUERIES)
+    contexts = np.where(few, context_bound or context_tokens, 0)
+    longest, mean = (int(contexts.max()), int(contexts.mean())) if few.any() else (0, 0)
+    return Plan(paged, query_start, context_tokens, int(counts[few].max(initial=0)), (longest, mean))
+
+
+def refill(plan: Plan, context_tokens: np.ndarray, page_table: torch.Tensor) -> None:
+    """Writes another step's contexts and pages over those of a plan made with `context_bound`, for a graph
+    that is about to be replayed. Each request has as many queries as before; a request that is padding has a
+    context of as many tokens, in page 0. Fewer columns of `page_table` may be given than there are."""
+    longest = max(context_tokens, default=0)
+    assert longest <= plan.decode_contexts[0], (longest, plan.decode_contexts)
+    plan.paged.context_tokens.copy_(torch.from_numpy(context_tokens.astype(np.int32)))
+    plan.paged.page_table[:, : page_table.shape[1]].copy_(page_table)
+
+
+def run(
+    q: torch.Tensor,
+    layer_cache: LayerCache,
+    plan: Plan,
+    scale: float,
+    *,
+    window_tokens: int | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See attention.base.Backend.run."""
+    from firebox.kernels import attention_decode, attention_extend
+
+    k_cache, v_cache = layer_cache.k, layer_cache.v
+    problem = _problem(q, layer_cache, plan, window_tokens, sinks)
+    gpu = gpu_of(q.device)
+    out = q.new_empty(*q.shape[:2], problem.value_dim)
+    q = q.contiguous()
+    options: dict[str, Any] = {
+        "problem": problem,
+        "window_tokens": window_tokens or 0,
+        "sinks": sinks,
+        "scales": getattr(layer_cache, "scales", (1.0, 1.0)),
+    }
+    if plan.decode_queries:
+        config = attention_decode.default(problem, gpu, plan.decode_queries)
+        row_blocks = -(-problem.group * plan.decode_queries // config.block_m)
+        longest, mean = plan.decode_contexts
+        if window_tokens is not None:  # nothing before the first query's window is read
+            most = window_tokens + plan.decode_queries
+            longest, mean = min(longest, most), min(mean, most)
+        programs = problem.kv_heads * row_blocks * plan.paged.requests
+        places = attention_decode.places(problem, config, gpu)
+        splits = attention_decode.split_count(programs, (longest, mean), places, config.block_n)
+        attention_decode.attend(
+            q, k_cache, v_cache, plan.paged, scale, out, config=config, max_queries=plan.decode_queries,
+            splits=splits, **options,
+        )  # fmt: skip
+    config = attention_extend.default(problem, gpu)
+    tiles = _tiles(plan, problem.group, config.block_m)
+    if tiles.shape[1]:
+        attention_extend.attend(q, k_cache, v_cache, plan.paged, tiles, scale, out, config=config, **options)
+    return out
+
+
+@functools.cache
+def gpu_of(device: torch.device) -> Gpu:
+    """The GPU behind a tensor's device."""
+    gpu = probe_gpu(device.index or 0) if device.type == "cuda" else None
+    assert gpu is not None, f"{device} is no NVIDIA GPU"
+    return gpu
+
+
+def _problem(
+    q: torch.Tensor,
+    layer_cache: LayerCache,
+    plan: Plan,
+    window_tokens: int | None,
+    sinks: torch.Tensor | None,
+) -> Problem:
+    from firebox.kernels._attention import Problem
+
+    _, page_tokens, kv_heads, head_dim = layer_cache.k.shape
+    return Problem(
+        q.shape[1],
+        kv_heads,
+        head_dim,
+        layer_cache.v.shape[-1],
+        page_tokens,
+        q.dtype,
+        layer_cache.k.dtype,
+        window=window_tokens is not None,
+        sinks=None if sinks is None else sinks.dtype,
+        tree=plan.paged.tree_bits is not None,
+    )
+
+
+def _tiles(plan: Plan, group: int, block_m: int) -> torch.Tensor:
+    from firebox.kernels.attention_decode import MAX_QUERIES
+    from firebox.kernels.attention_extend import list_tiles
+
+    key = (group, block_m)
+    if key not in plan.tiles:
+        tiles = list_tiles(plan.query_start, plan.context_tokens, group, block_m, more_than=MAX_QUERIES)
+        plan.tiles[key] = torch.from_numpy(tiles).to(plan.paged.page_table.device)
+    return plan.tiles[key]
+
+
+def _int32(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(array.astype(np.int32)).to(device)
