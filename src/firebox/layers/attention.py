@@ -11,6 +11,7 @@ import torch
 from firebox.attention.base import PagedSpec, WindowSpec
 from firebox.attention.base import select as select_backend
 from firebox.formats.base import PlainSlot, Slots
+from firebox.formats.kv.base import scale_slots
 from firebox.kernels import cpu_attention_block
 from firebox.kernels.cpu_attention_block import Problem
 from firebox.kernels.select import TORCH, select
@@ -64,6 +65,7 @@ class AttentionBlock:
         self.q_norm = RMSNorm(build, f"{name}.q_norm", normed[0], p.eps, plus_one=norm_plus_one)
         self.k_norm = RMSNorm(build, f"{name}.k_norm", normed[1], p.eps, plus_one=norm_plus_one)
         self.sinks = build.empty(p.heads) if p.sinks else None
+        self.kv_scales = build.kv_scales()
         self.o = Linear(build, p.heads * p.head_dim, {f"{name}.o_proj": p.hidden}, bias=p.o_bias)
         self._threads = build.threads
         self._run: Callable[[torch.Tensor, Step], torch.Tensor] = self._compose
@@ -76,7 +78,7 @@ class AttentionBlock:
             self.backend = select_backend(p.heads, spec, build.gpu, build.attention_backend)
 
     def slots(self) -> Slots:
-        """The norms' and projections' tensors, and the sinks."""
+        """The norms' and projections' tensors, the sinks, and the cache's scales."""
         yield from self.norm.slots()
         yield from self.qkv.slots()
         if self.problem.qk_norm:
@@ -84,6 +86,8 @@ class AttentionBlock:
             yield from self.k_norm.slots()
         if self.sinks is not None:
             yield PlainSlot(f"{self.name}.sinks", self.sinks)
+        if self.kv_scales is not None:
+            yield from scale_slots(self.name, self.kv_scales)
         yield from self.o.slots()
 
     def finish(self) -> None:

@@ -9,8 +9,9 @@ from typing import Protocol
 
 import torch
 
-from firebox.attention.base import CacheSpec
+from firebox.attention.base import CacheSpec, LatentSpec
 from firebox.formats.base import Slots
+from firebox.formats.kv.base import NO_SCALES
 from firebox.layers.embedding import Embedding
 from firebox.layers.head import Head
 from firebox.step import Step
@@ -22,6 +23,11 @@ class AttentionLike(Protocol):
     @property
     def backend(self) -> ModuleType | None:
         """What plans each step for it, if it needs that."""
+        ...
+
+    @property
+    def kv_scales(self) -> torch.Tensor | None:
+        """Its cache's scales of keys and values [2] float32; None where the KV format has none."""
         ...
 
     def slots(self) -> Slots:
@@ -73,6 +79,16 @@ class Decoder:
         backends = (attention.backend for attention, _ in self.blocks)
         self.attention_backend = next((backend for backend in backends if backend is not None), None)
 
+    @property
+    def _scaled(self) -> bool:
+        return any(attention.kv_scales is not None for attention, _ in self.blocks)
+
+    @property
+    def kv_scales(self) -> tuple[tuple[float, float], ...]:
+        """Each layer's scales of keys and values, once the slots are filled; 1.0 where there are none."""
+        scales = (attention.kv_scales for attention, _ in self.blocks)
+        return tuple(NO_SCALES if pair is None else (float(pair[0]), float(pair[1])) for pair in scales)
+
     def slots(self) -> Slots:
         """Every checkpoint tensor that is read, and where it goes."""
         yield from self.embedding.slots()
@@ -83,9 +99,11 @@ class Decoder:
 
     def unused(self, name: str) -> str | None:
         """Why a checkpoint tensor is not read: a tied head's copy of the embedding, or a scale for keys or
-        values in FP8."""
-        if name.endswith((".k_scale", ".v_scale")):
+        values in FP8 where the cache has no use for it."""
+        if name.endswith((".k_scale", ".v_scale")) and not self._scaled:
             return "the cache is not quantised with the checkpoint's scales"
+        if name.endswith(".v_scale") and any(isinstance(spec, LatentSpec) for spec in self.cache_specs):
+            return "a latent row is key and value at once and has the key's scale"
         return "tied to the embedding" if self.head.tied and name == f"{self.head.name}.weight" else None
 
     def finish(self) -> None:

@@ -31,6 +31,7 @@ class GatedDeltaBlock:
     """
 
     backend = None  # no attention backend plans for it
+    kv_scales = None  # it keeps no keys and values
 
     def __init__(
         self, build: Build, norm: RMSNorm, name: str, layer: int, spec: RecurrentSpec, *, key_heads: int
@@ -40,8 +41,8 @@ class GatedDeltaBlock:
         self.key_heads = key_heads
         self.in_qkv = Linear(build, hidden, {f"{name}.in_proj_qkv": spec.conv_channels})
         self.in_z = Linear(build, hidden, {f"{name}.in_proj_z": value_rows})
-        self.in_b = Linear(build, hidden, {f"{name}.in_proj_b": spec.heads})
-        self.in_a = Linear(build, hidden, {f"{name}.in_proj_a": spec.heads})
+        self.in_b = Linear(build, hidden, {f"{name}.in_proj_b": spec.heads}, requantisable=False)
+        self.in_a = Linear(build, hidden, {f"{name}.in_proj_a": spec.heads}, requantisable=False)
         self.conv = build.empty(spec.conv_channels, spec.conv_taps + 1, dtype=torch.float32)
         self.dt_bias = build.empty(spec.heads, dtype=torch.float32)
         self.a_log = build.empty(spec.heads, dtype=torch.float32)

@@ -15,7 +15,7 @@ import torch
 
 from firebox.cache.specs import CacheSpec
 from firebox.errors import UnsupportedModel
-from firebox.layers.base import OneOf, Slots
+from firebox.layers.base import OneOf, Slot, Slots
 from firebox.layers.decoder import Decoder
 from firebox.layers.moe import MoeBlock
 from firebox.layers.rope import Yarn, mscale
@@ -27,6 +27,11 @@ class Model(Protocol):
 
     cache_specs: tuple[CacheSpec | None, ...]
     attention_backend: Any  # the module of attention/ that plans each step; None where no layer needs one
+
+    @property
+    def kv_scales(self) -> tuple[tuple[float, float], ...]:
+        """Each layer's scales of keys and values, for a cache that has them."""
+        ...
 
     def slots(self) -> Slots:
         """Every checkpoint tensor the model reads, and where it goes."""
@@ -72,6 +77,23 @@ def parameters(model: Decoder) -> Parameters:
             idle += (p.experts - p.top_k) * (3 * p.hidden * p.inter + biases)
     embedding = 0 if model.head.tied else model.embedding.weight.numel()
     return Parameters(total, total - idle - embedding, embedding)
+
+
+def decode_bytes(model: Decoder, stored_bytes: Callable[[Slot], int]) -> int:
+    """Bytes of weights that one token's step reads: of the routed experts those that were chosen, of the
+    embedding nothing unless it is the output matrix too. `stored_bytes`: of one slot's tensors. Like
+    `parameters`, before `finish`."""
+
+    def total(slots: Slots) -> int:
+        layouts = (entry.layouts[0] if isinstance(entry, OneOf) else (entry,) for entry in slots)
+        return sum(stored_bytes(slot) for layout in layouts for slot in layout)
+
+    found = total(model.slots()) - (0 if model.head.tied else total(model.embedding.slots()))
+    for _, mlp in model.blocks:
+        if isinstance(mlp, MoeBlock):
+            experts, chosen = mlp.problem.experts, mlp.problem.top_k
+            found -= total(mlp.expert_slots()) * (experts - chosen) // experts
+    return found
 
 
 def require(config: Mapping[str, Any], key: str, *supported: Any) -> None:

@@ -22,13 +22,16 @@ from firebox.weights.checkpoint import Checkpoint
 
 
 def load_weights(
-    model: Model, checkpoint: Checkpoint, on_progress: Callable[[int, int], None] = lambda loaded, total: None
+    model: Model,
+    checkpoint: Checkpoint,
+    on_progress: Callable[[int, int], None] = lambda loaded, total: None,
+    on_filled: Callable[[Slot], None] = lambda slot: None,
 ) -> None:
     """Fills every slot from the checkpoint and lets the model finish. `on_progress(loaded_bytes,
-    total_bytes)`.
+    total_bytes)`; `on_filled` sees each slot when its target is full, and may change it.
 
     Raises CorruptShard, UnknownTensor, MissingTensor, WrongShape, UnsupportedFormat (a wrong dtype), each
-    naming the tensor; nothing is served then.
+    naming the tensor, and what `on_filled` raises; nothing is served then.
     """
     if not checkpoint.shards:
         raise CheckpointError(
@@ -41,7 +44,7 @@ def load_weights(
     _require_all(slots, checkpoint, present)
 
     with _large_blocks_go_back():
-        _fill(checkpoint, owner, present, on_progress)
+        _fill(checkpoint, owner, present, on_progress, on_filled)
     model.finish()
 
 
@@ -50,6 +53,7 @@ def _fill(
     owner: dict[str, Slot],
     present: dict[str, str],
     on_progress: Callable[[int, int], None],
+    on_filled: Callable[[Slot], None],
 ) -> None:
     waiting = Counter(id(owner[name]) for name in present if name in owner)
     held: dict[int, dict[str, torch.Tensor]] = {}
@@ -65,6 +69,7 @@ def _fill(
         pieces[name] = tensor
         if len(pieces) == waiting[id(slot)]:
             slot.fill(held.pop(id(slot)))
+            on_filled(slot)
         loaded_bytes += tensor.nbytes
         if loaded_bytes - reported_bytes > total_bytes // 100:
             reported_bytes = loaded_bytes
@@ -90,12 +95,14 @@ def _large_blocks_go_back() -> Iterator[None]:
         mallopt(trim_threshold, 64 * mebibyte)
 
 
-def load_dummy(model: Model, seed: int = 0) -> None:
+def load_dummy(model: Model, seed: int = 0, on_filled: Callable[[Slot], None] = lambda slot: None) -> None:
     """Random weights in the real shapes: norms near 1, biases near 0, matrices at 1/√in_features; not zeros,
-    so that routing spreads."""
+    so that routing spreads. What a checkpoint may lack stays as it is. `on_filled` as for `load_weights`."""
     generator = torch.Generator().manual_seed(seed)
     for slot in chosen_slots(model, None):
         target = slot.target
+        if all(spec.optional for spec in slot.tensors.values()):
+            continue
         values = torch.randn(target.shape, generator=generator, dtype=torch.float32)
         if target.dim() >= 2:
             values *= target.shape[-1] ** -0.5
@@ -103,6 +110,7 @@ def load_dummy(model: Model, seed: int = 0) -> None:
             name = next(iter(slot.tensors))
             values = values * 0.02 + (0.0 if name.endswith("bias") else 1.0)
         target.copy_(values)
+        on_filled(slot)
     model.finish()
 
 
