@@ -31,7 +31,8 @@ from firebox.layers.base import Build
 from firebox.layers.decoder import Decoder
 from firebox.models.base import Model, decode_bytes, need
 from firebox.weights.checkpoint import Checkpoint, open_checkpoint
-from firebox.weights.load import chosen_slots, load_dummy, load_weights
+from firebox.weights.dummy import load_dummy
+from firebox.weights.load import chosen_slots, load_weights
 from firebox.weights.requantise import Requantiser, requantised_bytes, stored_bytes
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,8 @@ def make_model(checkpoint: Checkpoint, build: Build) -> Model:
     module = load("models", checkpoint.model_type)
     if build.kv_scaled:
         require_fp8_scales(checkpoint.text_config)
-    build = dataclasses.replace(build, format_of=formats_of(checkpoint.text_config))
+    stored = frozenset(checkpoint.names()) if checkpoint.shards else None
+    build = dataclasses.replace(build, format_of=formats_of(checkpoint.text_config), stored=stored)
     model: Model = module.Model(module.Config.from_hf(checkpoint.text_config), build)
     return model
 
@@ -154,11 +156,12 @@ def facts(checkpoint: Checkpoint, config: Config, gpu: Gpu) -> CheckpointFacts:
     kv_format = kv_format_of(config.engine.kv_cache_dtype, dtype)
     model = make_model(checkpoint, _build(config, dtype, kv_format, 1, gpu, torch.device("meta"), 1))
     needs = cache_needs(model.cache_specs, _kv_format(kv_format).DTYPE.itemsize)
+    present = checkpoint.names() if checkpoint.shards else None
     return CheckpointFacts(
         model_type=checkpoint.model_type,
         dtype=checkpoint.dtype,
         context_tokens=need(checkpoint.text_config, "max_position_embeddings"),
-        weights_bytes=sum(slot.target.nbytes for slot in chosen_slots(model, None)),
+        weights_bytes=sum(slot.target.nbytes for slot in chosen_slots(model, present)),
         kv_bytes_per_token=needs.full_bytes_per_token,
         window_tokens=needs.window_tokens,
         window_bytes_per_token=needs.window_bytes_per_token,

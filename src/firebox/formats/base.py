@@ -51,12 +51,33 @@ class Format(Protocol):
 FormatOf = Callable[[str], Format]  # a module's path, such as "model.layers.0.mlp.down_proj" → its format
 
 
+@dataclass(frozen=True)
+class Cut:
+    """How tensor parallelism divides a weight: along `axis`, 0 for output features (rows), 1 for input
+    features (columns), into equal shares of `count` indivisible pieces (heads, columns of an MLP). `label`:
+    what config.json calls the count. `shared`: with more ranks than pieces, several ranks keep the same piece
+    (KV heads). `runs`: output features of the weights that are stacked in this one, each divided by itself;
+    empty: it is one.
+    """
+
+    axis: int
+    count: int
+    label: str
+    shared: bool = False
+    runs: tuple[int, ...] = ()
+
+
 class Slot(Protocol):
     """Some of a checkpoint's tensors and the memory they go to."""
 
     @property
     def target(self) -> torch.Tensor:
         """The memory."""
+        ...
+
+    @property
+    def cut(self) -> Cut | None:
+        """How tensor parallelism divides it; None: every rank has all of it."""
         ...
 
     @property
@@ -80,6 +101,7 @@ class PlainSlot:
     stored: tuple[int, ...] | None = None
     arrange: Callable[[torch.Tensor], torch.Tensor] | None = None
     optional: bool = False
+    cut: Cut | None = None
 
     @property
     def tensors(self) -> Mapping[str, TensorSpec]:
@@ -107,6 +129,7 @@ class WeightSlot:
     stored: tuple[int, int] | None = None
     arrange: Callable[[torch.Tensor], torch.Tensor] | None = None
     requantisable: bool = False
+    cut: Cut | None = None
 
     @property
     def tensors(self) -> Mapping[str, TensorSpec]:

@@ -5,9 +5,14 @@ from __future__ import annotations
 
 import os
 import resource
+from dataclasses import replace
+from typing import Any
 
+from firebox.env import read
+from firebox.errors import ConfigError
 from firebox.hardware import cpu
-from firebox.hardware.base import Gpu
+from firebox.hardware._families import FAMILIES
+from firebox.hardware.base import Gpu, known_gpus
 
 _CPU_FACTS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd")
 
@@ -26,9 +31,75 @@ def probe_cpu() -> Gpu:
     )
 
 
+def probe_gpu(index: int = 0) -> Gpu | None:
+    """CUDA device `index` as its driver describes it, or None on a machine without one.
+
+    A device that has a file keeps that file's bandwidths, rates and facts; memory, multiprocessors and limits
+    are the driver's. A device without one is described by the driver alone and says "unknown" in its name.
+    Changes nothing, but creates the CUDA context of that device. Raises ConfigError for a compute capability
+    of which nothing is known. FIREBOX_SMEM_LIMIT lowers `smem_per_block_bytes`.
+    """
+    import torch  # not at the head: the command line asks for the CPU without it
+
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(index)
+    if properties.is_integrated:
+        # The driver counts as free only what nobody uses; page cache can be had for the asking.
+        free_bytes = _proc_meminfo_bytes()["MemAvailable"]
+    else:
+        free_bytes = torch.cuda.mem_get_info(index)[0]
+    return describe_gpu(properties, free_bytes, read().smem_limit_bytes)
+
+
+def describe_gpu(properties: Any, free_bytes: int, smem_limit_bytes: int | None) -> Gpu:
+    """The device behind torch's `properties`. Raises ConfigError for an unknown compute capability."""
+    capability = (properties.major, properties.minor)
+    gpu = _by_device_name(properties.name, capability) or _unknown(properties, capability)
+    smem_bytes = properties.shared_memory_per_block_optin
+    return replace(
+        gpu,
+        memory_bytes=properties.total_memory,
+        memory_free_bytes=min(free_bytes, properties.total_memory),
+        cpu_cores=len(os.sched_getaffinity(0)),
+        unified_memory=bool(properties.is_integrated),
+        smem_per_block_bytes=min(smem_bytes, smem_limit_bytes or smem_bytes),
+        smem_per_sm_bytes=properties.shared_memory_per_multiprocessor,
+        registers_per_sm=properties.regs_per_multiprocessor,
+        threads_per_sm=properties.max_threads_per_multi_processor,
+        sms=properties.multi_processor_count,
+        l2_bytes=properties.L2_cache_size,
+    )
+
+
 def peak_resident_bytes() -> int:
     """The most physical memory this process has held so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _by_device_name(name: str, capability: tuple[int, int]) -> Gpu | None:
+    """None also where the capability is another one: then the name does not say what the file means."""
+    known = (gpu for gpu in known_gpus().values() if name in gpu.device_names)
+    return next((gpu for gpu in known if gpu.capability == capability), None)
+
+
+def _unknown(properties: Any, capability: tuple[int, int]) -> Gpu:
+    family = FAMILIES.get(capability)
+    if family is None:
+        known = ", ".join(f"{major}.{minor}" for major, minor in FAMILIES)
+        raise ConfigError(
+            f"{properties.name} has compute capability {capability[0]}.{capability[1]}",
+            hint=f"GPUs of compute capability {known} are supported",
+        )
+    name = f"unknown ({properties.name})"
+    return replace(family, name=name, device_names=(properties.name,), bandwidth_gb_s=_bus_gb_s(properties))
+
+
+def _bus_gb_s(properties: Any) -> float | None:
+    """Bus width times clock, two transfers a cycle; None where torch is too old to tell."""
+    clock_khz = getattr(properties, "memory_clock_rate", 0)
+    width_bits = getattr(properties, "memory_bus_width", 0)
+    return clock_khz * width_bits * 2 / 8 / 1e6 or None
 
 
 def _proc_meminfo_bytes() -> dict[str, int]:

@@ -10,7 +10,7 @@ import torch
 
 from firebox.attention.base import PagedSpec, WindowSpec
 from firebox.attention.base import select as select_backend
-from firebox.formats.base import PlainSlot, Slots
+from firebox.formats.base import Cut, PlainSlot, Slots
 from firebox.formats.kv.base import scale_slots
 from firebox.kernels import cpu_attention_block
 from firebox.kernels.cpu_attention_block import Problem
@@ -58,15 +58,24 @@ class AttentionBlock:
         self._kv_rows = p.kv_heads * p.head_dim
         self._q_rows = p.heads * p.head_dim * (2 if p.output_gate else 1)
         rows = {"q_proj": self._q_rows, "k_proj": self._kv_rows, "v_proj": self._kv_rows}
-        self.qkv = Linear(build, p.hidden, {f"{name}.{part}": n for part, n in rows.items()}, bias=p.bias)
+        query = self._query_cut = Cut(0, p.heads, "num_attention_heads")
+        kv = Cut(0, p.kv_heads, "num_key_value_heads", shared=True)
+        parts = {f"{name}.{part}": n for part, n in rows.items()}
+        self.qkv = Linear(build, p.hidden, parts, bias=p.bias, cuts=(query, kv, kv))
         normed = {"": (0, 0), "head": (p.head_dim, p.head_dim), "row": (p.heads * p.head_dim, self._kv_rows)}[
             p.qk_norm
         ]
-        self.q_norm = RMSNorm(build, f"{name}.q_norm", normed[0], p.eps, plus_one=norm_plus_one)
-        self.k_norm = RMSNorm(build, f"{name}.k_norm", normed[1], p.eps, plus_one=norm_plus_one)
+        over_heads = (query, kv) if p.qk_norm == "row" else (None, None)
+        self.q_norm, self.k_norm = (
+            RMSNorm(build, f"{name}.{part}", width, p.eps, plus_one=norm_plus_one, cut=cut)
+            for part, width, cut in zip(("q_norm", "k_norm"), normed, over_heads, strict=True)
+        )
         self.sinks = build.empty(p.heads) if p.sinks else None
         self.kv_scales = build.kv_scales()
-        self.o = Linear(build, p.heads * p.head_dim, {f"{name}.o_proj": p.hidden}, bias=p.o_bias)
+        inwards = Cut(1, p.heads, "num_attention_heads")
+        self.o = Linear(
+            build, p.heads * p.head_dim, {f"{name}.o_proj": p.hidden}, bias=p.o_bias, cuts=(inwards,)
+        )
         self._threads = build.threads
         self._run: Callable[[torch.Tensor, Step], torch.Tensor] = self._compose
         # a backend that is asked for by name runs inside the layer composed of torch operators
@@ -85,7 +94,7 @@ class AttentionBlock:
             yield from self.q_norm.slots()
             yield from self.k_norm.slots()
         if self.sinks is not None:
-            yield PlainSlot(f"{self.name}.sinks", self.sinks)
+            yield PlainSlot(f"{self.name}.sinks", self.sinks, cut=self._query_cut)
         if self.kv_scales is not None:
             yield from scale_slots(self.name, self.kv_scales)
         yield from self.o.slots()

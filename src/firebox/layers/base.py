@@ -4,6 +4,8 @@ readies it."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Protocol
 
 import torch
 
@@ -12,6 +14,7 @@ from firebox.formats.base import FormatOf, OneOf, PlainSlot, Slot, Slots, Weight
 from firebox.formats.kv.base import ScaleSlot
 from firebox.hardware.base import Gpu
 from firebox.kernels.select import Choice
+from firebox.step import Step
 
 __all__ = [
     "Build",
@@ -29,7 +32,9 @@ class Build:
     """Where and how layers are built. `device` "meta" gives shapes without memory. `threads`: CPU threads of
     the kernels. `max_positions`: the longest context. `format_of`: a module's path → the format of its
     weight. `kv_dtype`: of the cache's elements; `kv_scaled`: its format divides by a scale, which the
-    checkpoint may hold. `choices` collects one Choice per operation, for the ledger."""
+    checkpoint may hold. `choices` collects one Choice per operation, for the ledger. `stored`: the names of
+    the checkpoint's tensors; None where they are not known, and config.json's word counts. `requantisable`:
+    --requantize may change what is unquantised."""
 
     gpu: Gpu
     device: torch.device
@@ -41,7 +46,9 @@ class Build:
     moe_backend: str = "auto"
     format_of: FormatOf = lambda path: bf16.Format()
     kv_scaled: bool = False
+    requantisable: bool = True
     choices: list[Choice] = field(default_factory=list)
+    stored: frozenset[str] | None = None
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Uninitialised weights on the device, in the compute dtype unless another is given."""
@@ -51,3 +58,48 @@ class Build:
         """A layer's scales of keys and values [2] float32, 1.0 until the checkpoint says otherwise; None
         where the KV format has none."""
         return torch.ones(2, device=self.device) if self.kv_scaled else None
+
+
+class AttentionLike(Protocol):
+    """The first half of a block: hidden states in and out, the residual included; writes the step's cache."""
+
+    @property
+    def backend(self) -> ModuleType | None:
+        """What plans each step for it, if it needs that."""
+        ...
+
+    @property
+    def kv_scales(self) -> torch.Tensor | None:
+        """Its cache's scales of keys and values [2] float32; None where the KV format has none."""
+        ...
+
+    def slots(self) -> Slots:
+        """Its checkpoint tensors."""
+        ...
+
+    def finish(self) -> None:
+        """All slots are filled."""
+        ...
+
+    def __call__(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        """`x` [tokens, hidden] → the same shape."""
+        ...
+
+
+class MlpLike(Protocol):
+    """The second half of a block: hidden states in and out, the residual included."""
+
+    def slots(self) -> Slots:
+        """Its checkpoint tensors."""
+        ...
+
+    def finish(self) -> None:
+        """All slots are filled."""
+        ...
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` [tokens, hidden] → the same shape."""
+        ...
+
+
+Block = tuple[AttentionLike, MlpLike]

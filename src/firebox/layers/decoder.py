@@ -4,66 +4,22 @@ their usual names."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
-from typing import Protocol
 
 import torch
 
 from firebox.attention.base import CacheSpec, LatentSpec
 from firebox.formats.base import Slots
 from firebox.formats.kv.base import NO_SCALES
+from firebox.layers.base import AttentionLike, Block
 from firebox.layers.embedding import Embedding
 from firebox.layers.head import Head
+from firebox.layers.mtp import MtpLayer
 from firebox.step import Step
 
 
-class AttentionLike(Protocol):
-    """The first half of a block: hidden states in and out, the residual included; writes the step's cache."""
-
-    @property
-    def backend(self) -> ModuleType | None:
-        """What plans each step for it, if it needs that."""
-        ...
-
-    @property
-    def kv_scales(self) -> torch.Tensor | None:
-        """Its cache's scales of keys and values [2] float32; None where the KV format has none."""
-        ...
-
-    def slots(self) -> Slots:
-        """Its checkpoint tensors."""
-        ...
-
-    def finish(self) -> None:
-        """All slots are filled."""
-        ...
-
-    def __call__(self, x: torch.Tensor, step: Step) -> torch.Tensor:
-        """`x` [tokens, hidden] → the same shape."""
-        ...
-
-
-class MlpLike(Protocol):
-    """The second half of a block: hidden states in and out, the residual included."""
-
-    def slots(self) -> Slots:
-        """Its checkpoint tensors."""
-        ...
-
-    def finish(self) -> None:
-        """All slots are filled."""
-        ...
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` [tokens, hidden] → the same shape."""
-        ...
-
-
-Block = tuple[AttentionLike, MlpLike]
-
-
 class Decoder:
-    """Runs the blocks in order. A model inherits this and builds the parts. `cache_specs`: one per block."""
+    """Runs the blocks in order. A model inherits this and builds the parts. `cache_specs`: one per block.
+    `mtp`: the MTP layers that the checkpoint holds, which nothing here runs."""
 
     def __init__(
         self,
@@ -71,11 +27,13 @@ class Decoder:
         blocks: Sequence[Block],
         head: Head,
         cache_specs: Sequence[CacheSpec | None],
+        mtp: Sequence[MtpLayer] = (),
     ) -> None:
         self.embedding = embedding
         self.blocks = tuple(blocks)
         self.head = head
         self.cache_specs = tuple(cache_specs)
+        self.mtp = tuple(mtp)
         backends = (attention.backend for attention, _ in self.blocks)
         self.attention_backend = next((backend for backend in backends if backend is not None), None)
 
@@ -86,8 +44,17 @@ class Decoder:
     @property
     def kv_scales(self) -> tuple[tuple[float, float], ...]:
         """Each layer's scales of keys and values, once the slots are filled; 1.0 where there are none."""
-        scales = (attention.kv_scales for attention, _ in self.blocks)
-        return tuple(NO_SCALES if pair is None else (float(pair[0]), float(pair[1])) for pair in scales)
+        return tuple(_scales(attention) for attention, _ in self.blocks)
+
+    @property
+    def mtp_cache_specs(self) -> tuple[CacheSpec, ...]:
+        """What the MTP layers keep; whoever runs them puts their stores behind those of `cache_specs`."""
+        return tuple(layer.spec for layer in self.mtp)
+
+    @property
+    def mtp_kv_scales(self) -> tuple[tuple[float, float], ...]:
+        """The same as `kv_scales`, of the MTP layers."""
+        return tuple(_scales(layer.attention) for layer in self.mtp)
 
     def slots(self) -> Slots:
         """Every checkpoint tensor that is read, and where it goes."""
@@ -96,10 +63,15 @@ class Decoder:
             yield from attention.slots()
             yield from mlp.slots()
         yield from self.head.slots()
+        for layer in self.mtp:
+            yield from layer.slots()
 
     def unused(self, name: str) -> str | None:
-        """Why a checkpoint tensor is not read: a tied head's copy of the embedding, or a scale for keys or
-        values in FP8 where the cache has no use for it."""
+        """Why a checkpoint tensor is not read: a tied head's copy of the embedding, an MTP layer's of it or
+        of the output matrix, or a scale for keys or values in FP8 where the cache has no use for it."""
+        for layer in self.mtp:
+            if (why := layer.unused(name)) is not None:
+                return why
         if name.endswith((".k_scale", ".v_scale")) and not self._scaled:
             return "the cache is not quantised with the checkpoint's scales"
         if name.endswith(".v_scale") and any(isinstance(spec, LatentSpec) for spec in self.cache_specs):
@@ -112,6 +84,8 @@ class Decoder:
             attention.finish()
             mlp.finish()
         self.head.finish()
+        for layer in self.mtp:
+            layer.finish()
 
     def __call__(self, token_ids: torch.Tensor, step: Step) -> torch.Tensor:
         """`token_ids` [tokens] int64 → hidden states [tokens, hidden] before the final norm."""
@@ -123,3 +97,8 @@ class Decoder:
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [rows, hidden] → [rows, vocab] float32; the final norm is in here."""
         return self.head(x)
+
+
+def _scales(attention: AttentionLike) -> tuple[float, float]:
+    pair = attention.kv_scales
+    return NO_SCALES if pair is None else (float(pair[0]), float(pair[1]))

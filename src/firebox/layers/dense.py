@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from firebox.formats.base import Slots
+from firebox.formats.base import Cut, Slots
 from firebox.kernels import cpu_dense_block
 from firebox.kernels.select import select
 from firebox.layers.base import Build
@@ -22,8 +22,10 @@ class DenseBlock:
     def __init__(self, build: Build, norm: RMSNorm, name: str, inter: int) -> None:
         hidden = norm.weight.shape[0]
         self.norm = norm
-        self.gate_up = Linear(build, hidden, {f"{name}.gate_proj": inter, f"{name}.up_proj": inter})
-        self.down = Linear(build, inter, {f"{name}.down_proj": hidden})
+        rows, columns = (Cut(axis, inter, "intermediate_size") for axis in (0, 1))
+        gate_up = {f"{name}.gate_proj": inter, f"{name}.up_proj": inter}
+        self.gate_up = Linear(build, hidden, gate_up, cuts=(rows, rows))
+        self.down = Linear(build, inter, {f"{name}.down_proj": hidden}, cuts=(columns,))
         self._problem = cpu_dense_block.Problem(hidden, inter, norm.eps, build.dtype)
         self._choice = select(cpu_dense_block.OP, self._problem, build.gpu)
         self._threads = build.threads

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from firebox.formats.base import PlainSlot, Slots
+from firebox.formats.base import Cut, PlainSlot, Slots
 from firebox.layers.base import Build
 
 
@@ -17,7 +17,7 @@ class Embedding:
 
     def slots(self) -> Slots:
         """The checkpoint's `{name}.weight`."""
-        yield PlainSlot(f"{self.name}.weight", self.weight)
+        yield PlainSlot(f"{self.name}.weight", self.weight, cut=Cut(0, self.weight.shape[0], "vocab_size"))
 
     def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
         """`token_ids` [tokens] int64 → [tokens, hidden]."""

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from firebox.attention.base import RecurrentSpec
-from firebox.formats.base import PlainSlot, Slots
+from firebox.formats.base import Cut, PlainSlot, Slots
 from firebox.kernels.select import select
 from firebox.layers.base import Build
 from firebox.layers.linear import Linear
@@ -39,15 +39,25 @@ class GatedDeltaBlock:
         hidden, value_rows = norm.weight.shape[0], spec.heads * spec.value_dim
         self.layer, self.name, self.spec, self.norm = layer, name, spec, norm
         self.key_heads = key_heads
-        self.in_qkv = Linear(build, hidden, {f"{name}.in_proj_qkv": spec.conv_channels})
-        self.in_z = Linear(build, hidden, {f"{name}.in_proj_z": value_rows})
-        self.in_b = Linear(build, hidden, {f"{name}.in_proj_b": spec.heads}, requantisable=False)
-        self.in_a = Linear(build, hidden, {f"{name}.in_proj_a": spec.heads}, requantisable=False)
+        # value heads go where their key head goes
+        key_rows, label = key_heads * spec.key_dim, "linear_num_key_heads"
+        by_head, inwards = (Cut(axis, key_heads, label) for axis in (0, 1))
+        self._heads_cut = by_head
+        self._channels_cut = Cut(0, key_heads, label, runs=(key_rows, key_rows, value_rows))
+
+        def into(part: str, rows: int, cut: Cut, gates: bool = False) -> Linear:
+            parts = {f"{name}.{part}": rows}
+            return Linear(build, hidden, parts, cuts=(cut,), requantisable=not gates)
+
+        self.in_qkv = into("in_proj_qkv", spec.conv_channels, self._channels_cut)
+        self.in_z = into("in_proj_z", value_rows, by_head)
+        self.in_b = into("in_proj_b", spec.heads, by_head, gates=True)
+        self.in_a = into("in_proj_a", spec.heads, by_head, gates=True)
         self.conv = build.empty(spec.conv_channels, spec.conv_taps + 1, dtype=torch.float32)
         self.dt_bias = build.empty(spec.heads, dtype=torch.float32)
         self.a_log = build.empty(spec.heads, dtype=torch.float32)
         self.out_norm = RMSNorm(build, f"{name}.norm", spec.value_dim, norm.eps)
-        self.out = Linear(build, value_rows, {f"{name}.out_proj": hidden})
+        self.out = Linear(build, value_rows, {f"{name}.out_proj": hidden}, cuts=(inwards,))
         build.choices.append(select(OP, None, build.gpu))
 
     def slots(self) -> Slots:
@@ -56,9 +66,11 @@ class GatedDeltaBlock:
         for linear in (self.in_qkv, self.in_z, self.in_b, self.in_a, self.out):
             yield from linear.slots()
         stored = (self.conv.shape[0], 1, self.conv.shape[1])
-        yield PlainSlot(f"{self.name}.conv1d.weight", self.conv, stored, lambda weight: weight.squeeze(1))
-        yield PlainSlot(f"{self.name}.dt_bias", self.dt_bias)
-        yield PlainSlot(f"{self.name}.A_log", self.a_log)
+        yield PlainSlot(
+            f"{self.name}.conv1d.weight", self.conv, stored, lambda w: w.squeeze(1), cut=self._channels_cut
+        )
+        yield PlainSlot(f"{self.name}.dt_bias", self.dt_bias, cut=self._heads_cut)
+        yield PlainSlot(f"{self.name}.A_log", self.a_log, cut=self._heads_cut)
         yield from self.out_norm.slots()
 
     def finish(self) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
 
-from firebox.formats.base import Slots
+from firebox.formats.base import Cut, Slots
 from firebox.kernels import cpu_head
 from firebox.kernels.select import select
 from firebox.layers.base import Build
@@ -22,9 +23,10 @@ class Head:
         self, build: Build, norm: RMSNorm, name: str, vocab: int, tied: torch.Tensor | None = None
     ) -> None:
         hidden = norm.weight.shape[0]
-        self.name, self.tied = name, tied is not None
+        self.name, self.vocab, self.tied = name, vocab, tied is not None
         self.norm = norm
-        self.linear = Linear(build, hidden, {name: vocab})
+        at = build if tied is None else dataclasses.replace(build, device=torch.device("meta"))
+        self.linear = Linear(at, hidden, {name: vocab}, cuts=[Cut(0, vocab, "vocab_size")])
         if tied is not None:
             self.linear.weight = tied
         self._problem = cpu_head.Problem(hidden, vocab, norm.eps, build.dtype)

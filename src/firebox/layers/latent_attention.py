@@ -20,7 +20,7 @@ import torch
 
 from firebox.attention.base import LatentSpec
 from firebox.attention.base import select as select_backend
-from firebox.formats.base import Slots
+from firebox.formats.base import Cut, Slots
 from firebox.formats.kv.base import scale_slots
 from firebox.kernels.select import TORCH, select
 from firebox.layers.base import Build
@@ -95,12 +95,18 @@ class LatentAttentionBlock:
             {f"{name}.q_proj": self._q_rows} if q_latent_dim is None else {f"{name}.q_a_proj": q_latent_dim}
         )
         kv_rows = spec.latent_dim + spec.rope_dim
-        self.q_and_kv_a = Linear(build, p.hidden, {**first, f"{name}.kv_a_proj_with_mqa": kv_rows})
+        by_head, inwards = (Cut(axis, heads, "num_attention_heads") for axis in (0, 1))
+        parts = {**first, f"{name}.kv_a_proj_with_mqa": kv_rows}  # every rank has the latent rows whole
+        self.q_and_kv_a = Linear(
+            build, p.hidden, parts, cuts=(by_head if q_latent_dim is None else None, None)
+        )
         self.q_norm = RMSNorm(build, f"{name}.q_a_layernorm", q_latent_dim or 0, LATENT_EPS)
-        self.q_b = Linear(build, q_latent_dim or 0, {f"{name}.q_b_proj": self._q_rows if q_latent_dim else 0})
+        q_b_rows = self._q_rows if q_latent_dim else 0
+        self.q_b = Linear(build, q_latent_dim or 0, {f"{name}.q_b_proj": q_b_rows}, cuts=(by_head,))
         self.kv_norm = RMSNorm(build, f"{name}.kv_a_layernorm", spec.latent_dim, LATENT_EPS)
-        self.kv_b = Linear(build, spec.latent_dim, {f"{name}.kv_b_proj": heads * (nope_dim + value_dim)})
-        self.o = Linear(build, heads * value_dim, {f"{name}.o_proj": p.hidden})
+        kv_b = {f"{name}.kv_b_proj": heads * (nope_dim + value_dim)}
+        self.kv_b = Linear(build, spec.latent_dim, kv_b, cuts=(by_head,))
+        self.o = Linear(build, heads * value_dim, {f"{name}.o_proj": p.hidden}, cuts=(inwards,))
         wanted = "auto" if build.attention_backend == "auto" else TORCH
         build.choices.append(select(OP, p, build.gpu, wanted))
         self.backend: ModuleType | None = select_backend(heads, spec, build.gpu, build.attention_backend)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from firebox.formats.base import OneOf, PlainSlot, Slot, Slots, WeightSlot
+from firebox.formats.base import Cut, OneOf, PlainSlot, Slot, Slots, WeightSlot
 from firebox.kernels import cpu_moe_block
 from firebox.kernels.cpu_moe_block import Problem
 from firebox.kernels.select import select
@@ -54,7 +55,7 @@ class MoeBlock:
 
     With `expert_groups` > 1 only the experts of the `kept_groups` best groups can be chosen, a group's score
     being the sum of its two best (DeepSeek-V3). `interleaved`: the fused layout is gpt-oss's, [experts, in,
-    out] with gate and up rows in turn.
+    out] with gate and up rows in turn. `inter_key`: what config.json calls the experts' width.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class MoeBlock:
         *,
         kept_groups: int = 1,
         interleaved: bool = False,
+        inter_key: str = "moe_intermediate_size",
         **options: Any,
     ) -> None:
         hidden = norm.weight.shape[0]
@@ -79,12 +81,15 @@ class MoeBlock:
         self.down_bias = build.empty(p.experts if p.biases else 0, p.hidden)
         wide = p.shared_experts * p.inter
         gate_up = {f"{names.shared}.{names.gate}": wide, f"{names.shared}.{names.up}": wide}
-        self.shared_gate_up = Linear(build, p.hidden, gate_up)
-        self.shared_down = Linear(build, wide, {f"{names.shared}.{names.down}": p.hidden})
+        label = inter_key if p.shared_experts == 1 else f"{p.shared_experts} · {inter_key}"
+        rows, columns = (Cut(axis, wide, label) for axis in (0, 1))
+        self.shared_gate_up = Linear(build, p.hidden, gate_up, cuts=(rows, rows))
+        self.shared_down = Linear(build, wide, {f"{names.shared}.{names.down}": p.hidden}, cuts=(columns,))
         shared_gate = {names.shared_gate: int(p.shared_gate)}
         self.shared_gate = Linear(build, p.hidden, shared_gate, requantisable=False)
         self._kept_groups = kept_groups
         self._interleaved = interleaved
+        self._rows, self._columns = (Cut(axis, p.inter, inter_key) for axis in (0, 1))
         self._format_of = build.format_of
         self._choice = select(cpu_moe_block.OP, p, build.gpu, build.moe_backend)
         self._threads = build.threads
@@ -119,35 +124,38 @@ class MoeBlock:
         inter, names = self.problem.inter, self.names
         for e in range(self.problem.experts):
             expert = names.expert.format(e=e)
-            for part, target in (
-                (names.gate, self.gate_up[e, :inter]),
-                (names.up, self.gate_up[e, inter:]),
-                (names.down, self.down[e]),
+            for part, target, cut in (
+                (names.gate, self.gate_up[e, :inter], self._rows),
+                (names.up, self.gate_up[e, inter:], self._rows),
+                (names.down, self.down[e], self._columns),
             ):
                 path = f"{expert}.{part}"
-                yield WeightSlot(path, self._format_of(path), target)
+                yield WeightSlot(path, self._format_of(path), target, cut=cut)
 
     def _all_in_one(self) -> Iterator[Slot]:
         """Unquantised: [experts, 2 · inter, hidden], gate rows first, and [experts, hidden, inter]."""
-        yield PlainSlot(f"{self.names.fused}.gate_up_proj", self.gate_up)
-        yield PlainSlot(f"{self.names.fused}.down_proj", self.down)
+        halves = dataclasses.replace(self._rows, runs=(self.problem.inter, self.problem.inter))
+        yield PlainSlot(f"{self.names.fused}.gate_up_proj", self.gate_up, cut=halves)
+        yield PlainSlot(f"{self.names.fused}.down_proj", self.down, cut=self._columns)
 
     def _gpt_oss(self) -> Iterator[Slot]:
         """Gate and up rows in turn; unquantised ones transposed, MXFP4 ones not, with their parts behind an
         underscore."""
         p, fused = self.problem, self.names.fused
-        for part, target, bias, arrange in (
-            ("gate_up_proj", self.gate_up, self.gate_up_bias, _gate_then_up),
-            ("down_proj", self.down, self.down_bias, _as_it_is),
+        for part, target, bias, arrange, cut in (
+            ("gate_up_proj", self.gate_up, self.gate_up_bias, _gate_then_up, self._rows),
+            ("down_proj", self.down, self.down_bias, _as_it_is, self._columns),
         ):
             path = f"{fused}.{part}"
             format = self._format_of(path)
             if format.name != "bf16":
-                yield WeightSlot(path, format, target, separator="_", arrange=arrange)
+                yield WeightSlot(path, format, target, separator="_", arrange=arrange, cut=cut)
             else:
                 stored = (p.experts, target.shape[2], target.shape[1])
-                yield PlainSlot(path, target, stored, partial(_transposed, arrange))
-            yield PlainSlot(f"{path}_bias", bias, tuple(bias.shape), partial(_each_number, arrange))
+                yield PlainSlot(path, target, stored, partial(_transposed, arrange), cut=cut)
+            along = cut if cut.axis == 0 else None
+            numbers = partial(_each_number, arrange)
+            yield PlainSlot(f"{path}_bias", bias, tuple(bias.shape), numbers, cut=along)
 
     def finish(self) -> None:
         """Binds the chosen kernel; its packed copy, with the shared experts behind the routed ones, replaces

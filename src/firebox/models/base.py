@@ -18,6 +18,7 @@ from firebox.errors import UnsupportedModel
 from firebox.layers.base import OneOf, Slot, Slots
 from firebox.layers.decoder import Decoder
 from firebox.layers.moe import MoeBlock
+from firebox.layers.mtp import MtpLayer
 from firebox.layers.rope import Yarn, mscale
 from firebox.step import Step
 
@@ -27,10 +28,21 @@ class Model(Protocol):
 
     cache_specs: tuple[CacheSpec | None, ...]
     attention_backend: Any  # the module of attention/ that plans each step; None where no layer needs one
+    mtp: tuple[MtpLayer, ...]  # what the checkpoint holds of it; no step runs it
+
+    @property
+    def mtp_cache_specs(self) -> tuple[CacheSpec, ...]:
+        """One per MTP layer."""
+        ...
 
     @property
     def kv_scales(self) -> tuple[tuple[float, float], ...]:
         """Each layer's scales of keys and values, for a cache that has them."""
+        ...
+
+    @property
+    def mtp_kv_scales(self) -> tuple[tuple[float, float], ...]:
+        """The same of each MTP layer."""
         ...
 
     def slots(self) -> Slots:
@@ -58,7 +70,7 @@ class Model(Protocol):
 class Parameters:
     """How many numbers a model has. `active`: those that one token's step multiplies with, so without the
     experts that were not chosen and without the embedding, of which it reads one row. `embedding`: 0 if the
-    output matrix is the same one. The MTP layer and what sees images are in none of them."""
+    output matrix is the same one. MTP layers and what sees images are in none of them."""
 
     total: int
     active: int
@@ -67,8 +79,7 @@ class Parameters:
 
 def parameters(model: Decoder) -> Parameters:
     """Counts a model's slots, which it has until `finish`; on the meta device that costs nothing."""
-    entries = (entry.layouts[0] if isinstance(entry, OneOf) else (entry,) for entry in model.slots())
-    total = sum(slot.target.numel() for slots in entries for slot in slots)
+    total = _numbers(model.slots()) - sum(_numbers(layer.slots()) for layer in model.mtp)
     idle = 0
     for _, mlp in model.blocks:
         if isinstance(mlp, MoeBlock):
@@ -81,19 +92,28 @@ def parameters(model: Decoder) -> Parameters:
 
 def decode_bytes(model: Decoder, stored_bytes: Callable[[Slot], int]) -> int:
     """Bytes of weights that one token's step reads: of the routed experts those that were chosen, of the
-    embedding nothing unless it is the output matrix too. `stored_bytes`: of one slot's tensors. Like
-    `parameters`, before `finish`."""
+    embedding nothing unless it is the output matrix too, of MTP layers nothing. `stored_bytes`: of one slot's
+    tensors. Like `parameters`, before `finish`."""
 
     def total(slots: Slots) -> int:
-        layouts = (entry.layouts[0] if isinstance(entry, OneOf) else (entry,) for entry in slots)
-        return sum(stored_bytes(slot) for layout in layouts for slot in layout)
+        return _total(slots, stored_bytes)
 
-    found = total(model.slots()) - (0 if model.head.tied else total(model.embedding.slots()))
+    found = total(model.slots()) - sum(total(layer.slots()) for layer in model.mtp)
+    found -= 0 if model.head.tied else total(model.embedding.slots())
     for _, mlp in model.blocks:
         if isinstance(mlp, MoeBlock):
             experts, chosen = mlp.problem.experts, mlp.problem.top_k
             found -= total(mlp.expert_slots()) * (experts - chosen) // experts
     return found
+
+
+def _numbers(slots: Slots) -> int:
+    return _total(slots, lambda slot: slot.target.numel())
+
+
+def _total(slots: Slots, count: Callable[[Slot], int]) -> int:
+    layouts = (entry.layouts[0] if isinstance(entry, OneOf) else (entry,) for entry in slots)
+    return sum(count(slot) for layout in layouts for slot in layout)
 
 
 def require(config: Mapping[str, Any], key: str, *supported: Any) -> None:

@@ -3,7 +3,7 @@
 Paper: DeepSeek-V3, arXiv:2412.19437. Checkpoints: deepseek-ai/DeepSeek-V3, deepseek-ai/DeepSeek-R1. Beside
 glm4_moe: multi-head latent attention over one compressed row per token, its rotary dimensions in pairs, YaRN
 that also changes the softmax scale; experts are chosen within the best groups only. The MTP layer stands
-behind the last one and is not read yet.
+behind the last one.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from firebox.layers.embedding import Embedding
 from firebox.layers.head import Head
 from firebox.layers.latent_attention import LatentAttentionBlock
 from firebox.layers.moe import MoeBlock, MoeNames
+from firebox.layers.mtp import NOT_ANNOUNCED, MtpLayer, MtpNames, apart, stored_layers
 from firebox.layers.norm import RMSNorm
 from firebox.layers.rope import Yarn, mscale, rotary_tables
 from firebox.models.base import need, require, rope_parameters, rotary
@@ -56,6 +57,7 @@ class Config:
     routed_scaling_factor: float
     n_group: int
     topk_group: int
+    num_nextn_predict_layers: int
     tie_word_embeddings: bool
     prefix: str = ""
 
@@ -101,6 +103,7 @@ class Config:
             routed_scaling_factor=need(config, "routed_scaling_factor", kind=float),
             n_group=groups,
             topk_group=kept,
+            num_nextn_predict_layers=int(config.get("num_nextn_predict_layers") or 0),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         )
 
@@ -181,12 +184,19 @@ class Model(Decoder):
         norm = RMSNorm(build, f"{prefix}model.norm", config.hidden_size, config.rms_norm_eps)
         tied = embedding.weight if config.tie_word_embeddings else None
         head = Head(build, norm, f"{prefix}lm_head", config.vocab_size, tied)
-        super().__init__(embedding, blocks, head, [spec] * len(blocks))
+        mtp, first, at = [], len(blocks), apart(build)
+        path = f"{prefix}model.layers"
+        stored = stored_layers(build, config.num_nextn_predict_layers, lambda i: f"{path}.{first + i}.")
+        for i in range(first, first + stored):
+            block = attention(config, at, i, spec, tables), mlp(config, at, i)
+            mtp.append(MtpLayer(at, MtpNames.appended(f"{path}.{i}"), block, embedding, head, spec))
+        super().__init__(embedding, blocks, head, [spec] * len(blocks), mtp)
 
     def unused(self, name: str) -> str | None:
-        """The MTP layer stands behind the last layer."""
-        if name.startswith(f"{self.config.prefix}model.layers.{len(self.blocks)}."):
-            return "multi-token prediction (MTP) is not used yet"
+        """A layer behind the last of which config.json says nothing."""
+        behind = f"{self.config.prefix}model.layers.{len(self.blocks)}."
+        if not self.config.num_nextn_predict_layers and name.startswith(behind):
+            return NOT_ANNOUNCED
         return super().unused(name)
 
 

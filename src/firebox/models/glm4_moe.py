@@ -3,8 +3,7 @@
 Paper: GLM-4.5, arXiv:2508.06471. Checkpoints: zai-org/GLM-4.7, zai-org/GLM-4.5-Air and others. Beside its
 cousins: grouped-query attention with biased q, k, v; RMS norm of q and k per head (GLM-4.5 and up, not Air);
 only the first half of each head is rotated; the first layers are dense; sigmoid router with a correction bias
-that takes part in the choice but not in the weights; one shared expert; one MTP layer behind the last, which
-is not read yet.
+that takes part in the choice but not in the weights; one shared expert; one MTP layer behind the last.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from firebox.layers.dense import DenseBlock
 from firebox.layers.embedding import Embedding
 from firebox.layers.head import Head
 from firebox.layers.moe import MoeBlock, MoeNames
+from firebox.layers.mtp import NOT_ANNOUNCED, MtpLayer, MtpNames, apart, stored_layers
 from firebox.layers.norm import RMSNorm
 from firebox.layers.rope import Yarn, rotary_tables
 from firebox.models.base import need, require, rotary
@@ -53,6 +53,7 @@ class Config:
     routed_scaling_factor: float
     n_group: int
     topk_group: int
+    num_nextn_predict_layers: int
     tie_word_embeddings: bool
 
     @classmethod
@@ -86,6 +87,7 @@ class Config:
             routed_scaling_factor=need(config, "routed_scaling_factor", kind=float),
             n_group=int(config.get("n_group", 1)),
             topk_group=int(config.get("topk_group", 1)),
+            num_nextn_predict_layers=int(config.get("num_nextn_predict_layers") or 0),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         )
 
@@ -143,12 +145,18 @@ class Model(Decoder):
         norm = RMSNorm(build, "model.norm", config.hidden_size, config.rms_norm_eps)
         tied = embedding.weight if config.tie_word_embeddings else None
         head = Head(build, norm, "lm_head", config.vocab_size, tied)
-        super().__init__(embedding, blocks, head, [spec] * len(blocks))
+        mtp, first, at = [], len(blocks), apart(build)
+        stored = stored_layers(build, config.num_nextn_predict_layers, lambda i: f"model.layers.{first + i}.")
+        for i in range(first, first + stored):
+            block = attention(config, at, i, spec, tables), mlp(config, at, i)
+            mtp.append(MtpLayer(at, MtpNames.appended(f"model.layers.{i}"), block, embedding, head, spec))
+        super().__init__(embedding, blocks, head, [spec] * len(blocks), mtp)
+        self._announced = config.num_nextn_predict_layers
 
     def unused(self, name: str) -> str | None:
-        """The MTP layer stands behind the last layer."""
-        if name.startswith(f"model.layers.{len(self.blocks)}."):
-            return "multi-token prediction (MTP) is not used yet"
+        """A layer behind the last of which config.json says nothing."""
+        if not self._announced and name.startswith(f"model.layers.{len(self.blocks)}."):
+            return NOT_ANNOUNCED
         return super().unused(name)
 
 

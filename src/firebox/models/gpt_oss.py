@@ -122,6 +122,7 @@ def mlp(config: Config, build: Build, layer: int) -> MoeBlock:
         MoeNames(router=f"{prefix}.mlp.router", fused=f"{prefix}.mlp.experts"),
         interleaved=True,
         inter=config.intermediate_size,
+        inter_key="intermediate_size",
         experts=config.num_local_experts,
         top_k=config.num_experts_per_tok,
         shared_experts=0,

@@ -133,6 +133,7 @@ def mlp(config: Config, build: Build, layer: int) -> MoeBlock:
             down="w2",
         ),
         inter=config.intermediate_size,
+        inter_key="intermediate_size",
         experts=config.num_local_experts,
         top_k=config.num_experts_per_tok,
         shared_experts=0,

@@ -1,11 +1,10 @@
 """Qwen3.5-397B-A17B, Qwen3.5-122B-A10B, Qwen3.5-35B-A3B (`Qwen3_5MoeForConditionalGeneration`): their
 language model.
 
-Checkpoints: Qwen/Qwen3.5-397B-A17B and others. The vision tower and the MTP layer are not read yet. Beside
-qwen3_moe: three layers of four are gated delta nets with a recurrent state, the others attention with an
-output gate and a quarter of each head rotated (text has one position for all three sections of its rotary
-embedding); norms store weight − 1; one shared expert weighted by a sigmoid; experts usually all in one
-tensor.
+Checkpoints: Qwen/Qwen3.5-397B-A17B and others. The vision tower is not read. Beside qwen3_moe: three layers
+of four are gated delta nets with a recurrent state, the others attention with an output gate and a quarter of
+each head rotated (text has one position for all three sections of its rotary embedding); norms store weight −
+1; one shared expert weighted by a sigmoid; experts usually all in one tensor; one MTP layer with attention.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from firebox.layers.embedding import Embedding
 from firebox.layers.gated_delta import GatedDeltaBlock
 from firebox.layers.head import Head
 from firebox.layers.moe import MoeBlock, MoeNames
+from firebox.layers.mtp import NOT_ANNOUNCED, MtpLayer, MtpNames, apart, stored_layers
 from firebox.layers.norm import RMSNorm
 from firebox.layers.rope import Yarn, rotary_tables
 from firebox.models.base import need, require, rotary
@@ -55,6 +55,7 @@ class Config:
     num_experts_per_tok: int
     moe_intermediate_size: int
     shared_experts: int
+    mtp_num_hidden_layers: int
     tie_word_embeddings: bool
 
     @classmethod
@@ -64,6 +65,8 @@ class Config:
         require(config, "hidden_act", "silu")
         require(config, "attention_dropout", 0, 0.0)
         require(config, "attn_output_gate", True)
+        require(config, "mtp_num_hidden_layers", 0, 1, None)
+        require(config, "mtp_use_dedicated_embeddings", False, None)
         layers, inter = need(config, "num_hidden_layers"), need(config, "moe_intermediate_size")
         interval = int(config.get("full_attention_interval", 4))
         types = config.get("layer_types") or [
@@ -102,23 +105,32 @@ class Config:
             num_experts_per_tok=need(config, "num_experts_per_tok"),
             moe_intermediate_size=inter,
             shared_experts=shared // inter,
+            mtp_num_hidden_layers=int(config.get("mtp_num_hidden_layers") or 0),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         )
 
 
+MTP = MtpNames("mtp.fc", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden", "mtp.norm")
+
+
 def norm(config: Config, build: Build, name: str) -> RMSNorm:
     """A norm whose checkpoint stores weight − 1."""
-    return RMSNorm(build, f"{config.prefix}.{name}", config.hidden_size, config.rms_norm_eps, plus_one=True)
+    return RMSNorm(build, name, config.hidden_size, config.rms_norm_eps, plus_one=True)
 
 
 def attention(
-    config: Config, build: Build, layer: int, spec: PagedSpec, tables: tuple[torch.Tensor, torch.Tensor]
+    config: Config,
+    build: Build,
+    path: str,
+    layer: int,
+    spec: PagedSpec,
+    tables: tuple[torch.Tensor, torch.Tensor],
 ) -> AttentionBlock:
-    """Grouped-query attention with an output gate."""
+    """Grouped-query attention with an output gate. `path`: what the layer's names begin with."""
     return AttentionBlock(
         build,
-        norm(config, build, f"layers.{layer}.input_layernorm"),
-        f"{config.prefix}.layers.{layer}.self_attn",
+        norm(config, build, f"{path}.input_layernorm"),
+        f"{path}.self_attn",
         layer,
         spec,
         tables,
@@ -131,24 +143,26 @@ def attention(
     )
 
 
-def linear_attention(config: Config, build: Build, layer: int, spec: RecurrentSpec) -> GatedDeltaBlock:
+def linear_attention(
+    config: Config, build: Build, path: str, layer: int, spec: RecurrentSpec
+) -> GatedDeltaBlock:
     """A gated delta net."""
     return GatedDeltaBlock(
         build,
-        norm(config, build, f"layers.{layer}.input_layernorm"),
-        f"{config.prefix}.layers.{layer}.linear_attn",
+        norm(config, build, f"{path}.input_layernorm"),
+        f"{path}.linear_attn",
         layer,
         spec,
         key_heads=config.linear_num_key_heads,
     )
 
 
-def experts(config: Config, build: Build, layer: int) -> MoeBlock:
+def experts(config: Config, build: Build, path: str) -> MoeBlock:
     """Softmax router, routed experts, a shared expert behind a gate."""
     return MoeBlock(
         build,
-        norm(config, build, f"layers.{layer}.post_attention_layernorm"),
-        MoeNames.usual(f"{config.prefix}.layers.{layer}.mlp", shared="shared_expert"),
+        norm(config, build, f"{path}.post_attention_layernorm"),
+        MoeNames.usual(f"{path}.mlp", shared="shared_expert"),
         inter=config.moe_intermediate_size,
         experts=config.num_experts,
         top_k=config.num_experts_per_tok,
@@ -180,22 +194,27 @@ class Model(Decoder):
         )
         blocks, specs = [], []
         for layer, kind in enumerate(config.layer_types):
-            is_full = kind == "full_attention"
+            path, is_full = f"{config.prefix}.layers.{layer}", kind == "full_attention"
             mixer = (
-                attention(config, build, layer, paged, tables)
+                attention(config, build, path, layer, paged, tables)
                 if is_full
-                else linear_attention(config, build, layer, recurrent)
+                else linear_attention(config, build, path, layer, recurrent)
             )
-            blocks.append((mixer, experts(config, build, layer)))
+            blocks.append((mixer, experts(config, build, path)))
             specs.append(paged if is_full else recurrent)
         tied = embedding.weight if config.tie_word_embeddings else None
-        head = Head(build, norm(config, build, "norm"), "lm_head", config.vocab_size, tied)
-        super().__init__(embedding, blocks, head, specs)
+        last = norm(config, build, f"{config.prefix}.norm")
+        head = Head(build, last, "lm_head", config.vocab_size, tied)
+        mtp, at, path = [], apart(build), "mtp.layers.0"
+        if stored_layers(build, config.mtp_num_hidden_layers, lambda i: "mtp."):
+            block = attention(config, at, path, len(blocks), paged, tables), experts(config, at, path)
+            mtp.append(MtpLayer(at, MTP, block, embedding, head, paged, norm_plus_one=True))
+        super().__init__(embedding, blocks, head, specs, mtp)
 
     def unused(self, name: str) -> str | None:
-        """The vision tower and the MTP layer."""
-        if name.startswith("mtp."):
-            return "multi-token prediction (MTP) is not used yet"
+        """The vision tower, and an MTP layer of which config.json says nothing."""
+        if not self.config.mtp_num_hidden_layers and name.startswith("mtp."):
+            return NOT_ANNOUNCED
         if name.startswith("model.visual."):
             return "only the language model is served"
         return super().unused(name)

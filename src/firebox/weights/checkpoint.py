@@ -7,6 +7,7 @@ Nothing in a folder is executed: no pickle, no remote code.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
@@ -74,8 +75,12 @@ class Checkpoint:
         return sum(shard.stat().st_size for shard in self.shards)
 
     def names(self) -> dict[str, str]:
-        """Every tensor's name → the file name of its shard, from the shards' headers. Raises CorruptShard,
-        naming the file."""
+        """Every tensor's name → the file name of its shard, from the shards' headers, which are read once.
+        Raises CorruptShard, naming the file."""
+        return dict(self._names)
+
+    @functools.cached_property
+    def _names(self) -> dict[str, str]:
         found: dict[str, str] = {}
         for shard in self.shards:
             with _opened(shard) as file:

@@ -1,5 +1,4 @@
-"""Fills a model's slots: from the shards, tensor by tensor, or with random values of a like distribution
-(`dummy`).
+"""Fills a model's slots from the shards, tensor by tensor; dummy.py does without them.
 
 Names are checked against the shards' headers before anything is read. A tensor is read when its turn in its
 shard comes, and its slot is filled as soon as all of the slot's tensors are there, so that the host holds one
@@ -93,25 +92,6 @@ def _large_blocks_go_back() -> Iterator[None]:
     finally:  # the engine's own tensors are better off on the heap: the largest values glibc adapts to
         mallopt(mmap_threshold, 32 * mebibyte)
         mallopt(trim_threshold, 64 * mebibyte)
-
-
-def load_dummy(model: Model, seed: int = 0, on_filled: Callable[[Slot], None] = lambda slot: None) -> None:
-    """Random weights in the real shapes: norms near 1, biases near 0, matrices at 1/√in_features; not zeros,
-    so that routing spreads. What a checkpoint may lack stays as it is. `on_filled` as for `load_weights`."""
-    generator = torch.Generator().manual_seed(seed)
-    for slot in chosen_slots(model, None):
-        target = slot.target
-        if all(spec.optional for spec in slot.tensors.values()):
-            continue
-        values = torch.randn(target.shape, generator=generator, dtype=torch.float32)
-        if target.dim() >= 2:
-            values *= target.shape[-1] ** -0.5
-        else:
-            name = next(iter(slot.tensors))
-            values = values * 0.02 + (0.0 if name.endswith("bias") else 1.0)
-        target.copy_(values)
-        on_filled(slot)
-    model.finish()
 
 
 def chosen_slots(model: Model, present: dict[str, str] | None) -> list[Slot]:

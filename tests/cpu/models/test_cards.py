@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from firebox.cache.specs import cache_needs
+from firebox.cache.specs import PagedSpec, cache_needs
 from firebox.engine.start import make_model
 from firebox.find import names
 from firebox.formats.base import FLOATS, OneOf, Slot, WeightSlot
@@ -37,8 +37,16 @@ class Card:
 
     @functools.cached_property
     def slots(self) -> list[Slot]:
+        """Without the MTP layer's."""
         entries = (e.layouts[0] if isinstance(e, OneOf) else (e,) for e in self.model.slots())
-        return [slot for slots in entries for slot in slots]
+        slots = [slot for slots in entries for slot in slots]
+        return [slot for slot in slots if not any(name.startswith(self.mtp_prefix) for name in slot.tensors)]
+
+    @property
+    def mtp_prefix(self) -> str:
+        """What the names of an MTP layer begin with."""
+        layers = self.checkpoint.text_config["num_hidden_layers"]
+        return "mtp." if "qwen3_5" in self.checkpoint.model_type else f"model.layers.{layers}."
 
     @property
     def mtp_layer(self) -> int:
@@ -161,6 +169,27 @@ def vision_parameters(config: dict[str, Any]) -> int:
         + merged * (merged + config["out_hidden_size"])
         + hidden * (patch + config["num_position_embeddings"])
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "kind", "formats"),
+    [
+        ("glm-4.7-fp8", 1, PagedSpec(8, 128), {"fp8_channel"}),
+        ("glm-4.5-air-fp8", 1, PagedSpec(8, 128), {"fp8_channel"}),
+        ("glm-4.7-nvfp4", 1, PagedSpec(8, 128), {"bf16"}),
+        ("qwen3.5-397b-a17b-nvfp4", 1, PagedSpec(2, 256), {"bf16"}),
+        *((name, 0, None, set()) for name in NAMES if name.startswith(("gpt-oss", "kimi", "qwen3-"))),
+    ],
+)
+def test_mtp_layers(name: str, layers: int, kind: PagedSpec | None, formats: set[str]) -> None:
+    """A block and a projection; the norms are less than a millionth. No copies of embedding and head."""
+    model = card(name).model
+    assert model.mtp_cache_specs == (kind,) * layers
+    entries = (e.layouts[0] if isinstance(e, OneOf) else (e,) for layer in model.mtp for e in layer.slots())
+    slots = [slot for slots in entries for slot in slots]
+    expected = layers * card(name).mtp_layer
+    assert sum(slot.target.numel() for slot in slots) == pytest.approx(expected, rel=1e-5)
+    assert {slot.format.name for slot in slots if isinstance(slot, WeightSlot)} == formats
 
 
 def test_active_parameters_are_what_one_token_multiplies_with() -> None:

@@ -62,7 +62,7 @@ def test_rotary_parameters_by_layer_are_refused_by_name() -> None:
 
 @pytest.mark.parametrize("module", [deepseek_v3, kimi_k2, kimi_k25])
 def test_tensors_that_are_not_read(module: Any) -> None:
-    config = module.TINY | module.TINY.get("text_config", {})
+    config = module.TINY | module.TINY.get("text_config", {}) | {"num_nextn_predict_layers": 0}
     build = Build(probe_cpu(), META, torch.float32, torch.float32, 8)
     model = module.Model(module.Config.from_hf(config), build)
     prefix = "language_model." if module is kimi_k25 else ""
@@ -120,8 +120,8 @@ def test_experts_in_one_tensor_load_too(tmp_path: Path) -> None:
     assert InProcessEngine(folder).generate([PROMPT]) == expected
 
 
-def test_an_mtp_layer_behind_the_last_is_left_alone(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path, deepseek_v3.TINY)
+def test_an_mtp_layer_that_config_json_does_not_announce_is_left_alone(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, deepseek_v3.TINY | {"num_nextn_predict_layers": 0})
     file = folder / "model.safetensors"
     expected = InProcessEngine(folder).generate([PROMPT])
     tensors = load_file(file)
@@ -129,4 +129,4 @@ def test_an_mtp_layer_behind_the_last_is_left_alone(tmp_path: Path) -> None:
     tensors["model.layers.3.embed_tokens.weight"] = torch.randn(320, 64)
     save_file(tensors, file, {"format": "pt"})
     assert InProcessEngine(folder).generate([PROMPT]) == expected
-    assert json.loads((folder / "config.json").read_text())["num_nextn_predict_layers"] == 1
+    assert json.loads((folder / "config.json").read_text())["num_nextn_predict_layers"] == 0

@@ -34,7 +34,7 @@ from firebox.layers.moe import MoeBlock
 from firebox.layers.rope import Yarn
 from firebox.models.base import Model
 from firebox.weights.checkpoint import INDEX, SINGLE, open_checkpoint
-from firebox.weights.load import chosen_slots, load_dummy, load_weights
+from firebox.weights.load import chosen_slots, load_weights
 from tests.support.checkpoints import write_checkpoint
 
 BUNDLED = Path(__file__).parents[3] / "src/firebox/assets/firebox-tiny"
@@ -396,17 +396,6 @@ def test_a_quantised_checkpoint(written: Path, tmp_path: Path) -> None:
 # ---- tensors that are left out on purpose
 
 
-def test_the_mtp_layer_of_the_bundled_model_is_skipped_on_purpose() -> None:
-    model, targets = empty_model(BUNDLED)
-    stored = open_checkpoint(BUNDLED).names()
-    skipped = {name for name in stored if name not in targets}
-    assert len(skipped) > 50 and all(name.startswith("model.layers.4.") for name in skipped)
-    assert {model.unused(name) for name in skipped} == {"multi-token prediction (MTP) is not used yet"}
-    assert all(model.unused(name) is None for name in targets)
-    load_weights(model, open_checkpoint(BUNDLED))
-    assert not any(target.isnan().any() for target in targets.values())
-
-
 def test_a_made_up_name_beside_the_mtp_layer_is_refused(tmp_path: Path) -> None:
     shutil.copy(BUNDLED / "config.json", tmp_path)
     for name in ("model.layers.40.mlp.gate.weight", "model.layers.5.mlp.gate.weight", "mtp.norm.weight"):
@@ -640,49 +629,3 @@ def test_glm4_moe_layout(dense: int) -> None:
     module = load("models", "glm4_moe")
     model = module.Model(module.Config.from_hf(GLM | {"first_k_dense_replace": dense}), build(device="meta"))
     assert [type(mlp) for _, mlp in model.blocks] == [DenseBlock] * dense + [MoeBlock] * (3 - dense)
-
-
-# ---- random weights
-
-
-def dummy(tiny: dict[str, Any], seed: int = 0, **changes: int) -> dict[str, torch.Tensor]:
-    module = load("models", tiny["model_type"])
-    model = module.Model(module.Config.from_hf(tiny | changes), build())
-    targets = emptied(model, None)
-    load_dummy(model, seed)
-    return targets
-
-
-@pytest.mark.parametrize("tiny", [GLM, QWEN], ids=["glm4_moe", "qwen3_moe"])
-def test_dummy_weights_are_the_same_every_time_and_not_zero(tiny: dict[str, Any]) -> None:
-    first, again, other = dummy(tiny), dummy(tiny), dummy(tiny, seed=1)
-    for name, tensor in first.items():
-        assert torch.equal(tensor, again[name]) and not torch.equal(tensor, other[name]), name
-        assert tensor.isfinite().all() and tensor.std() > 0, name
-        if "norm" in name:
-            assert 0.9 < tensor.mean() < 1.1, name
-        elif name.endswith("bias"):
-            assert tensor.abs().max() < 0.2, name
-        else:  # y = W x keeps the size of x
-            assert tensor.std() == pytest.approx(tensor.shape[-1] ** -0.5, rel=0.1), name
-
-
-@pytest.mark.parametrize("tiny", [GLM, QWEN], ids=["glm4_moe", "qwen3_moe"])
-def test_dummy_routing_spreads(tiny: dict[str, Any]) -> None:
-    """Over random tokens every expert gets at least a fifth of its share, and none more than twice."""
-    experts, top_k = 32, 4
-    found = dummy(
-        tiny,
-        num_experts_per_tok=top_k,
-        **{key: experts for key in tiny if key in ("n_routed_experts", "num_experts")},
-    )
-    hidden = torch.randn(2000, tiny["hidden_size"], generator=torch.Generator().manual_seed(0))
-    routers = [name for name in found if name.endswith("mlp.gate.weight")]
-    assert len(routers) == 2
-    for name in routers:
-        bias = found.get(name.replace("weight", "e_score_correction_bias"), torch.zeros(experts))
-        logits = hidden @ found[name].T
-        scores = logits.sigmoid() if "n_routed_experts" in tiny else logits.softmax(-1)
-        counts = (scores + bias).topk(top_k).indices.flatten().bincount(minlength=experts)
-        share = 2000 * top_k / experts
-        assert counts.min() > share / 5 and counts.max() < share * 2

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import torch
 
 from firebox.errors import UnsupportedFormat
-from firebox.formats.base import TensorSpec
+from firebox.formats.base import Cut, TensorSpec
 
 NO_SCALES = (1.0, 1.0)  # a layer's scales of keys and values where none are known
 
@@ -55,10 +55,11 @@ class KvFormat(Protocol):
 @dataclass(frozen=True)
 class ScaleSlot:
     """One scale, of a layer's keys or of its values, under any of the names that checkpoints give it. Where
-    the checkpoint has none, `target` [1] stays as it is."""
+    the checkpoint has none, `target` [1] stays as it is. Every rank has it."""
 
     names: tuple[str, ...]
     target: torch.Tensor
+    cut: Cut | None = None
 
     @property
     def tensors(self) -> Mapping[str, TensorSpec]:
