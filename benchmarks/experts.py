@@ -1,13 +1,14 @@
-"""Whole expert layers on one NVIDIA GPU against their floor and the best peer we know: from hidden states and the router's
-choices to the summed output.
+"""Whole expert layers on one NVIDIA GPU against their floor and the best peer we know: from hidden states and
+the router's choices to the summed output.
 
     PYTHONPATH=src:. python benchmarks/experts.py [--shapes A,E] [--tokens 1,16] [--sweep DIR] [--json]
 
-First the output is compared with float32 on dequantised weights; a configuration that fails has no time. One call is timed
-as it runs in the engine: in a CUDA graph with others like it, each with its own routing, weights far larger than the L2;
-median of seven. floor = max(bytes / 4.60 TB/s, operations / rate), the definition and the peers of docs/log/2026-11-21-expert-kernels.md.
-`--sweep` compiles and times every tile of the search spaces and writes the fastest to DIR/experts.json; the file of this
-GPU in tuned/ is used otherwise.
+First the output is compared with float32 on dequantised weights; a configuration that fails has no time. One
+call is timed as it runs in the engine: in a CUDA graph with others like it, each with its own routing,
+weights far larger than the L2; median of seven. floor = max(bytes / 4.60 TB/s, operations / rate), the
+definition and the peers of docs/log/2026-11-21-expert-kernels.md. `--sweep` compiles and times every tile of
+the search spaces and writes the fastest to DIR/experts.json; the file of this GPU in tuned/ is used
+otherwise.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ SHAPES = {
 }
 SHARED_EXPERT = ("B",)  # the last expert is every token's
 TOKENS = (1, 16, 64, 4096)
-PEERS_US = {  # SGLang's kernel tuned by us, triton_kernels tuned (E), Marlin (D): same kind of machine, 2026-11-20
+# SGLang's kernel tuned by us, triton_kernels tuned (E), Marlin (D); same kind of machine, 2026-11-20
+PEERS_US = {
     "A": {1: 26, 2: 37, 4: 58, 8: 95, 16: 144, 32: 197, 64: 234, 128: 247, 256: 266, 1024: 334, 4096: 794},
     "B": {1: 22, 2: 28, 4: 42, 8: 60, 16: 86, 32: 116, 64: 137, 128: 147, 256: 162, 1024: 234, 4096: 636},
     "C8": {1: 23, 2: 30, 4: 47, 8: 76, 16: 126, 32: 195, 64: 288, 128: 371, 256: 402, 1024: 487, 4096: 888},
@@ -125,7 +127,8 @@ class Bench:
         return torch.cat((ids, shared), 1).contiguous(), weights / weights.sum(1, keepdim=True)
 
     def floor_us(self, calls: list[tuple[torch.Tensor, ...]]) -> float:
-        """The least time: weights of the experts these routings touch, input, output and h once; or the arithmetic."""
+        """The least time: weights of the experts these routings touch, input, output and h once; or the
+        arithmetic."""
         p, tokens = self.problem, calls[0][0].shape[0]
         touched = statistics.mean(ids.unique().numel() for _, ids, _ in calls)
         weight_bytes = {"bf16": 2.0, "int4_group": 0.5 + 2 / 32, "mxfp4": 0.5 + 1 / 32, "nvfp4": 0.5 + 1 / 16}
@@ -208,7 +211,8 @@ def compiles(problem: Problem, tokens: int, path: Path, gpu: Gpu) -> Iterator[Co
 
 
 def warm(job: tuple[Problem, int, Path, Gpu]) -> list[int]:
-    """Compiles into Triton's cache on disk, in a process without a GPU context → shared bytes; −1: it did not compile."""
+    """Compiles into Triton's cache on disk, in a process without a GPU context → shared bytes; −1: it did not
+    compile."""
     problem, tokens, path, gpu = job
     sizes = []
     for request in compiles(problem, tokens, path, gpu):
@@ -265,9 +269,11 @@ def sweep(names: list[str], all_tokens: list[int], gpu: Gpu, folder: FilePath) -
                 print(f"{name} {tokens}: nothing right among {len(ranked)}", flush=True)
                 continue
             us, path = best
-            goal = dict(zip(TOKENS, GOALS_US.get(name, ()), strict=False)).get(tokens, "")
+            goal = dict(zip(TOKENS, GOALS_US.get(name, ()), strict=False)).get(tokens, "none")
+            peer = PEERS_US.get(name, {}).get(tokens, "none")
             print(
-                f"{name} {tokens} {us:.1f} us goal {goal} peer {PEERS_US.get(name, {}).get(tokens, '')} {path.name} {path.gate_up} {path.down}",
+                f"{name} {tokens} {us:.1f} us, goal {goal}, peer {peer} "
+                f"{path.name} {path.gate_up} {path.down}",
                 flush=True,
             )
             entry = {
@@ -368,7 +374,8 @@ def main() -> int:
         return 2
     names, all_tokens = arguments.shapes.split(","), [int(n) for n in arguments.tokens.split(",")]
     print(
-        f"{gpu.name}, torch {torch.__version__}, Triton {triton.__version__}, {limit_bytes(gpu)} bytes a block",
+        f"{gpu.name}, torch {torch.__version__}, Triton {triton.__version__}, "
+        f"{limit_bytes(gpu)} bytes a block",
         flush=True,
     )
     if arguments.sweep:
@@ -380,7 +387,8 @@ def main() -> int:
     with_peer = [row["us"] / row["peer_us"] for row in rows if row.get("peer_us") and row["us"]]
     if with_peer:
         print(
-            f"goals reached {reached} of {len(with_goal)}; against the best peer {statistics.geometric_mean(with_peer):.3f} (geometric mean), slowest {max(with_peer):.2f}"
+            f"goals reached {reached} of {len(with_goal)}; against the best peer "
+            f"{statistics.geometric_mean(with_peer):.3f} (geometric mean), slowest {max(with_peer):.2f}"
         )
     if arguments.json:
         print(json.dumps(rows))

@@ -1,5 +1,5 @@
-"""The expert layer on a real GPU: every format, every number of tokens that finds another path, against float32 on
-dequantised weights. Needs torch, Triton and pytest, nothing of the engine."""
+"""The expert layer on a real GPU: every format, every number of tokens that finds another path, against
+float32 on dequantised weights. Needs torch, Triton and pytest, nothing of the engine."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from tests.support.experts import random_routing, random_weights, relative_error
 pytestmark = pytest.mark.gpu
 
 MAX_TOKENS = 300
-# Rounding: hidden states are exact, h is rounded to bf16 (2⁻⁹ at most, 0.0017 RMS) or float16, the output to bf16 (0.0017).
-# A 4-bit weight times its scale is rounded to bf16 once more (int4_group, nvfp4). FP8 activations: two roundings to E4M3, each 0.026
-# RMS, the second of which SwiGLU's product doubles at most in part.
+# Rounding: hidden states are exact, h is rounded to bf16 (2⁻⁹ at most, 0.0017 RMS) or float16, the output to
+# bf16 (0.0017). A 4-bit weight times its scale is rounded to bf16 once more (int4_group, nvfp4). FP8
+# activations: two roundings to E4M3, each 0.026 RMS, the second of which SwiGLU's product doubles at most in
+# part.
 FEW_LIMIT = {**dict.fromkeys(FORMATS, 4e-3), "int4_group": 5e-3, "nvfp4": 5e-3}
 SORTED_LIMIT = FEW_LIMIT | dict.fromkeys(FP8, 6e-2)
 

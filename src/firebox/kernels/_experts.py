@@ -1,5 +1,5 @@
-"""What the kernels of an expert layer share: its sizes, its weights as they lie in memory, and the device code
-of one tile.
+"""What the kernels of an expert layer share: its sizes, its weights as they lie in memory, and the device
+code of one tile.
 
     tile   acc [ROWS, TOKENS] += w [ROWS, DEPTH] · x [TOKENS, DEPTH]ᵀ
 
@@ -120,11 +120,17 @@ def weight_constants(problem: Problem, columns: int, gpu: Gpu, *, interpreted: b
     }
 
 
-def pipeline_depths(columns: int, problem: Problem) -> tuple[int, ...]:
-    """Columns of a pipeline step whose remainder, if there is one, is a tile too."""
-    depths = (BLOCK,) if problem.format == "fp8_block" else (64, 128, 256, 512)
+def pipeline_depths(columns: int, problem: Problem, *, remainder: bool) -> tuple[int, ...]:
+    """Columns of a pipeline step. `remainder`: what is left behind the last whole step may be a tile too.
+
+    Only for few tokens: with a product of shared-memory operands behind the loop, Triton 3.6 reads past its
+    shared memory on sm_90 (FP8, 320 columns in steps of 128; found by compute-sanitizer, 2026-11-21)."""
+    least_depth = 64 if problem.group else 32  # a quarter of a 4-bit step is an operand 16 columns wide
+    depths = tuple(d for d in (32, 64, 128, 256, 512) if d >= least_depth)
+    depths = (BLOCK,) if problem.format == "fp8_block" else depths
     least = max(32, problem.group * 2)
-    return tuple(d for d in depths if d <= columns and _power_of_2_or_0(columns % d, least))
+    fits = (lambda left: _power_of_2_or_0(left, least)) if remainder else (lambda left: left == 0)
+    return tuple(d for d in depths if d <= columns and fits(columns % d))
 
 
 def _power_of_2_or_0(left: int, least: int) -> bool:
@@ -313,8 +319,8 @@ def group_scales(
     """The scales of DEPTH columns from `first` on, for each word [ROWS, DEPTH / 4]. `scale` points at rows
     [ROWS, 1]; `live` masks groups that are not there (None: all are).
 
-    With ASM the codes are times 2⁻¹²⁶. E8M0 takes that back exactly: its exponent plus 126. NVFP4's scale, up to
-    448, would overflow, so it takes back 2¹¹⁸, and the row's scale the last 2⁸."""
+    With ASM the codes are times 2⁻¹²⁶. E8M0 takes that back exactly: its exponent plus 126. NVFP4's scale, up
+    to 448, would overflow, so it takes back 2¹¹⁸, and the row's scale the last 2⁸."""
     group = first // GROUP + tl.arange(0, DEPTH // GROUP)
     if live is None:
         stored = tl.load(scale + group[None, :])
@@ -335,7 +341,8 @@ def group_scales(
 
 @triton.jit
 def four_products(
-    acc, words, wide_scale, x, token_live, first, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    acc, words, wide_scale, x, token_live, first, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
     FORMAT: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """acc + Σ over the four codes of a word. `x` points at rows [TOKENS, 1]. MASKED: columns from COLUMNS on
@@ -354,8 +361,7 @@ def four_products(
     acc = tl.dot(w0 * wide_scale, tl.trans(x0), acc)
     acc = tl.dot(w1 * wide_scale, tl.trans(x1), acc)
     acc = tl.dot(w2 * wide_scale, tl.trans(x2), acc)
-    acc = tl.dot(w3 * wide_scale, tl.trans(x3), acc)
-    return acc
+    return tl.dot(w3 * wide_scale, tl.trans(x3), acc)
 
 
 @triton.jit
@@ -364,8 +370,8 @@ def chunk(
     COLUMNS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr,
     GROUP: tl.constexpr, X_GROUP: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """acc [ROWS, TOKENS] += the columns `first` … first + DEPTH. `w` points at the expert's matrix, `tiles` is
-    a tensor descriptor of all experts' or None. DTYPE: what weights are turned into, None for a product of
+    """acc [ROWS, TOKENS] += the columns `first` … first + DEPTH. `w` points at the expert's matrix, `tiles`
+    is a tensor descriptor of all experts' or None. DTYPE: what weights are turned into, None for a product of
     their own type. X_GROUP: columns of x that share an `x_scale` (0: nothing to apply here)."""
     if GROUP > 0:
         if tiles is None:
@@ -402,7 +408,8 @@ def chunk(
 @triton.jit
 def tile(
     w, tiles, first_row, rows, scale, x, x_scale, token_live,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, FORMAT: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
+    FORMAT: tl.constexpr,
     DTYPE: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Σ over all columns: chunks of DEPTH in a pipeline of STAGES, then what is left."""
@@ -437,7 +444,10 @@ def block_of_row(rows, INTER: tl.constexpr):
 
 
 @triton.jit
-def activation(acc, ROWS: tl.constexpr, TOKENS: tl.constexpr, CLAMPED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr):  # fmt: skip
+def activation(
+    acc, ROWS: tl.constexpr, TOKENS: tl.constexpr, CLAMPED: tl.constexpr, LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+):  # fmt: skip
     """`acc` [ROWS, TOKENS] of interleaved gate and up rows → [ROWS / 2, TOKENS]."""
     runs = tl.permute(tl.reshape(acc, (ROWS // 16, 2, 8, TOKENS)), (0, 2, 3, 1))
     gate, up = tl.split(runs)

@@ -1,4 +1,5 @@
-"""Configurations found by measuring, as data: tuned/<gpu>/experts.json. Kernels read it; who measures writes it.
+"""Configurations found by measuring, as data: tuned/<gpu>/experts.json. Kernels read it; who measures writes
+it.
 
     {"fp8_channel hidden=5120 inter=384 experts=160 top_k=8":
         {"16": {"path": "few", "gate_up": {…Config…}, "down": {…Config…}},
@@ -20,7 +21,8 @@ from firebox.kernels._experts import Problem
 
 def key(problem: Problem) -> str:
     """How the file calls a problem."""
-    return f"{problem.format} hidden={problem.hidden} inter={problem.inter} experts={problem.experts} top_k={problem.top_k}"
+    sizes = ("hidden", "inter", "experts", "top_k")
+    return " ".join([problem.format, *(f"{size}={getattr(problem, size)}" for size in sizes)])
 
 
 def nearest(gpu_name: str, problem: Problem, tokens: int, path: str | None = None) -> dict[str, Any] | None:

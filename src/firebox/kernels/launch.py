@@ -8,7 +8,7 @@ Under Triton's interpreter (TRITON_INTERPRET=1) the kernel itself runs, on the C
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,12 +37,11 @@ class Launcher:
             self._compiled[grid](*(values[name] for name in names))
 
     @functools.cached_property
-    def _compiled(self) -> Callable[..., Any]:
+    def _compiled(self) -> Any:
         request = self.request
         given = {**request.signature, **dict.fromkeys(request.constexprs, "constexpr")}
         types = {name: given[name] for name in request.kernel.arg_names}
         source = _triton.source(request.kernel, types, dict(request.constexprs), request.aligned)
         chosen: Mapping[str, Any] = {"num_warps": request.num_warps, "num_stages": request.num_stages}
         options = {**PINNED_OPTIONS, **request.options, **chosen}
-        compiled: Callable[..., Any] = _triton.compile_in_process(source, request.gpu.triton_target, options)
-        return compiled
+        return _triton.compile_in_process(source, request.gpu.triton_target, options)

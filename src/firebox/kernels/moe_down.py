@@ -2,8 +2,9 @@
 
     y_p = weight_p · down_e · h_i     for the i-th choice in `order`: place p, expert e
 
-h and h_scale as kernels/moe_gate_up.py leaves them; routing_weights [tokens, top_k] float32; y [choices, hidden] bf16 by place, so that
-kernels/moe_combine.py finds a token's experts next to each other. Accumulation in float32.
+h and h_scale as kernels/moe_gate_up.py leaves them; routing_weights [tokens, top_k] float32; y [choices,
+hidden] bf16 by place, so that kernels/moe_combine.py finds a token's experts next to each other. Accumulation
+in float32.
 
 Source: own. Measured: H200, 2026-11-21, docs/log/2026-11-21-expert-kernels.md.
 """
@@ -44,7 +45,7 @@ def depths(problem: Problem) -> tuple[int, ...]:
     """Columns of a pipeline step: in FP8 as many as share a scale."""
     if quantised(problem):
         return (inner_group(problem),)
-    return tuple(d for d in _experts.pipeline_depths(problem.inter, problem) if d <= 128)
+    return tuple(d for d in _experts.pipeline_depths(problem.inter, problem, remainder=False) if d <= 128)
 
 
 def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
@@ -75,7 +76,8 @@ def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
 def down_sorted(
     h, h_scale, w, tiles, scale, row_scale, bias, order, blocks, routing_weights, y,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-    DEPTH: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, H_GROUP: tl.constexpr,
+    DEPTH: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr,
+    H_GROUP: tl.constexpr,
     STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_launch_before(PDL)
@@ -106,7 +108,8 @@ def down_sorted(
     if h_scale is not None:
         scale_of_choice = h_scale + at * (INTER // H_GROUP)
     acc = tile(
-        matrix, tiles, expert * HIDDEN + n * ROWS, rows, scale_of_row, h + at[:, None] * INTER, scale_of_choice, live,
+        matrix, tiles, expert * HIDDEN + n * ROWS, rows, scale_of_row, h + at[:, None] * INTER,
+        scale_of_choice, live,
         INTER, ROWS, TOKENS, DEPTH, FORMAT, DTYPE, GROUP, H_GROUP, STAGES, ASM,
     )  # fmt: skip
     if row_scale is not None:

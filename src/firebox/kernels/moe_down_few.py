@@ -1,15 +1,16 @@
-"""The second half of an expert layer for few tokens (1 to 64): for every token t, with p the place of each of its choices,
+"""The second half of an expert layer for few tokens (1 to 64): for every token t, with p the place of each of
+its choices,
 
     out_t = Σ_p weight_p · down_{expert_p} · h_p
 
-h [tokens · top_k, inter] and table as kernels/moe_gate_up_few.py leaves them; routing_weights [tokens, top_k] float32; out
-[tokens, hidden] bf16. Each choice's product is rounded to float32 only, the sum over the choices goes in their order and
-in float32: it does not depend on the batch or on which program ends first.
+h [tokens · top_k, inter] and table as kernels/moe_gate_up_few.py leaves them; routing_weights [tokens, top_k]
+float32; out [tokens, hidden] bf16. Each choice's product is rounded to float32 only, the sum over the choices
+goes in their order and in float32: it does not depend on the batch or on which program ends first.
 
-A program takes ROWS rows of one expert and writes its tokens' products to `partial` [tokens · top_k, hidden] float32; the
-last one of each ROWS (a counter says so; it is zero before and after) adds them up. With DEPTH 0 the program reads its
-whole tile before the launch before has ended, which hides most of the memory's latency behind the first half: up to 8
-tokens, where the tile is small.
+A program takes ROWS rows of one expert and writes its tokens' products to `partial` [tokens · top_k, hidden]
+float32; the last one of each ROWS (a counter says so; it is zero before and after) adds them up. With DEPTH 0
+the program reads its whole tile before the launch before has ended, which hides most of the memory's latency
+behind the first half: up to 8 tokens, where the tile is small.
 
 Source: own. Measured: H200, 2026-11-21, docs/log/2026-11-21-expert-kernels.md.
 """
@@ -70,7 +71,7 @@ def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
             per_thread_bytes = rows * triton.next_power_of_2(problem.inter) * width / (32 * warps)
             if tokens <= COLUMNS_UP_TO and 32 <= per_thread_bytes <= 384:
                 yield Config(rows, COLUMNS_UP_TO, 0, 16, warps, 1)
-        for depth in _experts.pipeline_depths(problem.inter, problem):
+        for depth in _experts.pipeline_depths(problem.inter, problem, remainder=True):
             chunk_bytes = rows * depth * width
             for warps in (1, 2, 4, 8):
                 if rows // 16 < warps // 2 or not 1024 <= chunk_bytes / warps <= 16384:
@@ -86,7 +87,7 @@ def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
 def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
     """A tile that fits everywhere, for want of a tuned one."""
     rows = next(rows for rows in (64, 32, 16) if problem.hidden % rows == 0)
-    depths = _experts.pipeline_depths(problem.inter, problem)
+    depths = _experts.pipeline_depths(problem.inter, problem, remainder=True)
     depth = max(d for d in depths if d <= (128 if problem.group == 0 else 256))
     return Config(rows=rows, depth=depth, warps=rows // 16)
 
@@ -158,7 +159,10 @@ def _whole_tile(
 
 
 @triton.jit
-def _add_up(partial, out, tokens, rows, TOP_K: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr, SUMMED: tl.constexpr):  # fmt: skip
+def _add_up(
+    partial, out, tokens, rows, TOP_K: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr,
+    SUMMED: tl.constexpr,
+):  # fmt: skip
     """Around the L1 cache (.cg), which may hold what stood there before."""
     for before in range(0, tokens, SUMMED):
         t = before + tl.arange(0, SUMMED)
@@ -172,9 +176,11 @@ def _add_up(partial, out, tokens, rows, TOP_K: tl.constexpr, HIDDEN: tl.constexp
 
 @triton.jit
 def down_few(
-    h, w, tiles, scale, row_scale, bias, expert_ids, routing_weights, table, partial, out, counters, tokens, choices,
+    h, w, tiles, scale, row_scale, bias, expert_ids, routing_weights, table, partial, out, counters,
+    tokens, choices,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, WIDE: tl.constexpr, GROUPS: tl.constexpr, TOP_K: tl.constexpr,
-    TOP_K_PADDED: tl.constexpr, PADDED: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    TOP_K_PADDED: tl.constexpr, PADDED: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
     DEPTH: tl.constexpr, MANY: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr,
     STAGES: tl.constexpr, SUMMED: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -222,7 +228,8 @@ def down_few(
             if GROUP == 0 and scale is not None:
                 scale_of_row = blocks
             _whole_tile(
-                h, matrix, scale_of_row, factor, bias_of_row, routing_weights, partial, rows, n * ROWS, place, live,
+                h, matrix, scale_of_row, factor, bias_of_row, routing_weights, partial, rows, n * ROWS,
+                place, live,
                 HIDDEN, INTER, WIDE, ROWS, TOKENS, FORMAT, DTYPE, GROUP, ASM, PDL,
             )  # fmt: skip
         else:
@@ -233,7 +240,8 @@ def down_few(
             first_row = expert * HIDDEN + n * ROWS
             if MODE == "one" or MODE == "columns":
                 _pass(
-                    h, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row, routing_weights, partial, place, live,
+                    h, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row, routing_weights,
+                    partial, place, live,
                     HIDDEN, INTER, ROWS, TOKENS, DEPTH, FORMAT, DTYPE, GROUP, STAGES, ASM,
                 )  # fmt: skip
             else:
@@ -243,7 +251,8 @@ def down_few(
                     if count > 0:
                         place_few = tl.load(entry + 1 + t, mask=t < count, other=0)
                         _pass(
-                            h, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row, routing_weights, partial,
+                            h, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row,
+                            routing_weights, partial,
                             place_few, t < count,
                             HIDDEN, INTER, ROWS, TOKENS, DEPTH, FORMAT, DTYPE, GROUP, STAGES, ASM,
                         )  # fmt: skip
@@ -253,7 +262,8 @@ def down_few(
                         there = before + many < count
                         place_many = tl.load(entry + 1 + before + many, mask=there, other=0)
                         _pass(
-                            h, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row, routing_weights, partial,
+                            h, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row,
+                            routing_weights, partial,
                             place_many, there,
                             HIDDEN, INTER, ROWS, MANY, DEPTH, FORMAT, DTYPE, GROUP, 2, ASM,
                         )  # fmt: skip
@@ -322,8 +332,8 @@ def run(
     out: torch.Tensor,
     counters: torch.Tensor,
 ) -> None:
-    """Launches `request(...)` for `expert_ids` [tokens, top_k]. Writes `out` and `partial`; `counters` [hidden / rows]
-    int32 are zero and come back zero."""
+    """Launches `request(...)` for `expert_ids` [tokens, top_k]. Writes `out` and `partial`; `counters`
+    [hidden / rows] int32 are zero and come back zero."""
     tokens = expert_ids.shape[0]
     grid = (problem.hidden // launcher.request.constexprs["ROWS"], programs(problem, tokens), 1)
     arguments = _experts.bound(launcher, weights)

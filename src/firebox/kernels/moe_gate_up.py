@@ -2,10 +2,11 @@
 
     h_i = activation(gate_e · x_t, up_e · x_t)   for the i-th choice in `order`, of token t and expert e
 
-x [tokens, hidden] bf16; for FP8 weights float8_e4m3fn with x_scale float32 [tokens] (fp8_tensor, fp8_channel) or [tokens,
-hidden / 128] (fp8_block), from kernels/quantise_fp8.py. h [choices, inter] in the sorted order: bf16, or float8_e4m3fn with h_scale
-[choices, inter / columns] float32, one for as many columns as a tile has (32 to 128), so that the second half multiplies FP8 by
-FP8. Accumulation and activation in float32. A 4-bit weight times its group scale is rounded to bf16.
+x [tokens, hidden] bf16; for FP8 weights float8_e4m3fn with x_scale float32 [tokens] (fp8_tensor, fp8_channel)
+or [tokens, hidden / 128] (fp8_block), from kernels/quantise_fp8.py. h [choices, inter] in the sorted order:
+bf16, or float8_e4m3fn with h_scale [choices, inter / columns] float32, one for as many columns as a tile has
+(32 to 128), so that the second half multiplies FP8 by FP8. Accumulation and activation in float32. A 4-bit
+weight times its group scale is rounded to bf16.
 
 Source: own. Measured: H200, 2026-11-21, docs/log/2026-11-21-expert-kernels.md.
 """
@@ -76,7 +77,7 @@ def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
     """Tiles of `tokens` choices that are worth compiling."""
     all_rows = (2 * inner_group(problem),) if quantised(problem) else (64, 128, 256)
     for rows in all_rows:
-        for depth in _experts.pipeline_depths(problem.hidden, problem):
+        for depth in _experts.pipeline_depths(problem.hidden, problem, remainder=False):
             for warps in (4, 8):
                 if 2 * problem.inter % rows or depth > 128 or not 16 <= rows * tokens / (32 * warps) <= 160:
                     continue
@@ -91,7 +92,7 @@ def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
     """A tile that fits everywhere, for want of a tuned one."""
     fitting = (rows for rows in (128, 64, 32, 16) if 2 * problem.inter % rows == 0)
     rows = 2 * inner_group(problem) if quantised(problem) else next(fitting)
-    depth = max(d for d in _experts.pipeline_depths(problem.hidden, problem) if d <= 128)
+    depth = max(d for d in _experts.pipeline_depths(problem.hidden, problem, remainder=False) if d <= 128)
     return Config(rows, tokens, min(depth, 64 if problem.format == "bf16" else 128), 4, 3)
 
 
@@ -103,7 +104,8 @@ def gate_up_sorted(
     x, x_scale, w, tiles, scale, row_scale, bias, order, blocks, h, h_scale,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr,
     TOKENS: tl.constexpr, DEPTH: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr,
-    X_GROUP: tl.constexpr, STAGES: tl.constexpr, CLAMPED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr,
+    X_GROUP: tl.constexpr, STAGES: tl.constexpr, CLAMPED: tl.constexpr, LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
     ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     wait_for_launch_before(PDL)

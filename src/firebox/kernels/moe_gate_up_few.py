@@ -3,17 +3,18 @@ every expert e it chose, with p the place of that choice in `expert_ids`,
 
     h_p = activation(gate_e · x_t, up_e · x_t)
 
-x [tokens, hidden] bf16; expert_ids [tokens, top_k] int32; weights as in kernels/_experts.py, gate_up; h [tokens ·
-top_k, inter] bf16, float16 for FP8 weights. Accumulation in float32, activation in float32. FP8 weights are multiplied as
-float16, which holds them exactly, with x as float16 (rounded where it is below 2⁻¹⁴ in size; infinite from 65,520
-on, so x must come from an RMS norm with a gain below 65,504 / √hidden); h saturates at ±65,504. Others are multiplied as
-bf16; a 4-bit weight times its group scale is rounded to bf16.
+x [tokens, hidden] bf16; expert_ids [tokens, top_k] int32; weights as in kernels/_experts.py, gate_up; h
+[tokens · top_k, inter] bf16, float16 for FP8 weights. Accumulation in float32, activation in float32. FP8
+weights are multiplied as float16, which holds them exactly, with x as float16 (rounded where it is below 2⁻¹⁴
+in size; infinite from 65,520 on, so x must come from an RMS norm with a gain below 65,504 / √hidden); h
+saturates at ±65,504. Others are multiplied as bf16; a 4-bit weight times its group scale is rounded to bf16.
 
 A program takes ROWS interleaved rows of one expert and all tokens that chose it, so an expert's weights are
-read once: the program of its first choice does the work and the others end (MODE "pairs"), or there is one for every
-expert (MODE "experts"). Up to 8 tokens are columns of the product as they stand ("columns"; "one" for a single
-token); with more, those that chose the expert are moved together, TOKENS at a time, and `table` [choices or experts, 1 + tokens
-padded] int32 keeps how many and which for the second half. An expert that more chose than TOKENS takes passes of MANY.
+read once: the program of its first choice does the work and the others end (MODE "pairs"), or there is one
+for every expert (MODE "experts"). Up to 8 tokens are columns of the product as they stand ("columns"; "one"
+for a single token); with more, those that chose the expert are moved together, TOKENS at a time, and `table`
+[choices or experts, 1 + tokens padded] int32 keeps how many and which for the second half. An expert that
+more chose than TOKENS takes passes of MANY.
 
 Source: own. Measured: H200, 2026-11-21, docs/log/2026-11-21-expert-kernels.md.
 """
@@ -51,8 +52,8 @@ COLUMNS_UP_TO = 8  # tokens that stand in the product as they are
 
 @dataclass(frozen=True)
 class Config:
-    """`rows` of weights and `tokens` of a tile, `depth` columns a step, `many`: tokens of a pass for an expert
-    that more than `tokens` chose."""
+    """`rows` of weights and `tokens` of a tile, `depth` columns a step, `many`: tokens of a pass for an
+    expert that more than `tokens` chose."""
 
     rows: int = 64
     tokens: int = 8
@@ -94,7 +95,7 @@ def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
     for rows in (16, 32, 64, 128):
         if 2 * problem.inter % rows:
             continue
-        for depth in _experts.pipeline_depths(problem.hidden, problem):
+        for depth in _experts.pipeline_depths(problem.hidden, problem, remainder=True):
             if depth < 128 and problem.format != "bf16":
                 continue
             chunk_bytes = rows * depth * _experts.weight_bytes(problem)
@@ -118,7 +119,7 @@ def _with_and_without_tma(config: Config, problem: Problem, gpu: Gpu) -> Iterato
 def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
     """A tile that fits everywhere, for want of a tuned one."""
     rows = next(rows for rows in (64, 32, 16) if 2 * problem.inter % rows == 0)
-    depths = _experts.pipeline_depths(problem.hidden, problem)
+    depths = _experts.pipeline_depths(problem.hidden, problem, remainder=True)
     depth = max(d for d in depths if d <= (128 if problem.group == 0 else 256))
     return Config(rows=rows, depth=depth, warps=rows // 16)
 
@@ -130,7 +131,8 @@ def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
 def _pass(
     x, w, tiles, first_row, rows, scale, factor, bias, h, token, place, live, column,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
-    FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, CLAMPED: tl.constexpr,
+    FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+    CLAMPED: tl.constexpr,
     LIMIT: tl.constexpr, ALPHA: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS by TOKENS; `place` [TOKENS]: where each token's choice stands."""
@@ -153,7 +155,8 @@ def _pass(
 @triton.jit
 def gate_up_few(
     x, w, tiles, scale, row_scale, bias, expert_ids, h, table, tokens, choices,
-    HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, TOP_K: tl.constexpr, TOP_K_PADDED: tl.constexpr,
+    HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, TOP_K: tl.constexpr,
+    TOP_K_PADDED: tl.constexpr,
     PADDED: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
     MANY: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
     CLAMPED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
@@ -221,7 +224,8 @@ def gate_up_few(
         mine = (rank[None, :] == t[:, None]) & live[None, :]  # [TOKENS, PADDED]
         moved = tl.sum(tl.where(mine, place[None, :], 0), axis=1)
         _pass(
-            x, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row, h, moved // TOP_K, moved, t < count, column,
+            x, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row, h, moved // TOP_K, moved,
+            t < count, column,
             HIDDEN, INTER, ROWS, TOKENS, DEPTH, FORMAT, DTYPE, GROUP, STAGES, CLAMPED, LIMIT, ALPHA, ASM,
         )  # fmt: skip
     else:
@@ -230,7 +234,8 @@ def gate_up_few(
             mine = (rank[None, :] == (before + many)[:, None]) & live[None, :]
             moved = tl.sum(tl.where(mine, place[None, :], 0), axis=1)
             _pass(
-                x, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row, h, moved // TOP_K, moved, before + many < count, column,
+                x, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row, h, moved // TOP_K,
+                moved, before + many < count, column,
                 HIDDEN, INTER, ROWS, MANY, DEPTH, FORMAT, DTYPE, GROUP, 2, CLAMPED, LIMIT, ALPHA, ASM,
             )  # fmt: skip
 
@@ -288,8 +293,8 @@ def run(
     h: torch.Tensor,
     table: torch.Tensor | None,
 ) -> None:
-    """Launches `request(...)` of as many tokens as `x` has. Writes `h` [tokens · top_k, inter] and, beyond 8 tokens,
-    `table` [programs, 1 + padded] int32."""
+    """Launches `request(...)` of as many tokens as `x` has. Writes `h` [tokens · top_k, inter] and, beyond 8
+    tokens, `table` [programs, 1 + padded] int32."""
     tokens = x.shape[0]
     config_rows = launcher.request.constexprs["ROWS"]
     grid = (2 * problem.inter // config_rows, programs(problem, tokens), 1)

@@ -3,9 +3,10 @@
     order [choices]    places in expert_ids (token · top_k + k), those of expert 0 first
     blocks [n, 3]      expert, first place in `order`, how many (0: nothing to do), for n programs
 
-expert_ids [tokens, top_k] int32. Within an expert the order may differ from run to run; what is computed per choice does
-not depend on it. First launch: programs count, the last one makes offsets of the counts. Second: programs take places from
-the offsets with atomics; others write the blocks. Counts and the counter of ended programs are zero before and after.
+expert_ids [tokens, top_k] int32. Within an expert the order may differ from run to run; what is computed per
+choice does not depend on it. First launch: programs count, the last one makes offsets of the counts. Second:
+programs take places from the offsets with atomics; others write the blocks. Counts and the counter of ended
+programs are zero before and after.
 
 Source: own. Measured: H200, 2026-11-21, docs/log/2026-11-21-expert-kernels.md.
 """
@@ -100,7 +101,8 @@ def count_choices(
 @triton.jit
 def place_choices(
     expert_ids, starts, last_blocks, cursors, order, blocks, choices, placing, total_blocks,
-    EXPERTS: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr,
+    EXPERTS: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr, BLOCKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """The first `placing` programs place choices, the others write blocks."""
     wait_for_launch_before(PDL)

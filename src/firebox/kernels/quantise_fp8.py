@@ -2,8 +2,8 @@
 
     scale = max |x| / 448;  q = round(x / scale)
 
-x [tokens, columns] bf16 or float16; q the same shape, float8_e4m3fn; scales float32 [tokens] or [tokens, columns / 128].
-Division and maximum in float32; a token of zeros gets the scale 10⁻¹².
+x [tokens, columns] bf16 or float16; q the same shape, float8_e4m3fn; scales float32 [tokens] or [tokens,
+columns / 128]. Division and maximum in float32; a token of zeros gets the scale 10⁻¹².
 
 Source: own.
 """
@@ -51,7 +51,8 @@ def accepts(problem: Problem, gpu: Gpu) -> str | None:
 
 @triton.jit
 def quantise_rows(
-    x, q, scales, COLUMNS: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr, LEAST: tl.constexpr, PDL: tl.constexpr
+    x, q, scales, COLUMNS: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr, LEAST: tl.constexpr,
+    PDL: tl.constexpr
 ):  # fmt: skip
     """One program a token; GROUP columns to a scale."""
     wait_for_launch_before(PDL)

@@ -4,7 +4,8 @@ choices to the summed output, over the kernels of few tokens and those of many.
     few      two launches: moe_gate_up_few, moe_down_few
     sorted   moe_sort (two), with FP8 weights quantise_fp8, then moe_gate_up, moe_down, moe_combine
 
-Which path and which tiles a number of tokens takes is measured (kernels/_tuned.py); without a measurement it is few up to
+Which path and which tiles a number of tokens takes is measured (kernels/_tuned.py); without a measurement it
+is few up to
 16 tokens, and tiles that fit everywhere.
 """
 
@@ -60,11 +61,11 @@ def path_of(problem: Problem, tokens: int, gpu: Gpu) -> Path:
             down = moe_down_few.default(problem, tokens, gpu)
         return Path(entry["path"], gate_up, down, "measured")
     if tokens <= FEW_UNMEASURED:
-        few = (module.default(problem, tokens, gpu) for module in (moe_gate_up_few, moe_down_few))
-        return Path(FEW, *few, "default")
+        few = moe_gate_up_few.default(problem, tokens, gpu), moe_down_few.default(problem, tokens, gpu)
+        return Path(FEW, few[0], few[1], "default")
     block = 32 if tokens * problem.top_k < 64 * problem.experts else 64
-    many = (module.default(problem, block, gpu) for module in (moe_gate_up, moe_down))
-    return Path(SORTED, *many, "default")
+    many = moe_gate_up.default(problem, block, gpu), moe_down.default(problem, block, gpu)
+    return Path(SORTED, many[0], many[1], "default")
 
 
 def requests(problem: Problem, tokens: int, path: Path, gpu: Gpu) -> dict[str, CompileRequest]:
@@ -91,7 +92,8 @@ def requests(problem: Problem, tokens: int, path: Path, gpu: Gpu) -> dict[str, C
 
 
 class Workspace:
-    """The memory between the launches for up to `max_tokens`; layers that run one after the other share it."""
+    """The memory between the launches for up to `max_tokens`; layers that run one after the other share
+    it."""
 
     def __init__(self, problem: Problem, max_tokens: int, device: torch.device | str) -> None:
         p, few = problem, min(max_tokens, moe_gate_up_few.MAX_TOKENS)
@@ -137,8 +139,8 @@ class Experts:
     def __call__(
         self, x: torch.Tensor, expert_ids: torch.Tensor, routing_weights: torch.Tensor, out: torch.Tensor
     ) -> None:
-        """`x` [tokens, hidden], `expert_ids` [tokens, top_k] int32, `routing_weights` the same float32 → `out`
-        [tokens, hidden]."""
+        """`x` [tokens, hidden], `expert_ids` [tokens, top_k] int32, `routing_weights` the same float32 →
+        `out` [tokens, hidden]."""
         tokens = x.shape[0]
         if tokens == 0:
             return
