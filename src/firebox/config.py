@@ -41,6 +41,18 @@ class ModelConfig:
         "auto: read the checkpoint; dummy: random values in the real shapes",
         choices=("auto", "dummy"),
     )
+    requantize: str = option(
+        "none",
+        "fp8: at load, every unquantised projection of attention, dense MLP and shared experts, and the "
+        "output matrix, becomes FP8 with a scale for each row; routed experts (quantised or not), norms, "
+        "routers, gates, embedding, biases, convolutions and recurrent parameters stay as they are",
+        choices=("none", "fp8"),
+    )
+    requantize_limit: float = option(
+        0.04,
+        "largest relative error that --requantize may cause in a tensor; one above it is refused. Rounding "
+        "alone stays below 0.037 (0.026 for normally distributed weights); more means lost range",
+    )
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,10 @@ class EngineConfig:
     page_tokens: int = option(16, "tokens per KV page")
     kv_pages: int | None = option(None, "KV pages; default: as many as --mem-fraction allows")
     kv_cache_dtype: str = option(
-        "auto", "auto: the compute dtype", choices=("auto", "bfloat16", "float16", "float32")
+        "auto",
+        "how keys and values are stored. auto: in the compute dtype; bfloat16 is another word for bf16; "
+        "fp8: e4m3 with the checkpoint's scales for keys and values, where it has them, else 1.0",
+        choices=("auto", "bf16", "bfloat16", "float16", "float32", "fp8"),
     )
     mem_fraction: float = option(
         0.85, "share of the memory free at start that weights, KV cache and workspace may take"
@@ -117,10 +132,11 @@ class CheckpointFacts:
 
 @dataclass(frozen=True)
 class Resolved:
-    """The engine's settings with nothing left open, and one line of reason for each derived one."""
+    """The engine's settings with nothing left open, and one line of reason for each derived one. `kv_format`:
+    a file of formats/kv."""
 
     dtype: str
-    kv_dtype: str
+    kv_format: str
     context_tokens: int
     max_running_requests: int
     max_batch_tokens: int
@@ -141,12 +157,15 @@ def resolve(config: EngineConfig, dtype: str, checkpoint: CheckpointFacts, gpu: 
     """
     reasons: list[str] = []
     _check_ranges(config)
-    _check_choice(ModelConfig, "dtype", dtype)
-    _check_choice(EngineConfig, "kv_cache_dtype", config.kv_cache_dtype)
+    check_choice(ModelConfig, "dtype", dtype)
 
     compute_dtype = checkpoint.dtype if dtype == "auto" else dtype
-    kv_dtype = compute_dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+    kv_format = kv_format_of(config.kv_cache_dtype, compute_dtype)
     reasons.append(f"dtype {compute_dtype}: {'the checkpoint says so' if dtype == 'auto' else 'asked for'}")
+    reasons.append(
+        f"kv_cache_dtype {kv_format}: "
+        + ("the compute dtype" if config.kv_cache_dtype == "auto" else f"asked for ({config.kv_cache_dtype})")
+    )
 
     context_tokens = _context_tokens(config.context_length, checkpoint.context_tokens, reasons)
     max_running = min(config.max_running_requests, config.max_batch_tokens)
@@ -175,7 +194,7 @@ def resolve(config: EngineConfig, dtype: str, checkpoint: CheckpointFacts, gpu: 
     )
     return Resolved(
         dtype=compute_dtype,
-        kv_dtype=kv_dtype,
+        kv_format=kv_format,
         context_tokens=context_tokens,
         max_running_requests=max_running,
         max_batch_tokens=config.max_batch_tokens,
@@ -187,6 +206,14 @@ def resolve(config: EngineConfig, dtype: str, checkpoint: CheckpointFacts, gpu: 
         threads=threads,
         reasons=tuple(reasons),
     )
+
+
+def kv_format_of(asked: str, compute_dtype: str) -> str:
+    """The name in formats/kv of what `--kv-cache-dtype` asks for. ConfigError if it is none of its
+    choices."""
+    check_choice(EngineConfig, "kv_cache_dtype", asked)
+    name = compute_dtype if asked == "auto" else asked
+    return "bf16" if name == "bfloat16" else name
 
 
 def _check_ranges(config: EngineConfig) -> None:
@@ -207,7 +234,8 @@ def _check_ranges(config: EngineConfig) -> None:
         )
 
 
-def _check_choice(group: type, name: str, value: str) -> None:
+def check_choice(group: type, name: str, value: str) -> None:
+    """ConfigError, with the choices, if `value` is none of those of the group's field `name`."""
     (field,) = (field for field in dataclasses.fields(group) if field.name == name)
     if value not in field.metadata["choices"]:
         raise ConfigError(f"{name} is {value!r}", hint=f"one of {', '.join(field.metadata['choices'])}")

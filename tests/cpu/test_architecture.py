@@ -42,7 +42,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "parallel": ("config",),
     "text": ("config",),
     # level 2
-    "kernels": ("formats.base",),
+    "kernels": ("formats.base", "formats.layouts"),
     "cache": ("formats",),
     # level 3
     "attention": ("kernels", "cache", "formats"),

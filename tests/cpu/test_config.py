@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from firebox.config import CheckpointFacts, Config, EngineConfig, Resolved, resolve
+from firebox.config import CheckpointFacts, Config, EngineConfig, Resolved, kv_format_of, resolve
 from firebox.errors import ConfigError, OutOfMemory
+from firebox.find import names
 from firebox.hardware.base import Gpu
 
 GIB = 1 << 30
@@ -42,19 +43,33 @@ def test_pure() -> None:
     assert resolved() == resolved()
 
 
-@pytest.mark.parametrize(("asked", "got"), [("auto", "bfloat16"), ("float32", "float32")])
-def test_dtype(asked: str, got: str) -> None:
+@pytest.mark.parametrize(
+    ("asked", "got", "kv"), [("auto", "bfloat16", "bf16"), ("float32", "float32", "float32")]
+)
+def test_dtype(asked: str, got: str, kv: str) -> None:
     answer = resolved(asked)
-    assert (answer.dtype, answer.kv_dtype) == (got, got)
+    assert (answer.dtype, answer.kv_format) == (got, kv)
     assert (
         reason(answer, "dtype")
         == f"dtype {got}: {'the checkpoint says so' if asked == 'auto' else 'asked for'}"
     )
 
 
-def test_kv_dtype_follows_unless_asked() -> None:
-    answer = resolved("float32", kv_cache_dtype="float16")
-    assert (answer.dtype, answer.kv_dtype) == ("float32", "float16")
+@pytest.mark.parametrize(
+    ("asked", "got"),
+    [("float16", "float16"), ("bf16", "bf16"), ("bfloat16", "bf16"), ("fp8", "fp8"), ("auto", "float32")],
+)
+def test_kv_format_follows_unless_asked(asked: str, got: str) -> None:
+    answer = resolved("float32", kv_cache_dtype=asked)
+    assert (answer.dtype, answer.kv_format) == ("float32", got)
+    why = "the compute dtype" if asked == "auto" else f"asked for ({asked})"
+    assert reason(answer, "kv_cache_dtype") == f"kv_cache_dtype {got}: {why}"
+
+
+def test_every_kv_choice_is_a_file_of_the_room_and_back() -> None:
+    (field,) = (f for f in dataclasses.fields(EngineConfig) if f.name == "kv_cache_dtype")
+    choices = set(field.metadata["choices"]) - {"auto"}
+    assert {kv_format_of(choice, "float32") for choice in choices} == set(names("formats.kv")) <= choices
 
 
 def test_context_is_the_checkpoints_unless_asked() -> None:

@@ -19,14 +19,26 @@ GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
 
 class InProcessEngine:
     """Submits requests and runs them to the end. Keyword arguments are EngineConfig's, plus `dtype` and
-    `load_format`."""
+    ModelConfig's `load_format`, `requantize` and `requantize_limit`."""
 
     def __init__(
-        self, folder: Path | str, dtype: str = "auto", load_format: str = "auto", **settings: object
+        self,
+        folder: Path | str,
+        dtype: str = "auto",
+        load_format: str = "auto",
+        requantize: str = "none",
+        requantize_limit: float = 0.04,
+        **settings: object,
     ) -> None:
         settings = {"threads": 1, "kv_pages": 256} | settings
         engine = dataclasses.replace(EngineConfig(), **settings)  # type: ignore[arg-type]
-        model = ModelConfig(model=str(folder), dtype=dtype, load_format=load_format)
+        model = ModelConfig(
+            model=str(folder),
+            dtype=dtype,
+            load_format=load_format,
+            requantize=requantize,
+            requantize_limit=requantize_limit,
+        )
         self._config = Config(model=model, engine=engine)
         self.scheduler, self.runner, self.ready = start(self._config)
         self._next_id = 0

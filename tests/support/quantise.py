@@ -20,6 +20,7 @@ from compressed_tensors.quantization.utils import calculate_qparams, generate_gp
 from safetensors.torch import load_file, save_file
 from transformers import FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 Tensors = dict[str, torch.Tensor]
 
@@ -375,3 +376,41 @@ def write_tensors(folder: Path, config: dict[str, Any], tensors: dict[str, torch
     (folder / "config.json").write_text(json.dumps(config))
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(whole, folder / "model.safetensors", {"format": "pt"})
+
+
+# ---- gpt-oss
+
+GPT_OSS_MXFP4: dict[str, Any] = {  # the quantization_config of openai/gpt-oss-20b
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
+    "quant_method": "mxfp4",
+}
+
+
+def mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`weight` [experts, columns, rows], as transformers stores it unquantised → blocks and scales."""
+    scheme = compressed_scheme(
+        num_bits=4, type="float", strategy="group", group_size=32, scale_dtype="torch.uint8"
+    )
+    found = [compress("mxfp4-pack-quantized", scheme, matrix.T.contiguous()) for matrix in weight]
+    blocks = torch.stack([tensors["weight_packed"].unflatten(1, (-1, 16)) for tensors in found])
+    return blocks, torch.stack([tensors["weight_scale"] for tensors in found])
+
+
+def gpt_oss_in_mxfp4(tensors: Tensors) -> tuple[Tensors, Tensors]:
+    """The tensors of an unquantised gpt-oss with its experts in MXFP4, under the names of openai/gpt-oss-20b;
+    and what they mean, under transformers' own."""
+    stored: Tensors = {}
+    meant: Tensors = {}
+    for name, tensor in tensors.items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            blocks, scales = mxfp4(tensor)
+            stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+            meant[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+        else:
+            stored[name] = meant[name] = tensor
+    return stored, meant

@@ -56,8 +56,8 @@ def run(
         held = pages[start // page_tokens : -(-context // page_tokens)]
         # [kv_heads, context − start, dim], each repeated for the query heads of its group
         k, v = (
-            cache[held].flatten(0, 1)[: context - start].float().transpose(0, 1).repeat_interleave(group, 0)
-            for cache in (layer_cache.k, layer_cache.v)
+            rows[: context - start].transpose(0, 1).repeat_interleave(group, 0)
+            for rows in layer_cache.read(held)
         )
         scores = q[first:last].float().transpose(0, 1) @ k.transpose(1, 2) * scale  # [heads, queries, keys]
         behind = torch.arange(context - (last - first), context, device=q.device).unsqueeze(

@@ -109,7 +109,7 @@ def run(
         "problem": problem,
         "window_tokens": window_tokens or 0,
         "sinks": sinks,
-        "scales": getattr(layer_cache, "scales", (1.0, 1.0)),
+        "scales": layer_cache.scales,
     }
     if plan.decode_queries:
         config = attention_decode.default(problem, gpu, plan.decode_queries)

@@ -8,22 +8,39 @@ from dataclasses import dataclass
 import torch
 
 from firebox.cache.specs import CacheSpec, LatentSpec, PagedSpec, RecurrentSpec, WindowSpec
+from firebox.formats.kv.base import NO_SCALES, KvFormat
 
 
 @dataclass(frozen=True)
 class LayerCache:
     """`k` and `v` [pages + 1, page_tokens, kv_heads, head_dim]; slot s is page s // page_tokens, row s %
-    page_tokens. For a latent layer `v` is a view of `k`'s first `latent_dim` columns."""
+    page_tokens. For a latent layer `v` is a view of `k`'s first `latent_dim` columns. Both are stored in
+    `format`, with `scales` of keys and values."""
 
     k: torch.Tensor
     v: torch.Tensor
+    format: KvFormat
+    scales: tuple[float, float] = NO_SCALES
 
     def write(self, token_slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor | None = None) -> None:
         """Stores `k` and, unless it is a view of it, `v` [tokens, kv_heads, head_dim] at `token_slots`
         [tokens] int64."""
-        self.k.flatten(0, 1).index_copy_(0, token_slots, k.to(self.k.dtype))
+        _put(self.k, token_slots, self.format.encode(k, self.scales[0]))
         if v is not None:
-            self.v.flatten(0, 1).index_copy_(0, token_slots, v.to(self.v.dtype))
+            _put(self.v, token_slots, self.format.encode(v, self.scales[1]))
+
+    def read(self, page_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys [rows, kv_heads, head_dim] and values [rows, kv_heads, value_dim] of these pages [n] int64,
+        page after page, in float32."""
+        k, v = (cache[page_ids].flatten(0, 1) for cache in (self.k, self.v))
+        return self.format.decode(k, self.scales[0]), self.format.decode(v, self.scales[1])
+
+
+def _put(cache: torch.Tensor, token_slots: torch.Tensor, rows: torch.Tensor) -> None:
+    stored = cache.flatten(0, 1)
+    if stored.itemsize == 1:  # torch has no index_copy_ for float8; bytes are bytes
+        stored, rows = stored.view(torch.uint8), rows.view(torch.uint8)
+    stored.index_copy_(0, token_slots, rows)
 
 
 @dataclass(frozen=True)
@@ -54,24 +71,28 @@ class PoolSizes:
 
 
 def allocate_pool(
-    specs: Sequence[CacheSpec | None], sizes: PoolSizes, dtype: torch.dtype, device: torch.device
+    specs: Sequence[CacheSpec | None],
+    sizes: PoolSizes,
+    format: KvFormat,
+    device: torch.device,
+    scales: Sequence[tuple[float, float]] = (),
 ) -> tuple[LayerStore, ...]:
-    """One store per spec. Zero-filled, so that a masked row times a probability of zero is zero and not
-    NaN."""
+    """One store per spec; `scales`: of keys and values, per spec. Zero-filled, so that a masked row times a
+    probability of zero is zero and not NaN. States are float32, whatever the format."""
 
-    def zeros(pages: int, *row: int) -> torch.Tensor:
-        return torch.zeros(pages + 1, sizes.page_tokens, *row, dtype=dtype, device=device)
+    def zeros(pages: int, row: tuple[int, ...]) -> torch.Tensor:
+        return torch.zeros(pages + 1, sizes.page_tokens, *row, dtype=format.DTYPE, device=device)
 
     stores: list[LayerStore] = []
-    for spec in specs:
-        if isinstance(spec, PagedSpec):
-            stores.append(LayerCache(*(zeros(sizes.pages, *row) for row in spec.row_shapes)))
-        elif isinstance(spec, WindowSpec):
-            stores.append(LayerCache(*(zeros(sizes.window_pages, *row) for row in spec.row_shapes)))
+    for spec, (k_scale, v_scale) in zip(specs, scales or [NO_SCALES] * len(specs), strict=True):
+        if isinstance(spec, PagedSpec | WindowSpec):
+            pages = sizes.pages if isinstance(spec, PagedSpec) else sizes.window_pages
+            k, v = (zeros(pages, row) for row in spec.row_shapes)
+            stores.append(LayerCache(k, v, format, (k_scale, v_scale)))
         elif isinstance(spec, LatentSpec):
             (row,) = spec.row_shapes
-            k = zeros(sizes.pages, *row)
-            stores.append(LayerCache(k, k[..., : spec.latent_dim]))
+            k = zeros(sizes.pages, row)
+            stores.append(LayerCache(k, k[..., : spec.latent_dim], format, (k_scale, k_scale)))
         elif isinstance(spec, RecurrentSpec):
             conv, matrix = (
                 torch.zeros(sizes.states + 1, *shape, device=device) for shape in spec.state_shapes

@@ -3,6 +3,7 @@ never by hand."""
 
 from __future__ import annotations
 
+import logging
 import shutil
 import signal
 import sys
@@ -14,6 +15,7 @@ from firebox.config import Config
 from firebox.engine.loop import Connection, run
 from firebox.engine.messages import Failed, LoadProgress
 from firebox.engine.start import start
+from firebox.env import read
 from firebox.errors import FireboxError
 
 SLOW_SERVER_S = 60.0  # an engine may fail while the server is still busy with its own imports
@@ -31,6 +33,7 @@ def main(folder: str, watch_fd: int) -> int:
         connection.send(LoadProgress(loaded_bytes, total_bytes))
 
     try:
+        _log_to_stderr(read().log_level)
         scheduler, runner, ready = start(config, on_progress)
         connection.send(ready)
         run(connection, scheduler, runner)
@@ -42,6 +45,15 @@ def main(folder: str, watch_fd: int) -> int:
         shutil.rmtree(folder, ignore_errors=True)  # the server was killed and could not do it
     connection.close()  # also without a server: outputs that nobody reads would keep the process alive
     return 0
+
+
+def _log_to_stderr(level: str) -> None:
+    """Firebox's own log lines from `level` on; the libraries' keep to their warnings."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log = logging.getLogger("firebox")
+    log.addHandler(handler)
+    log.setLevel(level.upper())
 
 
 if __name__ == "__main__":

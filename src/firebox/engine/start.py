@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from firebox.cache.kv_cache import CacheSizes, KVCache
 from firebox.cache.pool import PoolSizes, allocate_pool
-from firebox.cache.specs import cache_needs
-from firebox.config import CheckpointFacts, Config, Resolved, resolve
+from firebox.cache.specs import CacheSpec, RecurrentSpec, cache_needs
+from firebox.config import CheckpointFacts, Config, ModelConfig, Resolved, check_choice, kv_format_of, resolve
 from firebox.engine.ledger import ledger_rows, refuse_fallbacks
 from firebox.engine.messages import Ready, SamplingParams
 from firebox.engine.request import Request
@@ -20,16 +22,20 @@ from firebox.engine.runner import Runner
 from firebox.engine.scheduler import Scheduler
 from firebox.errors import UnsupportedFormat, UnsupportedModel
 from firebox.find import load, names
+from firebox.formats.kv.base import NO_SCALES, KvFormat, require_fp8_scales
 from firebox.formats.select import formats_of
 from firebox.hardware.base import Gpu
 from firebox.hardware.probe import probe_cpu
 from firebox.kernels._cpu import set_threads
 from firebox.layers.base import Build
-from firebox.models.base import Model, need
+from firebox.layers.decoder import Decoder
+from firebox.models.base import Model, decode_bytes, need
 from firebox.weights.checkpoint import Checkpoint, open_checkpoint
 from firebox.weights.dummy import load_dummy
 from firebox.weights.load import chosen_slots, load_weights
+from firebox.weights.requantise import Requantiser, requantised_bytes, stored_bytes
 
+log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -48,7 +54,7 @@ def start(
     build = _build(
         config,
         settings.dtype,
-        settings.kv_dtype,
+        settings.kv_format,
         settings.context_tokens,
         gpu,
         torch.device("cpu"),
@@ -58,13 +64,11 @@ def start(
     rows = ledger_rows(build.choices, settings.max_batch_tokens, settings.dtype)
     if config.engine.strict:
         refuse_fallbacks(rows)
-    if config.model.load_format == "dummy":
-        load_dummy(model)
-    else:
-        load_weights(model, checkpoint, on_progress)
+    loaded = _load(model, checkpoint, config.model, on_progress)
 
     sizes = PoolSizes(settings.kv_pages, settings.page_tokens, settings.window_pages, settings.states)
-    caches = allocate_pool(model.cache_specs, sizes, DTYPES[settings.kv_dtype], build.device)
+    kv = _kv_format(settings.kv_format)
+    caches = allocate_pool(model.cache_specs, sizes, kv, build.device, model.kv_scales)
     runner = Runner(model, caches, settings.page_tokens, checkpoint.eos_token_ids, build.device)
     window_tokens = found.window_tokens
     warm_up(runner, make_scheduler(settings, window_tokens, prefix_cache=False, eos_token_ids=frozenset()))
@@ -82,7 +86,7 @@ def start(
         kv_bytes_per_token=found.kv_bytes_per_token,
         eos_token_ids=sorted(checkpoint.eos_token_ids),
         ledger=rows,
-        reasons=list(settings.reasons),
+        reasons=[*settings.reasons, *loaded, *_scales(model, settings.kv_format)],
         load_seconds=time.perf_counter() - began,
     )
     return scheduler, runner, ready
@@ -96,10 +100,50 @@ def make_model(checkpoint: Checkpoint, build: Build) -> Model:
             hint=f"supported: {', '.join(names('models'))}",
         )
     module = load("models", checkpoint.model_type)
+    if build.kv_scaled:
+        require_fp8_scales(checkpoint.text_config)
     stored = frozenset(checkpoint.names()) if checkpoint.shards else None
     build = dataclasses.replace(build, format_of=formats_of(checkpoint.text_config), stored=stored)
     model: Model = module.Model(module.Config.from_hf(checkpoint.text_config), build)
     return model
+
+
+def _load(
+    model: Model, checkpoint: Checkpoint, config: ModelConfig, on_progress: Callable[[int, int], None]
+) -> list[str]:
+    """Fills the model; what --requantize did, in lines of text."""
+    check_choice(ModelConfig, "requantize", config.requantize)
+    requantiser = Requantiser(config.requantize_limit) if config.requantize == "fp8" else None
+    on_filled = requantiser or (lambda slot: None)
+    assert isinstance(model, Decoder)
+    read_bytes = [decode_bytes(model, count) for count in (stored_bytes, requantised_bytes)]
+    if config.load_format == "dummy":
+        load_dummy(model, on_filled=on_filled)
+    else:
+        load_weights(model, checkpoint, on_progress, on_filled)
+    summary = requantiser.summary(*read_bytes) if requantiser else []
+    for line in summary:
+        log.info("%s", line)
+    return summary
+
+
+def _scales(model: Model, kv_format: str) -> list[str]:
+    """Which scales an FP8 cache has, in a line of text."""
+    if not _kv_format(kv_format).SCALED:
+        return []
+    kept = [pair for spec, pair in zip(model.cache_specs, model.kv_scales, strict=True) if _keeps_rows(spec)]
+    found = [scale for pair in kept if pair != NO_SCALES for scale in pair]
+    if not found:
+        return [f"kv_scales 1.0 in all {len(kept)} layers: the checkpoint has no others"]
+    other = sum(pair != NO_SCALES for pair in kept)
+    return [
+        f"kv_scales {min(found):.4g} to {max(found):.4g} in {other} of {len(kept)} layers: the checkpoint's; "
+        "1.0 in the rest"
+    ]
+
+
+def _keeps_rows(spec: CacheSpec | None) -> bool:
+    return spec is not None and not isinstance(spec, RecurrentSpec)
 
 
 def facts(checkpoint: Checkpoint, config: Config, gpu: Gpu) -> CheckpointFacts:
@@ -109,9 +153,9 @@ def facts(checkpoint: Checkpoint, config: Config, gpu: Gpu) -> CheckpointFacts:
         raise UnsupportedFormat(
             f"{checkpoint.folder} computes in {dtype}", hint=f"supported: {', '.join(DTYPES)}"
         )
-    kv_dtype = dtype if config.engine.kv_cache_dtype == "auto" else config.engine.kv_cache_dtype
-    model = make_model(checkpoint, _build(config, dtype, kv_dtype, 1, gpu, torch.device("meta"), 1))
-    needs = cache_needs(model.cache_specs, DTYPES[kv_dtype].itemsize)
+    kv_format = kv_format_of(config.engine.kv_cache_dtype, dtype)
+    model = make_model(checkpoint, _build(config, dtype, kv_format, 1, gpu, torch.device("meta"), 1))
+    needs = cache_needs(model.cache_specs, _kv_format(kv_format).DTYPE.itemsize)
     present = checkpoint.names() if checkpoint.shards else None
     return CheckpointFacts(
         model_type=checkpoint.model_type,
@@ -149,20 +193,26 @@ def warm_up(runner: Runner, scheduler: Scheduler) -> None:
         scheduler.apply(plan, runner.run(plan))
 
 
+def _kv_format(name: str) -> KvFormat:
+    return cast(KvFormat, load("formats.kv", name))
+
+
 def _build(
     config: Config,
     dtype: str,
-    kv_dtype: str,
+    kv_format: str,
     max_positions: int,
     gpu: Gpu,
     device: torch.device,
     threads: int,
 ) -> Build:
+    kv = _kv_format(kv_format)
     return Build(
         gpu=gpu,
         device=device,
         dtype=DTYPES[dtype],
-        kv_dtype=DTYPES[kv_dtype],
+        kv_dtype=kv.DTYPE,
+        kv_scaled=kv.SCALED,
         max_positions=max_positions,
         threads=threads,
         attention_backend=config.engine.attention_backend,

@@ -119,7 +119,7 @@ class WeightSlot:
     """A weight in a format, dequantised into `target`: [rows, columns], or [experts, rows, columns] where the
     checkpoint stores all experts in one tensor. The tensors' names are `module + separator + part`. `arrange`
     (with `stored`, rows and columns before it) is for checkpoints that store the matrix in another order; it
-    maps one dequantised matrix.
+    maps one dequantised matrix. `requantisable`: --requantize may store it in FP8 where it is unquantised.
     """
 
     module: str
@@ -128,6 +128,7 @@ class WeightSlot:
     separator: str = "."
     stored: tuple[int, int] | None = None
     arrange: Callable[[torch.Tensor], torch.Tensor] | None = None
+    requantisable: bool = False
     cut: Cut | None = None
 
     @property

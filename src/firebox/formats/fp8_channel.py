@@ -2,6 +2,7 @@
 
 `weight` [rows, columns] float8_e4m3fn, `weight_scale` [rows, 1]. compressed-tensors `float-quantized`,
 strategy "channel" (zai-org/GLM-4.7-FP8, GLM-4.5-Air-FP8: activations are quantised per token at run time).
+`quantise` makes them from an unquantised weight, as compressed-tensors does.
 """
 
 from __future__ import annotations
@@ -12,6 +13,18 @@ from dataclasses import dataclass
 import torch
 
 from firebox.formats.base import TensorSpec
+
+LARGEST = 448.0  # the largest code
+
+
+def quantise(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """`weight` [rows, columns], any float dtype → `weight` and a float32 `weight_scale`, in float32
+    arithmetic: a row's scale makes its largest magnitude 448. A row of zeros gets float32's epsilon."""
+    wide = weight.float()
+    scale = wide.abs().amax(1, keepdim=True) / LARGEST  # [rows, 1]
+    scale = torch.where(scale == 0, torch.finfo(torch.float32).eps, scale)
+    codes = (wide / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+    return {"weight": codes, "weight_scale": scale}
 
 
 @dataclass(frozen=True)

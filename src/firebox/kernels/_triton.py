@@ -63,6 +63,12 @@ def compile_source(made: ASTSource, target: int, options: dict[str, Any], folder
     )
 
 
+def compile_in_process(made: ASTSource, target: int | None, options: dict[str, Any]) -> Any:
+    """Compiles for the GPU of this process, with Triton's own cache on disk → its CompiledKernel."""
+    assert target is not None
+    return triton.compile(made, target=_target(target), options=options)
+
+
 def disassemble(cubin: bytes, folder: Path) -> str | None:
     """SASS of a binary, or None where the bundled disassembler does not know the target."""
     path = folder / "kernel.cubin"

@@ -59,11 +59,13 @@ class Problem:
 
 
 def accepts(problem: Problem, gpu: Gpu) -> str | None:
-    """CPU, float32 throughout."""
+    """CPU, float32 throughout: it reads keys and values where they lie."""
     if gpu.kind != "cpu":
         return "is made for a CPU"
-    if problem.dtype != torch.float32 or problem.kv_dtype != torch.float32:
-        return f"computes in float32, not {problem.dtype} with a {problem.kv_dtype} cache"
+    if problem.dtype != torch.float32:
+        return f"computes in float32, not {problem.dtype}"
+    if problem.kv_dtype != torch.float32:
+        return f"reads a cache in float32 and decodes no other, not {problem.kv_dtype}"
     if problem.qk_norm == "row" or problem.output_gate or problem.o_bias:
         return "knows no norm over all heads, no output gate and no output bias"
     if problem.sinks or problem.window_tokens is not None:

@@ -15,6 +15,7 @@ from firebox.find import load, names
 from firebox.hardware.base import Gpu
 
 TORCH = "torch"
+CPU = "cpu_"  # what files of CPU kernels begin with
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ def select(op: str, problem: Any, gpu: Gpu, wanted: str = "auto") -> Choice:
     losers: dict[str, str] = {}
     accepted: list[tuple[str, ModuleType]] = []
     for name in names("kernels"):
+        if name.startswith(CPU) != (gpu.kind == "cpu"):
+            continue  # a CPU's start does not pay for importing Triton
         kernel = load("kernels", name)
         if getattr(kernel, "OP", None) != op:
             continue

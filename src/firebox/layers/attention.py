@@ -11,6 +11,7 @@ import torch
 from firebox.attention.base import PagedSpec, WindowSpec
 from firebox.attention.base import select as select_backend
 from firebox.formats.base import Cut, PlainSlot, Slots
+from firebox.formats.kv.base import scale_slots
 from firebox.kernels import cpu_attention_block
 from firebox.kernels.cpu_attention_block import Problem
 from firebox.kernels.select import TORCH, select
@@ -70,6 +71,7 @@ class AttentionBlock:
             for part, width, cut in zip(("q_norm", "k_norm"), normed, over_heads, strict=True)
         )
         self.sinks = build.empty(p.heads) if p.sinks else None
+        self.kv_scales = build.kv_scales()
         inwards = Cut(1, p.heads, "num_attention_heads")
         self.o = Linear(
             build, p.heads * p.head_dim, {f"{name}.o_proj": p.hidden}, bias=p.o_bias, cuts=(inwards,)
@@ -85,7 +87,7 @@ class AttentionBlock:
             self.backend = select_backend(p.heads, spec, build.gpu, build.attention_backend)
 
     def slots(self) -> Slots:
-        """The norms' and projections' tensors, and the sinks."""
+        """The norms' and projections' tensors, the sinks, and the cache's scales."""
         yield from self.norm.slots()
         yield from self.qkv.slots()
         if self.problem.qk_norm:
@@ -93,6 +95,8 @@ class AttentionBlock:
             yield from self.k_norm.slots()
         if self.sinks is not None:
             yield PlainSlot(f"{self.name}.sinks", self.sinks, cut=self._query_cut)
+        if self.kv_scales is not None:
+            yield from scale_slots(self.name, self.kv_scales)
         yield from self.o.slots()
 
     def finish(self) -> None:

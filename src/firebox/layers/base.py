@@ -11,19 +11,30 @@ import torch
 
 from firebox.formats import bf16
 from firebox.formats.base import FormatOf, OneOf, PlainSlot, Slot, Slots, WeightSlot
+from firebox.formats.kv.base import ScaleSlot
 from firebox.hardware.base import Gpu
 from firebox.kernels.select import Choice
 from firebox.step import Step
 
-__all__ = ["Build", "OneOf", "PlainSlot", "Slot", "Slots", "WeightSlot"]  # models see slots through layers
+__all__ = [
+    "Build",
+    "OneOf",
+    "PlainSlot",
+    "ScaleSlot",
+    "Slot",
+    "Slots",
+    "WeightSlot",
+]  # models see slots through layers
 
 
 @dataclass(frozen=True)
 class Build:
     """Where and how layers are built. `device` "meta" gives shapes without memory. `threads`: CPU threads of
     the kernels. `max_positions`: the longest context. `format_of`: a module's path → the format of its
-    weight. `choices` collects one Choice per operation, for the ledger. `stored`: the names of the
-    checkpoint's tensors; None where they are not known, and config.json's word counts."""
+    weight. `kv_dtype`: of the cache's elements; `kv_scaled`: its format divides by a scale, which the
+    checkpoint may hold. `choices` collects one Choice per operation, for the ledger. `stored`: the names of
+    the checkpoint's tensors; None where they are not known, and config.json's word counts. `requantisable`:
+    --requantize may change what is unquantised."""
 
     gpu: Gpu
     device: torch.device
@@ -34,12 +45,19 @@ class Build:
     attention_backend: str = "auto"
     moe_backend: str = "auto"
     format_of: FormatOf = lambda path: bf16.Format()
+    kv_scaled: bool = False
+    requantisable: bool = True
     choices: list[Choice] = field(default_factory=list)
     stored: frozenset[str] | None = None
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Uninitialised weights on the device, in the compute dtype unless another is given."""
         return torch.empty(*shape, dtype=dtype or self.dtype, device=self.device)
+
+    def kv_scales(self) -> torch.Tensor | None:
+        """A layer's scales of keys and values [2] float32, 1.0 until the checkpoint says otherwise; None
+        where the KV format has none."""
+        return torch.ones(2, device=self.device) if self.kv_scaled else None
 
 
 class AttentionLike(Protocol):
@@ -48,6 +66,11 @@ class AttentionLike(Protocol):
     @property
     def backend(self) -> ModuleType | None:
         """What plans each step for it, if it needs that."""
+        ...
+
+    @property
+    def kv_scales(self) -> torch.Tensor | None:
+        """Its cache's scales of keys and values [2] float32; None where the KV format has none."""
         ...
 
     def slots(self) -> Slots:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import torch
 
-from firebox.attention.base import CacheSpec
+from firebox.attention.base import CacheSpec, LatentSpec
 from firebox.formats.base import Slots
-from firebox.layers.base import Block
+from firebox.formats.kv.base import NO_SCALES
+from firebox.layers.base import AttentionLike, Block
 from firebox.layers.embedding import Embedding
 from firebox.layers.head import Head
 from firebox.layers.mtp import MtpLayer
@@ -37,9 +38,23 @@ class Decoder:
         self.attention_backend = next((backend for backend in backends if backend is not None), None)
 
     @property
+    def _scaled(self) -> bool:
+        return any(attention.kv_scales is not None for attention, _ in self.blocks)
+
+    @property
+    def kv_scales(self) -> tuple[tuple[float, float], ...]:
+        """Each layer's scales of keys and values, once the slots are filled; 1.0 where there are none."""
+        return tuple(_scales(attention) for attention, _ in self.blocks)
+
+    @property
     def mtp_cache_specs(self) -> tuple[CacheSpec, ...]:
         """What the MTP layers keep; whoever runs them puts their stores behind those of `cache_specs`."""
         return tuple(layer.spec for layer in self.mtp)
+
+    @property
+    def mtp_kv_scales(self) -> tuple[tuple[float, float], ...]:
+        """The same as `kv_scales`, of the MTP layers."""
+        return tuple(_scales(layer.attention) for layer in self.mtp)
 
     def slots(self) -> Slots:
         """Every checkpoint tensor that is read, and where it goes."""
@@ -53,12 +68,14 @@ class Decoder:
 
     def unused(self, name: str) -> str | None:
         """Why a checkpoint tensor is not read: a tied head's copy of the embedding, an MTP layer's of it or
-        of the output matrix, or a scale for keys or values in FP8."""
+        of the output matrix, or a scale for keys or values in FP8 where the cache has no use for it."""
         for layer in self.mtp:
             if (why := layer.unused(name)) is not None:
                 return why
-        if name.endswith((".k_scale", ".v_scale")):
+        if name.endswith((".k_scale", ".v_scale")) and not self._scaled:
             return "the cache is not quantised with the checkpoint's scales"
+        if name.endswith(".v_scale") and any(isinstance(spec, LatentSpec) for spec in self.cache_specs):
+            return "a latent row is key and value at once and has the key's scale"
         return "tied to the embedding" if self.head.tied and name == f"{self.head.name}.weight" else None
 
     def finish(self) -> None:
@@ -80,3 +97,8 @@ class Decoder:
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [rows, hidden] → [rows, vocab] float32; the final norm is in here."""
         return self.head(x)
+
+
+def _scales(attention: AttentionLike) -> tuple[float, float]:
+    pair = attention.kv_scales
+    return NO_SCALES if pair is None else (float(pair[0]), float(pair[1]))

@@ -31,6 +31,7 @@ class GatedDeltaBlock:
     """
 
     backend = None  # no attention backend plans for it
+    kv_scales = None  # it keeps no keys and values
 
     def __init__(
         self, build: Build, norm: RMSNorm, name: str, layer: int, spec: RecurrentSpec, *, key_heads: int
@@ -44,13 +45,14 @@ class GatedDeltaBlock:
         self._heads_cut = by_head
         self._channels_cut = Cut(0, key_heads, label, runs=(key_rows, key_rows, value_rows))
 
-        def into(part: str, rows: int, cut: Cut) -> Linear:
-            return Linear(build, hidden, {f"{name}.{part}": rows}, cuts=(cut,))
+        def into(part: str, rows: int, cut: Cut, gates: bool = False) -> Linear:
+            parts = {f"{name}.{part}": rows}
+            return Linear(build, hidden, parts, cuts=(cut,), requantisable=not gates)
 
         self.in_qkv = into("in_proj_qkv", spec.conv_channels, self._channels_cut)
         self.in_z = into("in_proj_z", value_rows, by_head)
-        self.in_b = into("in_proj_b", spec.heads, by_head)
-        self.in_a = into("in_proj_a", spec.heads, by_head)
+        self.in_b = into("in_proj_b", spec.heads, by_head, gates=True)
+        self.in_a = into("in_proj_a", spec.heads, by_head, gates=True)
         self.conv = build.empty(spec.conv_channels, spec.conv_taps + 1, dtype=torch.float32)
         self.dt_bias = build.empty(spec.heads, dtype=torch.float32)
         self.a_log = build.empty(spec.heads, dtype=torch.float32)

@@ -21,6 +21,7 @@ import torch
 from firebox.attention.base import LatentSpec
 from firebox.attention.base import select as select_backend
 from firebox.formats.base import Cut, Slots
+from firebox.formats.kv.base import scale_slots
 from firebox.kernels.select import TORCH, select
 from firebox.layers.base import Build
 from firebox.layers.linear import Linear
@@ -87,7 +88,8 @@ class LatentAttentionBlock:
             dtype=build.dtype,
             kv_dtype=build.kv_dtype,
         )
-        self.layer, self.tables, self.norm = layer, tables, norm
+        self.layer, self.name, self.tables, self.norm = layer, name, tables, norm
+        self.kv_scales = build.kv_scales()
         self._q_rows = heads * (nope_dim + spec.rope_dim)
         first = (
             {f"{name}.q_proj": self._q_rows} if q_latent_dim is None else {f"{name}.q_a_proj": q_latent_dim}
@@ -110,8 +112,10 @@ class LatentAttentionBlock:
         self.backend: ModuleType | None = select_backend(heads, spec, build.gpu, build.attention_backend)
 
     def slots(self) -> Slots:
-        """The norms' and projections' tensors."""
+        """The norms' and projections' tensors, and the scale of the cached rows."""
         yield from self.norm.slots()
+        if self.kv_scales is not None:
+            yield from scale_slots(self.name, self.kv_scales, values=False)
         yield from self.q_and_kv_a.slots()
         if self.problem.q_latent_dim is not None:
             yield from self.q_norm.slots()

@@ -85,7 +85,8 @@ class MoeBlock:
         rows, columns = (Cut(axis, wide, label) for axis in (0, 1))
         self.shared_gate_up = Linear(build, p.hidden, gate_up, cuts=(rows, rows))
         self.shared_down = Linear(build, wide, {f"{names.shared}.{names.down}": p.hidden}, cuts=(columns,))
-        self.shared_gate = Linear(build, p.hidden, {names.shared_gate: int(p.shared_gate)})
+        shared_gate = {names.shared_gate: int(p.shared_gate)}
+        self.shared_gate = Linear(build, p.hidden, shared_gate, requantisable=False)
         self._kept_groups = kept_groups
         self._interleaved = interleaved
         self._rows, self._columns = (Cut(axis, p.inter, inter_key) for axis in (0, 1))
@@ -104,16 +105,20 @@ class MoeBlock:
             yield PlainSlot(f"{names.router}.bias", self.router_bias)
         if p.scoring == "sigmoid":
             yield PlainSlot(names.correction_bias, self.correction_bias)
-        if self._interleaved:
-            yield from self._gpt_oss()
-        else:
-            fused = (tuple(self._all_in_one()),) if names.fused else ()
-            yield OneOf((tuple(self._one_by_one()), *fused))
+        yield from self.expert_slots()
         if p.shared_experts:
             yield from self.shared_gate_up.slots()
             yield from self.shared_down.slots()
         if p.shared_gate:
             yield from self.shared_gate.slots()
+
+    def expert_slots(self) -> Slots:
+        """The routed experts' tensors: of these a token reads top_k in `experts`."""
+        if self._interleaved:
+            yield from self._gpt_oss()
+        else:
+            fused = (tuple(self._all_in_one()),) if self.names.fused else ()
+            yield OneOf((tuple(self._one_by_one()), *fused))
 
     def _one_by_one(self) -> Iterator[Slot]:
         inter, names = self.problem.inter, self.names

@@ -128,8 +128,9 @@ class MtpLayer:
 
 
 def apart(build: Build) -> Build:
-    """`build` with a list of choices of its own."""
-    return dataclasses.replace(build, choices=[])
+    """`build` with a list of choices of its own, and weights that stay as the checkpoint has them: no step
+    reads them, so --requantize has nothing to gain here."""
+    return dataclasses.replace(build, choices=[], requantisable=False)
 
 
 def stored_layers(build: Build, announced: int, prefix: Callable[[int], str]) -> int:

@@ -15,7 +15,7 @@ import torch
 
 from firebox.cache.specs import CacheSpec
 from firebox.errors import UnsupportedModel
-from firebox.layers.base import OneOf, Slots
+from firebox.layers.base import OneOf, Slot, Slots
 from firebox.layers.decoder import Decoder
 from firebox.layers.moe import MoeBlock
 from firebox.layers.mtp import MtpLayer
@@ -33,6 +33,16 @@ class Model(Protocol):
     @property
     def mtp_cache_specs(self) -> tuple[CacheSpec, ...]:
         """One per MTP layer."""
+        ...
+
+    @property
+    def kv_scales(self) -> tuple[tuple[float, float], ...]:
+        """Each layer's scales of keys and values, for a cache that has them."""
+        ...
+
+    @property
+    def mtp_kv_scales(self) -> tuple[tuple[float, float], ...]:
+        """The same of each MTP layer."""
         ...
 
     def slots(self) -> Slots:
@@ -80,9 +90,30 @@ def parameters(model: Decoder) -> Parameters:
     return Parameters(total, total - idle - embedding, embedding)
 
 
+def decode_bytes(model: Decoder, stored_bytes: Callable[[Slot], int]) -> int:
+    """Bytes of weights that one token's step reads: of the routed experts those that were chosen, of the
+    embedding nothing unless it is the output matrix too, of MTP layers nothing. `stored_bytes`: of one slot's
+    tensors. Like `parameters`, before `finish`."""
+
+    def total(slots: Slots) -> int:
+        return _total(slots, stored_bytes)
+
+    found = total(model.slots()) - sum(total(layer.slots()) for layer in model.mtp)
+    found -= 0 if model.head.tied else total(model.embedding.slots())
+    for _, mlp in model.blocks:
+        if isinstance(mlp, MoeBlock):
+            experts, chosen = mlp.problem.experts, mlp.problem.top_k
+            found -= total(mlp.expert_slots()) * (experts - chosen) // experts
+    return found
+
+
 def _numbers(slots: Slots) -> int:
-    entries = (entry.layouts[0] if isinstance(entry, OneOf) else (entry,) for entry in slots)
-    return sum(slot.target.numel() for layout in entries for slot in layout)
+    return _total(slots, lambda slot: slot.target.numel())
+
+
+def _total(slots: Slots, count: Callable[[Slot], int]) -> int:
+    layouts = (entry.layouts[0] if isinstance(entry, OneOf) else (entry,) for entry in slots)
+    return sum(count(slot) for layout in layouts for slot in layout)
 
 
 def require(config: Mapping[str, Any], key: str, *supported: Any) -> None:

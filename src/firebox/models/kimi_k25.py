@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from firebox.layers.base import OneOf, PlainSlot, Slot, Slots, WeightSlot
+from firebox.layers.base import OneOf, PlainSlot, ScaleSlot, Slot, Slots, WeightSlot
 from firebox.models import deepseek_v3, kimi_k2
 from firebox.models.base import require
 
@@ -38,6 +38,9 @@ class Model(deepseek_v3.Model):
         """Every tensor under its published name or the one that transformers 5.23 saves it under: it renames
         the vision tower's layers to `blocks`, and the language model's with them."""
         for entry in super().slots():
+            if isinstance(entry, ScaleSlot):  # optional, so the first layout would always fit
+                yield replace(entry, names=(*entry.names, *map(_saved_name, entry.names)))
+                continue
             layouts = entry.layouts if isinstance(entry, OneOf) else ((entry,),)
             yield OneOf((*layouts, *(tuple(map(_as_saved, layout)) for layout in layouts)))
 
@@ -49,11 +52,14 @@ class Model(deepseek_v3.Model):
 
 
 def _as_saved(slot: Slot) -> Slot:
-    published, saved = f"{PREFIX}model.layers.", f"{PREFIX}model.blocks."
     if isinstance(slot, PlainSlot):
-        return replace(slot, name=slot.name.replace(published, saved))
+        return replace(slot, name=_saved_name(slot.name))
     assert isinstance(slot, WeightSlot), slot
-    return replace(slot, module=slot.module.replace(published, saved))
+    return replace(slot, module=_saved_name(slot.module))
+
+
+def _saved_name(name: str) -> str:
+    return name.replace(f"{PREFIX}model.layers.", f"{PREFIX}model.blocks.")
 
 
 TINY: dict[str, Any] = {

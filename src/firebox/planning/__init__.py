@@ -1,5 +1,6 @@
 """What will run and whether it fits, answered without the GPU and without the weights: launch plan, memory
 ledger, roof.
 
-Level 8: imports models, kernels, formats, parallel, `engine.memory` and config. Empty for now.
+Level 8: imports models, kernels, formats, parallel, `engine.memory` and config. So far: `foreign`, tuning
+files of other servers.
 """

@@ -17,6 +17,7 @@ Values go where the weight is, in its own dtype: of a quantised weight, into wha
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -29,14 +30,18 @@ DECAY = (1.0, 16.0)  # exp(A_log), uniform
 STEP = (0.001, 0.1)  # softplus(dt_bias), uniform in its logarithm
 
 
-def load_dummy(model: Model, seed: int = 0) -> None:
-    """Fills every slot, the same way for the same seed and device, and lets the model finish."""
+def load_dummy(model: Model, seed: int = 0, on_filled: Callable[[Slot], None] = lambda slot: None) -> None:
+    """Fills every slot, the same way for the same seed and device, and lets the model finish. What a
+    checkpoint may lack stays as it is. `on_filled` as for `load_weights`."""
     generators: dict[torch.device, torch.Generator] = {}
     for slot in chosen_slots(model, None):
+        if all(spec.optional for spec in slot.tensors.values()):
+            continue
         device = slot.target.device
         if device not in generators:
             generators[device] = torch.Generator(device).manual_seed(seed)
         _fill(slot, generators[device])
+        on_filled(slot)
     model.finish()
 
 

@@ -21,13 +21,16 @@ from firebox.weights.checkpoint import Checkpoint
 
 
 def load_weights(
-    model: Model, checkpoint: Checkpoint, on_progress: Callable[[int, int], None] = lambda loaded, total: None
+    model: Model,
+    checkpoint: Checkpoint,
+    on_progress: Callable[[int, int], None] = lambda loaded, total: None,
+    on_filled: Callable[[Slot], None] = lambda slot: None,
 ) -> None:
     """Fills every slot from the checkpoint and lets the model finish. `on_progress(loaded_bytes,
-    total_bytes)`.
+    total_bytes)`; `on_filled` sees each slot when its target is full, and may change it.
 
     Raises CorruptShard, UnknownTensor, MissingTensor, WrongShape, UnsupportedFormat (a wrong dtype), each
-    naming the tensor; nothing is served then.
+    naming the tensor, and what `on_filled` raises; nothing is served then.
     """
     if not checkpoint.shards:
         raise CheckpointError(
@@ -40,7 +43,7 @@ def load_weights(
     _require_all(slots, checkpoint, present)
 
     with _large_blocks_go_back():
-        _fill(checkpoint, owner, present, on_progress)
+        _fill(checkpoint, owner, present, on_progress, on_filled)
     model.finish()
 
 
@@ -49,6 +52,7 @@ def _fill(
     owner: dict[str, Slot],
     present: dict[str, str],
     on_progress: Callable[[int, int], None],
+    on_filled: Callable[[Slot], None],
 ) -> None:
     waiting = Counter(id(owner[name]) for name in present if name in owner)
     held: dict[int, dict[str, torch.Tensor]] = {}
@@ -64,6 +68,7 @@ def _fill(
         pieces[name] = tensor
         if len(pieces) == waiting[id(slot)]:
             slot.fill(held.pop(id(slot)))
+            on_filled(slot)
         loaded_bytes += tensor.nbytes
         if loaded_bytes - reported_bytes > total_bytes // 100:
             reported_bytes = loaded_bytes

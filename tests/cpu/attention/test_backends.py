@@ -20,6 +20,7 @@ from firebox.cache.pool import LayerCache
 from firebox.cache.specs import LatentSpec, PagedSpec, WindowSpec
 from firebox.errors import ConfigError
 from firebox.find import load, names
+from firebox.formats.kv import bf16, float32
 from firebox.hardware.base import Gpu, find_gpu, known_gpus
 from firebox.hardware.probe import probe_cpu
 
@@ -74,7 +75,8 @@ def make(
     order = (torch.randperm(sum(owned) + 3, generator=generator) + 1).tolist()  # three pages belong to no one
     page_table = torch.zeros(len(step), max(*owned, 1) + 1, dtype=torch.int64)
     shape = (len(order) + 1, page_tokens, kv_heads, head_dim)
-    cache = LayerCache(torch.full(shape, torch.nan, dtype=dtype), torch.full(shape, torch.nan, dtype=dtype))
+    k, v = (torch.full(shape, torch.nan, dtype=dtype) for _ in range(2))
+    cache = LayerCache(k, v, float32 if dtype == torch.float32 else bf16)
     keys, values = [], []
     for r, (context, pages) in enumerate(zip(contexts, owned, strict=True)):
         page_ids = [order.pop() for _ in range(pages)]

@@ -119,6 +119,38 @@ def test_every_fp8_code(arguments: dict[str, object], format: Format, scale: tor
     assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
+def awkward_rows() -> torch.Tensor:
+    """[10, 256]: normal rows, one of zeros, one of a single number, tiny and huge ones, an outlier, numbers
+    halfway between two codes and among the subnormal ones, and every code."""
+    rows = torch.randn(10, 256, generator=torch.Generator().manual_seed(0))
+    rows[1] = 0.0
+    rows[2] = -3.7
+    rows[3] *= 1e-30
+    rows[4] *= 1e30
+    rows[5, 7] = 1e6
+    rows[6] = torch.cat((torch.tensor([448.0]), torch.arange(255) * 0.5 + 8.5))
+    rows[7] = torch.cat((torch.tensor([-448.0]), torch.arange(255) * 2**-11))
+    rows[8, :250] = 0.0
+    rows[9] = all_bytes(1, 256).view(torch.float8_e4m3fn).float().nan_to_num(0.0)
+    return rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_fp8_channel_quantises_as_the_library(dtype: torch.dtype) -> None:
+    """Bit by bit, scales and codes, in float32 arithmetic; `dtype`: of the weight as it is stored."""
+    weight = awkward_rows().clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype)
+    expected = compress("float-quantized", compressed_scheme(**FLOAT8, strategy="channel"), weight.float())
+    found = fp8_channel.quantise(weight)
+    assert set(found) == set(expected)
+    assert found["weight_scale"].dtype == torch.float32
+    assert torch.equal(found["weight_scale"], expected["weight_scale"])
+    assert torch.equal(found["weight"].view(torch.uint8), expected["weight"].view(torch.uint8))
+    assert len(found["weight"].view(torch.uint8).unique()) == 254
+    meant = fp8_channel.Format().dequantise(found, *weight.shape)
+    again = fp8_channel.quantise(meant)
+    assert torch.equal(again["weight"].view(torch.uint8), found["weight"].view(torch.uint8))
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_every_int4_code_at_every_place(symmetric: bool) -> None:
     """Each of the 16 codes at each of a word's 8 places, with each of the 16 zero points."""

@@ -33,11 +33,11 @@ def kernel(name: str, op: str | None, reason: str | None) -> ModuleType:
 def room(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     """Three kernels of one operation, one of another, and a file that is no kernel."""
     made = {
-        "alpha": kernel("alpha", "norm", "is too slow for"),
-        "beta": kernel("beta", "norm", None),
-        "gamma": kernel("gamma", "norm", "does not know"),
-        "other": kernel("other", "head", None),
-        "plan": kernel("plan", None, None),
+        "cpu_alpha": kernel("cpu_alpha", "norm", "is too slow for"),
+        "cpu_beta": kernel("cpu_beta", "norm", None),
+        "cpu_gamma": kernel("cpu_gamma", "norm", "does not know"),
+        "cpu_other": kernel("cpu_other", "head", None),
+        "cpu_plan": kernel("cpu_plan", None, None),
     }
     monkeypatch.setattr(module, "names", lambda room_name: tuple(made))
     monkeypatch.setattr(module, "load", lambda room_name, name: made[name])
@@ -46,20 +46,20 @@ def room(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
 
 def test_the_one_that_accepts_wins_and_the_losers_say_why(room: dict[str, ModuleType]) -> None:
     choice = select("norm", 64, CPU)
-    assert (choice.op, choice.name, choice.kernel) == ("norm", "beta", room["beta"])
+    assert (choice.op, choice.name, choice.kernel) == ("norm", "cpu_beta", room["cpu_beta"])
     assert choice.why == "accepts the problem"
     assert choice.losers == {
-        "alpha": "is too slow for 64 on cpu",
-        "gamma": "does not know 64 on cpu",
+        "cpu_alpha": "is too slow for 64 on cpu",
+        "cpu_gamma": "does not know 64 on cpu",
         "torch": "slower",
     }
 
 
 def test_nobody_accepts(room: dict[str, ModuleType]) -> None:
-    del room["beta"]
+    del room["cpu_beta"]
     choice = select("norm", 64, CPU)
     assert (choice.name, choice.kernel, choice.why) == ("torch", None, "no kernel accepts")
-    assert set(choice.losers) == {"alpha", "gamma"}
+    assert set(choice.losers) == {"cpu_alpha", "cpu_gamma"}
 
 
 def test_no_kernel_for_the_operation_at_all(room: dict[str, ModuleType]) -> None:
@@ -68,47 +68,49 @@ def test_no_kernel_for_the_operation_at_all(room: dict[str, ModuleType]) -> None
 
 
 def test_by_name(room: dict[str, ModuleType]) -> None:
-    choice = select("norm", 64, CPU, "beta")
-    assert (choice.kernel, choice.why) == (room["beta"], "asked for")
-    assert set(choice.losers) == {"alpha", "gamma", "torch"}
+    choice = select("norm", 64, CPU, "cpu_beta")
+    assert (choice.kernel, choice.why) == (room["cpu_beta"], "asked for")
+    assert set(choice.losers) == {"cpu_alpha", "cpu_gamma", "torch"}
 
 
 def test_the_second_that_accepts_by_name(room: dict[str, ModuleType]) -> None:
-    room["delta"] = kernel("delta", "norm", None)
-    assert select("norm", 64, CPU).name == "beta"
-    assert select("norm", 64, CPU, "delta").kernel is room["delta"]
+    room["cpu_delta"] = kernel("cpu_delta", "norm", None)
+    assert select("norm", 64, CPU).name == "cpu_beta"
+    assert select("norm", 64, CPU, "cpu_delta").kernel is room["cpu_delta"]
 
 
 def test_torch_by_name_is_no_fallback_but_a_wish(room: dict[str, ModuleType]) -> None:
     choice = select("norm", 64, CPU, "torch")
     assert (choice.name, choice.kernel, choice.why) == ("torch", None, "asked for")
-    assert choice.losers["beta"] == "torch was asked for" and choice.losers["alpha"].startswith("is too slow")
+    assert choice.losers["cpu_beta"] == "torch was asked for" and choice.losers["cpu_alpha"].startswith(
+        "is too slow"
+    )
 
 
 def test_wanted_but_does_not_accept(room: dict[str, ModuleType]) -> None:
-    with pytest.raises(ConfigError, match="kernel gamma cannot run norm: does not know 64 on cpu"):
-        select("norm", 64, CPU, "gamma")
+    with pytest.raises(ConfigError, match="kernel cpu_gamma cannot run norm: does not know 64 on cpu"):
+        select("norm", 64, CPU, "cpu_gamma")
 
 
-@pytest.mark.parametrize("wanted", ["nonsense", "other", "plan", ""])
+@pytest.mark.parametrize("wanted", ["nonsense", "cpu_other", "cpu_plan", ""])
 def test_wanted_but_unknown_names_every_one_there_is(room: dict[str, ModuleType], wanted: str) -> None:
     """A kernel of another operation is as unknown as one that does not exist."""
     with pytest.raises(ConfigError, match=f"no kernel '{wanted}' for norm") as caught:
         select("norm", 64, CPU, wanted)
     listed = str(caught.value.hint).partition(": ")[2].split(", ")
-    assert sorted(listed) == ["alpha", "beta", "gamma", "torch"]
+    assert sorted(listed) == ["cpu_alpha", "cpu_beta", "cpu_gamma", "torch"]
 
 
 # ---- the real room
 
-OPS = sorted(load("kernels", name).OP for name in names("kernels") if name.startswith("cpu_"))
+CPU_KERNELS = {name: load("kernels", name) for name in names("kernels") if name.startswith("cpu_")}
+OPS = sorted({found.OP for found in CPU_KERNELS.values()})
 
 
 def problem_of(op: str) -> tuple[str, object]:
     """A kernel of `op` and the first problem it is tested on."""
-    for name in names("kernels"):
-        found = load("kernels", name)
-        if getattr(found, "OP", None) == op:
+    for name, found in CPU_KERNELS.items():
+        if op == found.OP:
             return name, found.CASES[0][0]
     raise AssertionError(op)
 
@@ -125,8 +127,14 @@ def test_every_operation_falls_back_where_the_cpu_kernels_cannot_go(op: str) -> 
     if op != "race":  # which draws from float32 scores whatever the model computes in
         narrow = select(op, dataclasses.replace(problem, dtype=torch.bfloat16), CPU)
         assert narrow.kernel is None and "bfloat16" in narrow.losers[name]
-    elsewhere = select(op, problem, GPU)
-    assert elsewhere.kernel is None and elsewhere.losers[name] == "is made for a CPU"
+    assert CPU_KERNELS[name].accepts(problem, GPU) == "is made for a CPU"
+    assert name not in select(op, problem, GPU).losers  # it was not even asked
+
+
+def test_a_gpu_does_not_ask_cpu_kernels_nor_a_cpu_the_others(room: dict[str, ModuleType]) -> None:
+    room["delta"] = kernel("delta", "norm", None)
+    assert select("norm", 64, GPU).name == "delta"
+    assert "delta" not in select("norm", 64, CPU).losers
 
 
 def test_group_limited_routing_is_refused_with_its_number_of_groups() -> None:

@@ -19,6 +19,7 @@ from firebox.cache.pool import LayerCache, PoolSizes, allocate_pool
 from firebox.cache.specs import LatentSpec
 from firebox.formats import bf16, int4_group
 from firebox.formats.base import Format, PlainSlot, WeightSlot
+from firebox.formats.kv import float32
 from firebox.hardware.base import Gpu
 from firebox.hardware.probe import probe_cpu
 from firebox.layers.base import Build
@@ -78,7 +79,7 @@ class Layer:
             assert isinstance(slot, PlainSlot | WeightSlot)
             self._fill(slot, latent_size)
         self.block.finish()
-        self.caches = allocate_pool([spec], PoolSizes(32, PAGE), torch.float32, cpu)
+        self.caches = allocate_pool([spec], PoolSizes(32, PAGE), float32, cpu)
 
     def _fill(self, slot: PlainSlot | WeightSlot, latent_size: float) -> None:
         if isinstance(slot, PlainSlot):

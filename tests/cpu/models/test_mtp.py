@@ -4,9 +4,12 @@ own MTP model, of the formula, and of the code that trained the bundled model.""
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,21 +18,24 @@ import torch
 from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
-from firebox.cache.pool import PoolSizes, allocate_pool
+from firebox.cache.pool import PoolSizes, StateCache, allocate_pool
 from firebox.config import Config
 from firebox.engine.start import facts, make_model
 from firebox.errors import MissingTensor, UnsupportedModel, WrongShape
 from firebox.find import load
-from firebox.formats.base import OneOf, WeightSlot
+from firebox.formats.base import OneOf, Slot, WeightSlot
+from firebox.formats.kv import fp8
+from firebox.formats.kv.base import NO_SCALES, ScaleSlot
 from firebox.hardware.probe import probe_cpu
 from firebox.kernels.select import TORCH
 from firebox.layers.base import Build
 from firebox.layers.mtp import COPIED, NOT_ANNOUNCED
-from firebox.models.base import Model, parameters
+from firebox.models.base import Model, decode_bytes, parameters
 from firebox.step import Pages, Step
 from firebox.text.tokenizer import Tokenizer
 from firebox.weights.checkpoint import open_checkpoint
 from firebox.weights.load import chosen_slots, load_weights
+from firebox.weights.requantise import Requantiser, requantised_bytes, stored_bytes
 from tests.support.checkpoints import load_reference, write_checkpoint
 from tests.support.engine import InProcessEngine
 from tests.support.quantise import RECIPES, read_tensors, write_tensors
@@ -105,26 +111,34 @@ def published(layer: torch.nn.Module, name: str) -> Tensors:
     return {key: tensor.detach().clone() for key, tensor in found.items()}
 
 
-def loaded(folder: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> Model:
+def loaded(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    on_filled: Callable[[Slot], None] = lambda slot: None,
+    **settings: Any,
+) -> Model:
     checkpoint = open_checkpoint(folder)
-    build = Build(probe_cpu(), torch.device("cpu"), dtype, dtype, max_positions=4096, **settings)
+    settings = {"kv_dtype": dtype} | settings
+    build = Build(probe_cpu(), torch.device("cpu"), dtype, max_positions=4096, **settings)
     model = make_model(checkpoint, build)
     for slot in chosen_slots(model, checkpoint.names()):
-        slot.target.fill_(torch.nan)
-    load_weights(model, checkpoint)
+        if not isinstance(slot, ScaleSlot):
+            slot.target.fill_(torch.nan)
+    load_weights(model, checkpoint, on_filled=on_filled)
     return model
 
 
 class Request:
     """One request's cache over a model's layers and its MTP layers, fed a chunk at a time."""
 
-    def __init__(self, model: Model, tokens: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: Model, tokens: int, kv: str = "float32") -> None:
         page_tokens = 16
         pages = -(-tokens // page_tokens)
         specs = (*model.cache_specs, *model.mtp_cache_specs)
         sizes = PoolSizes(pages, page_tokens, states=1)
         self.model, self.page_tokens = model, page_tokens
-        self.caches = allocate_pool(specs, sizes, dtype, torch.device("cpu"))
+        scales = (*model.kv_scales, *model.mtp_kv_scales)
+        self.caches = allocate_pool(specs, sizes, load("formats.kv", kv), torch.device("cpu"), scales)
         self.table = torch.arange(1, pages + 1).unsqueeze(0)
         self.stateful = any(not hasattr(spec, "row_shapes") for spec in specs)
 
@@ -257,11 +271,73 @@ def test_a_second_draft_goes_on_from_the_first(written: Written) -> None:
 def test_it_computes_in_the_models_dtype(written: Written) -> None:
     model = loaded(written.folder, torch.bfloat16)
     assert model.mtp[0].projection.dtype == model.mtp[0].norm.weight.dtype == torch.bfloat16
-    narrow = Request(model, len(IDS), torch.bfloat16).run(IDS)
+    narrow = Request(model, len(IDS), "bf16").run(IDS)
     wide = Request(loaded(written.folder), len(IDS)).run(IDS)
     error = (narrow[2] - wide[2]).abs().mean(-1).median() / wide[2].std()
     # transformers in bf16, of deepseek_v3: 0.06 of the model's logits, 0.25 of the drafts; ours 0.07 and 0.28
     assert 1e-3 < error < 0.4
+
+
+# ---- beside an FP8 cache and --requantize
+
+
+FP8_CACHE: dict[str, Any] = {"kv_dtype": fp8.DTYPE, "kv_scaled": True}
+
+
+def rounding(scale: float) -> Any:
+    """float32 numbers that are what FP8 with this scale makes of them."""
+
+    def encode(rows: torch.Tensor, _: float) -> torch.Tensor:
+        return fp8.decode(fp8.encode(rows, scale), scale)
+
+    return SimpleNamespace(DTYPE=torch.float32, encode=encode, decode=lambda stored, _: stored)
+
+
+def test_its_cache_may_be_fp8_and_has_its_own_scales(written: Written, tmp_path: Path) -> None:
+    """The checkpoint's scales for this layer alone reach this layer alone; and its drafts are those of rows
+    that were rounded with them, the other layers' with 1.0."""
+    block = "mtp.layers.0" if "qwen" in written.folder.name else "model.layers.3"
+    scales = {f"{block}.self_attn.{part}_scale": torch.tensor(0.01) for part in "kv"}
+    config = json.loads((written.folder / "config.json").read_text())
+    write_tensors(tmp_path, config, read_tensors(written.folder) | scales)
+    model, unscaled = (loaded(folder, **FP8_CACHE) for folder in (tmp_path, written.folder))
+    v_scale = 1.0 if "deepseek" in written.folder.name else 0.01  # a latent row has one scale
+    assert model.mtp_kv_scales == (pytest.approx((0.01, v_scale)),)
+    assert {*model.kv_scales, *unscaled.kv_scales, *unscaled.mtp_kv_scales} == {NO_SCALES}
+
+    _, main, drafts = Request(model, len(IDS), "fp8").run(IDS)
+    _, _, of_one = Request(unscaled, len(IDS), "fp8").run(IDS)
+    by_hand = Request(model, len(IDS), "float32")
+    layers = len(model.cache_specs)
+    by_hand.caches = tuple(
+        store if isinstance(store, StateCache) else dataclasses.replace(store, format=rounding(scale))
+        for store, scale in zip(by_hand.caches, [1.0] * layers + [0.01], strict=True)
+    )
+    _, expected_main, expected = by_hand.run(IDS)
+    assert torch.equal(main, expected_main) and torch.equal(drafts, expected)
+    assert not torch.equal(drafts, of_one)
+
+
+def test_requantize_leaves_it_as_it_is(written: Written) -> None:
+    """No step reads it, so neither are its bytes among those of a token."""
+    requantiser = Requantiser(0.04)
+    held: dict[str, torch.Tensor] = {}
+
+    def on_filled(slot: Slot) -> None:
+        requantiser(slot)
+        (name, *_) = slot.tensors
+        if name.startswith(written.prefix) and isinstance(slot, WeightSlot):
+            held[name] = slot.target.clone()
+
+    loaded(written.folder, on_filled=on_filled)
+    stored = read_tensors(written.folder)
+    assert len(held) > 8 and all(torch.equal(held[name], stored[name]) for name in held)
+    changed = {found.module for found in requantiser.done}
+    assert "lm_head" in changed and not any(module.startswith(written.prefix) for module in changed)
+    with_layer, without = (make_model(open_checkpoint(f), meta()) for f in (written.folder, written.plain))
+    for count in (stored_bytes, requantised_bytes):
+        found, expected = (decode_bytes(model, count) for model in (with_layer, without))  # type: ignore[arg-type]
+        assert found == expected
 
 
 # ---- the bundled model, whose MTP layer is trained

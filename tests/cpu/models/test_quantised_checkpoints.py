@@ -10,15 +10,14 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from firebox.find import load
 from tests.support.checkpoints import load_reference, reference_greedy, write_checkpoint
 from tests.support.engine import InProcessEngine
 from tests.support.quantise import (
+    GPT_OSS_MXFP4,
     RECIPES,
-    compress,
-    compressed_scheme,
+    gpt_oss_in_mxfp4,
     quantise_checkpoint,
     read_tensors,
     write_tensors,
@@ -91,40 +90,13 @@ def test_it_answers_as_transformers_that_reads_the_checkpoint_itself(
     greedy(tmp_path / recipe, reference.eval())
 
 
-def mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`weight` [experts, columns, rows], as transformers stores it unquantised → blocks and scales."""
-    scheme = compressed_scheme(
-        num_bits=4, type="float", strategy="group", group_size=32, scale_dtype="torch.uint8"
-    )
-    found = [compress("mxfp4-pack-quantized", scheme, matrix.T.contiguous()) for matrix in weight]
-    blocks = torch.stack([tensors["weight_packed"].unflatten(1, (-1, 16)) for tensors in found])
-    return blocks, torch.stack([tensors["weight_scale"] for tensors in found])
-
-
 @pytest.mark.parametrize("reads", ["what the weights mean", "the blocks itself"])
 def test_gpt_oss_in_mxfp4(tmp_path: Path, reads: str) -> None:
     """With the names and shapes of openai/gpt-oss-20b."""
     config = load("models", "gpt_oss").TINY
     folder = write_checkpoint(tmp_path / "plain", config)
-    stored: dict[str, torch.Tensor] = {}
-    meant: dict[str, torch.Tensor] = {}
-    for name, tensor in read_tensors(folder).items():
-        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            blocks, scales = mxfp4(tensor)
-            stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-            meant[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
-        else:
-            stored[name] = meant[name] = tensor
-    section = {
-        "modules_to_not_convert": [
-            "model.layers.*.self_attn",
-            "model.layers.*.mlp.router",
-            "model.embed_tokens",
-            "lm_head",
-        ],
-        "quant_method": "mxfp4",
-    }
-    write_tensors(tmp_path / "mxfp4", config | {"quantization_config": section}, stored)
+    stored, meant = gpt_oss_in_mxfp4(read_tensors(folder))
+    write_tensors(tmp_path / "mxfp4", config | {"quantization_config": GPT_OSS_MXFP4}, stored)
     write_tensors(tmp_path / "meant", config, meant)
     assert stored["model.layers.0.mlp.experts.gate_up_proj_blocks"].shape == (8, 192, 2, 16)
     assert stored["model.layers.0.mlp.experts.down_proj_scales"].shape == (8, 64, 3)

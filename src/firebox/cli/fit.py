@@ -1,0 +1,107 @@
+"""`firebox fit --moe-config FILE --gpu …`: would a tuning file made for SGLang or vLLM launch there, and
+would it ever be looked up?
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from firebox.errors import ConfigError
+
+if TYPE_CHECKING:
+    from firebox.kernels.compile import Compiled
+    from firebox.planning._foreign_kernel import Tile
+    from firebox.planning._foreign_model import ExpertShape
+    from firebox.planning.foreign import Verdict
+
+WIDE_CHARACTERS = 140  # of a table that is not for a terminal
+
+
+def fit(
+    gpu: Annotated[str, typer.Option(help="what to compile for: gb10, rtx-pro-6000, h200, …")],
+    model: Annotated[str | None, typer.Argument(help="not yet: the check of a whole model")] = None,
+    moe_config: Annotated[
+        Path | None, typer.Option(help="a fused-MoE tuning file of SGLang or vLLM, under its own name")
+    ] = None,
+    of_model: Annotated[
+        str | None, typer.Option("--model", help="with --moe-config: the model that the file should be for")
+    ] = None,
+    tp: Annotated[int | None, typer.Option(help="with --model: GPUs that share an expert; default 1")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document")] = False,
+) -> None:
+    """Compiles every entry of a tuning file for a GPU that need not be here. Exit status 1 if one does not
+    fit."""
+    from firebox.hardware.base import find_gpu
+    from firebox.planning.foreign import judge
+
+    if moe_config is None:
+        raise ConfigError(
+            "fit MODEL is not there yet", hint="fit --moe-config FILE --gpu gb10 judges a tuning file"
+        )
+    if model is not None:
+        raise ConfigError(f"--moe-config takes no MODEL ({model!r})", hint=f"--model {model}")
+    verdict = judge(moe_config, find_gpu(gpu), _shape(of_model, tp))
+    if as_json:
+        print(json.dumps(verdict.document()))
+    else:
+        _show(verdict)
+    raise typer.Exit(0 if verdict.fits else 1)
+
+
+def _shape(model: str | None, tp: int | None) -> ExpertShape | None:
+    if model is None:
+        if tp is not None:
+            raise ConfigError("--tp needs --model here", hint="the file's name already holds its share")
+        return None
+    from firebox.planning._foreign_model import expert_shape
+    from firebox.text.folder import resolve_folder
+    from firebox.weights.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(resolve_folder(model))
+    cut = 1 if tp is None else tp
+    return expert_shape(model, checkpoint.model_type, checkpoint.text_config, cut)
+
+
+def _show(verdict: Verdict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{verdict.judged_as} on {verdict.gpu.name}", title_justify="left")
+    for heading in ("tokens", "tile", "warps", "stages", "bytes", "limit", "registers", "spilled"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("instruction", "native", "verdict"):
+        table.add_column(heading)
+    for key in verdict.keys:
+        table.add_row(key, *_cells(verdict.tiles[key], verdict.keys[key]))
+    console = Console(width=None if sys.stdout.isatty() else WIDE_CHARACTERS, highlight=False)
+    console.print(table)
+    print(_summary(verdict), flush=True)
+    for warning in verdict.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def _cells(tile: Tile, compiled: Compiled) -> Iterator[str]:
+    yield f"{tile.block_m}×{tile.block_n}×{tile.block_k}{' TMA' if tile.tma else ''}"
+    yield str(tile.num_warps)
+    yield str(tile.num_stages)
+    for number in (compiled.shared_bytes, compiled.limit_bytes, compiled.registers, compiled.spill_bytes):
+        yield f"{number:,}"
+    yield compiled.instruction
+    yield "yes" if compiled.native else "no"
+    yield compiled.error or ("fits" if compiled.fits else "does not fit")
+
+
+def _summary(verdict: Verdict) -> str:
+    from firebox.planning._foreign_name import SPELLED
+
+    misfits = sum(not compiled.fits for compiled in verdict.keys.values())
+    entries = len(verdict.keys)
+    who = " and ".join(SPELLED[server] for server in verdict.looked_up_by) or "no server"
+    judged = f"all {entries} entries fit" if verdict.fits else f"{misfits} of {entries} entries do not fit"
+    return f"{judged} {verdict.gpu.name}; the file's name is looked up by {who}"

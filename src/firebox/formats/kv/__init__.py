@@ -1,0 +1,1 @@
+"""How keys, values and latent rows are stored, one file a format; `--kv-cache-dtype` takes its name."""

@@ -1,0 +1,72 @@
+"""How expert weights lie in GPU memory. Checkpoints store what quantisers wrote; kernels want each thread's
+numbers next to each other, so weights are arranged once, when they are loaded.
+
+    gate_up   [experts, 2 · inter, …]   runs of 8 gate rows and 8 up rows alternate, so that a matrix
+                                        instruction leaves a gate and its up in the same thread
+    down      [experts, hidden, …]      as it is
+    words     [rows, columns / 4]       uint16, four 4-bit codes to a word: a group of 32 columns is 8 words,
+                                        and word i holds columns i, i + 8, i + 16, i + 24 of its group (of 16:
+                                        4 words; i, i + 4, …), so that each of the four is a run of columns
+      int4    code j in bits 4j … 4j + 3, stored plus 8
+      e2m1    sign and magnitude of code j where one shift brings them to a bf16's sign and top exponent bits:
+              j   sign   magnitude
+              0   15      8  7  6
+              1   12      5  4  3
+              2    9      2  1  0
+              3   14     13 11 10
+    group scales [rows, groups]         rows padded to a multiple of 16 groups, so that they load in one piece
+"""
+
+from __future__ import annotations
+
+import torch
+
+RUN = 8  # gate rows, or up rows, one behind the other
+PER_WORD = 4
+GROUPS_PADDED = 16
+INT4_BITS = tuple(tuple(range(4 * j + 3, 4 * j - 1, -1)) for j in range(PER_WORD))
+E2M1_BITS = ((15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (14, 13, 11, 10))
+
+
+def interleave(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """`gate` and `up` [..., inter, n], inter a multiple of 8 → [..., 2 · inter, n], runs of 8 in turn."""
+    runs = [half.unflatten(-2, (-1, RUN)) for half in (gate, up)]
+    return torch.stack(runs, dim=-3).flatten(-4, -2)
+
+
+def separate(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of `interleave`."""
+    runs = gate_up.unflatten(-2, (-1, 2, RUN))
+    return runs[..., 0, :, :].flatten(-3, -2), runs[..., 1, :, :].flatten(-3, -2)
+
+
+def pack_words(codes: torch.Tensor, group: int, bits: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+    """`codes` [..., columns] of 0 … 15, columns a multiple of `group` → uint16 words [..., columns / 4].
+    `bits`: where the bits of each word's four codes go, highest first."""
+    parts = codes.to(torch.int32).unflatten(-1, (-1, PER_WORD, group // PER_WORD))
+    words = torch.zeros_like(parts[..., 0, :])
+    for code, places in enumerate(bits):
+        for bit, place in zip((3, 2, 1, 0), places, strict=True):
+            words |= (parts[..., code, :] >> bit & 1) << place
+    return words.flatten(-2).to(torch.int16).view(torch.uint16)
+
+
+def unpack_words(words: torch.Tensor, group: int, bits: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+    """The inverse of `pack_words`: int32 codes [..., columns]."""
+    of_group = words.view(torch.int16).to(torch.int32).unflatten(-1, (-1, group // PER_WORD))
+    codes = []
+    for places in bits:
+        code = torch.zeros_like(of_group)
+        for bit, place in zip((3, 2, 1, 0), places, strict=True):
+            code |= (of_group >> place & 1) << bit
+        codes.append(code)
+    return torch.stack(codes, dim=-2).flatten(-3)
+
+
+def pad_groups(scales: torch.Tensor) -> torch.Tensor:
+    """`scales` [..., groups] → the same with zeros behind, up to a multiple of 16 groups."""
+    missing = -scales.shape[-1] % GROUPS_PADDED
+    if missing == 0:
+        return scales.contiguous()
+    padding = scales.new_zeros(*scales.shape[:-1], missing)
+    return torch.cat((scales, padding), dim=-1)

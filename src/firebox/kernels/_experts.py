@@ -1,0 +1,461 @@
+"""What the kernels of an expert layer share: its sizes, its weights as they lie in memory, and the device
+code of one tile.
+
+    tile   acc [ROWS, TOKENS] += w [ROWS, DEPTH] · x [TOKENS, DEPTH]ᵀ
+
+Weights are the first operand: there are many rows and few tokens, and an operand that must be decoded first
+can then be handed over in registers.
+
+A 4-bit word holds four codes (formats/layouts.py). Each of the four becomes a matrix of its own with the
+columns it stands for, so a chunk of 4-bit weights is four products. `ASM` decodes two words at a time with
+bit operations on packed pairs; without it the same in plain Triton, for the interpreter and for float16. E2M1
+codes come out of `ASM` times 2⁻¹²⁶, and the group scale brings the factor back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from firebox.formats.layouts import E2M1_BITS, INT4_BITS, separate, unpack_words
+from firebox.hardware.base import Gpu
+from firebox.kernels.launch import Launcher
+
+FORMATS = ("bf16", "fp8_tensor", "fp8_channel", "fp8_block", "int4_group", "mxfp4", "nvfp4")
+FP8 = ("fp8_tensor", "fp8_channel", "fp8_block")
+FOUR_BIT = ("int4_group", "mxfp4", "nvfp4")
+BLOCK = 128  # rows and columns of a block in fp8_block
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One expert layer on one GPU. `inter`: an expert's inner width, this GPU's share of it. `format`: of the
+    experts' weights. `activation` and its numbers as in kernels/cpu_moe_block.py; `biases`: gpt-oss's.
+    `dtype`: of hidden states, "bf16" or "f16"."""
+
+    hidden: int
+    inter: int
+    experts: int
+    top_k: int
+    format: str
+    activation: str = "silu_mul"
+    limit: float = 7.0
+    alpha: float = 1.702
+    biases: bool = False
+    dtype: str = "bf16"
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale; 0 where scales do not go by groups of columns of one row."""
+        return {"int4_group": 32, "mxfp4": 32, "nvfp4": 16}.get(self.format, 0)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of one of the two matrices of all experts. `w` [experts, rows, columns] bf16 or
+    float8_e4m3fn, or words [experts, rows, columns / 4] uint16. `scale`: of blocks [experts, rows / 128,
+    columns / 128] float32 (gate blocks, then up blocks), or of groups [experts, rows, groups padded]: bf16
+    (int4_group), uint8 E8M0 (mxfp4), float8_e4m3fn (nvfp4). `row_scale` and `bias` [experts, rows]
+    float32. Rows are interleaved where they are gate and up."""
+
+    w: torch.Tensor
+    scale: torch.Tensor | None = None
+    row_scale: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+
+WEIGHT_TYPES = {"bf16": "bf16", **dict.fromkeys(FP8, "fp8e4nv"), **dict.fromkeys(FOUR_BIT, "u16")}
+GROUP_SCALE_TYPES = {"fp8_block": "fp32", "int4_group": "bf16", "mxfp4": "u8", "nvfp4": "fp8e4nv"}
+ROW_SCALED = ("fp8_tensor", "fp8_channel", "nvfp4")
+DTYPES = {"bf16": tl.bfloat16, "f16": tl.float16}
+POINTER_NAMES = {"bf16": "bf16", "f16": "fp16"}
+
+
+def operand(problem: Problem) -> str:
+    """What weights are multiplied as where few tokens meet them: FP8 codes are exact in float16 too, and one
+    instruction makes two of them."""
+    return "f16" if problem.format in FP8 else problem.dtype
+
+
+def weight_bytes(problem: Problem) -> float:
+    """Bytes of one weight, its scales not counted."""
+    return {"bf16": 2.0, **dict.fromkeys(FP8, 1.0)}.get(problem.format, 0.5)
+
+
+def weight_arguments(
+    problem: Problem, rows: int, depth: int, *, tma: bool
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """The arguments w, tiles, scale, row_scale and bias: those that are there with their Triton types, and
+    the others as constants None."""
+    kind = WEIGHT_TYPES[problem.format]
+    present = {
+        "w": f"*{kind}",
+        "tiles": f"tensordesc<{kind}[{rows}, {depth // 4 if problem.group else depth}]>" if tma else "",
+        "scale": f"*{GROUP_SCALE_TYPES[problem.format]}" if problem.format in GROUP_SCALE_TYPES else "",
+        "row_scale": "*fp32" if problem.format in ROW_SCALED else "",
+        "bias": "*fp32" if problem.biases else "",
+    }
+    types = {name: type for name, type in present.items() if type}
+    return types, dict.fromkeys(name for name, type in present.items() if not type)
+
+
+def weight_constants(problem: Problem, columns: int, gpu: Gpu, *, interpreted: bool) -> dict[str, Any]:
+    """The constants that every kernel here has. `columns`: of the matrix."""
+    multiply = operand(problem)
+    return {
+        "HIDDEN": problem.hidden,
+        "INTER": problem.inter,
+        "GROUPS": -(-columns // problem.group // 16) * 16 if problem.group else 0,
+        "FORMAT": problem.format,
+        "DTYPE": DTYPES[multiply],
+        "GROUP": problem.group,
+        "ASM": problem.group > 0 and multiply == "bf16" and not interpreted,
+        "PDL": "pdl" in gpu.facts and not interpreted,
+    }
+
+
+def pipeline_depths(columns: int, problem: Problem, *, remainder: bool) -> tuple[int, ...]:
+    """Columns of a pipeline step. `remainder`: what is left behind the last whole step may be a tile too.
+
+    Only for few tokens: with a product of shared-memory operands behind the loop, Triton 3.6 reads past its
+    shared memory on sm_90 (FP8, 320 columns in steps of 128; found by compute-sanitizer, 2026-11-21)."""
+    least_depth = 64 if problem.group else 32  # a quarter of a 4-bit step is an operand 16 columns wide
+    depths = tuple(d for d in (32, 64, 128, 256, 512) if d >= least_depth)
+    depths = (BLOCK,) if problem.format == "fp8_block" else depths
+    least = max(32, problem.group * 2)
+    fits = (lambda left: _power_of_2_or_0(left, least)) if remainder else (lambda left: left == 0)
+    return tuple(d for d in depths if d <= columns and fits(columns % d))
+
+
+def _power_of_2_or_0(left: int, least: int) -> bool:
+    return left == 0 or (left >= least and left & (left - 1) == 0)
+
+
+def refuse(problem: Problem) -> str | None:
+    """Why no kernel of this family can run the problem on any GPU, or None."""
+    if problem.format not in FORMATS:
+        return f"knows no {problem.format} weights"
+    if problem.inter % 8 or problem.hidden % 16:
+        return f"needs inter a multiple of 8 and hidden of 16, not {problem.inter} and {problem.hidden}"
+    unit = BLOCK if problem.format == "fp8_block" else problem.group or 16
+    if problem.inter % unit or problem.hidden % unit:
+        return f"needs both widths a multiple of {unit} in {problem.format}"
+    return None
+
+
+def bound(launcher: Launcher, weights: Weights) -> dict[str, Any]:
+    """The weights as the launch's arguments; a tensor descriptor is made where it wants one."""
+    signature = launcher.request.signature
+    found = {
+        name: getattr(weights, name) for name in ("w", "scale", "row_scale", "bias") if name in signature
+    }
+    if "tiles" in signature:
+        matrix = weights.w.flatten(0, 1)
+        box = [int(size) for size in signature["tiles"].partition("[")[2].rstrip("]>").split(",")]
+        found["tiles"] = TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), box)
+    return found
+
+
+def dequantised(problem: Problem, weights: Weights, expert: int, *, halves: bool) -> torch.Tensor:
+    """One expert's matrix [rows, columns] in float32, as the formats mean it; `halves`: gate rows, then up
+    rows. The kernels' oracle."""
+    w, scale = weights.w[expert], None if weights.scale is None else weights.scale[expert]
+    if problem.format in FOUR_BIT:
+        assert scale is not None
+        bits = INT4_BITS if problem.format == "int4_group" else E2M1_BITS
+        codes = unpack_words(w, problem.group, bits)
+        values = codes.float() - 8 if problem.format == "int4_group" else _e2m1(codes)
+        groups = values.shape[-1] // problem.group
+        factors = torch.exp2(scale.float() - 127) if problem.format == "mxfp4" else scale.float()
+        matrix = values * factors[:, :groups].repeat_interleave(problem.group, 1)
+    else:
+        matrix = w.float()
+        if problem.format == "fp8_block":
+            assert scale is not None
+            wide = scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+            if halves:  # the scales are not interleaved, the rows are
+                return torch.cat(separate(matrix)) * wide
+            return matrix * wide
+    if weights.row_scale is not None:
+        matrix = matrix * weights.row_scale[expert].unsqueeze(-1)
+    return torch.cat(separate(matrix)) if halves else matrix
+
+
+def biases_of(weights: Weights, expert: int, *, halves: bool) -> torch.Tensor | float:
+    """One expert's biases [rows], gate then up if `halves`; 0 without."""
+    if weights.bias is None:
+        return 0.0
+    bias = weights.bias[expert].unsqueeze(-1)
+    return (torch.cat(separate(bias)) if halves else bias).squeeze(-1)
+
+
+def activated(problem: Problem, gate_up: torch.Tensor) -> torch.Tensor:
+    """`gate_up` [rows, 2 · inter], gate first → [rows, inter], in float32."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    if problem.activation == "silu_mul":
+        return gate * gate.sigmoid() * up
+    gate, up = gate.clamp(max=problem.limit), up.clamp(-problem.limit, problem.limit)
+    return (up + 1) * gate * (gate * problem.alpha).sigmoid()
+
+
+def _e2m1(codes: torch.Tensor) -> torch.Tensor:
+    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=codes.device)
+    values = magnitudes[codes.long() & 7]
+    return torch.where(codes >= 8, -values, values)
+
+
+# ---- device code
+
+
+@triton.jit
+def wait_for_launch_before(PDL: tl.constexpr):
+    """Programmatic dependent launch: nothing the launch before wrote is read above this line."""
+    if PDL:
+        gdc_wait()
+
+
+@triton.jit
+def let_next_launch_begin(PDL: tl.constexpr):
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def int4_asm(words):
+    """128 + code is a bf16 with the code in its last bits."""
+    return tl.inline_asm_elementwise(
+        """{ .reg .b32 a, b, c, d, one, minus;
+        mov.b32 one, 0x3F803F80; mov.b32 minus, 0xC308C308;
+        lop3.b32 a, $4, 0x000F000F, 0x43004300, 0xEA;
+        shr.u32 b, $4, 4; lop3.b32 b, b, 0x000F000F, 0x43004300, 0xEA;
+        shr.u32 c, $4, 8; lop3.b32 c, c, 0x000F000F, 0x43004300, 0xEA;
+        shr.u32 d, $4, 12; lop3.b32 d, d, 0x000F000F, 0x43004300, 0xEA;
+        fma.rn.bf16x2 $0, a, one, minus; fma.rn.bf16x2 $1, b, one, minus;
+        fma.rn.bf16x2 $2, c, one, minus; fma.rn.bf16x2 $3, d, one, minus; }""",
+        "=r,=r,=r,=r,r",
+        [words],
+        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def e2m1_asm(words):
+    """Sign to bit 15, magnitude to bits 8 … 6: the value times 2⁻¹²⁶, also where it is subnormal."""
+    return tl.inline_asm_elementwise(
+        """{ .reg .b32 a, b, c;
+        and.b32 $0, $4, 0x81C081C0;
+        shl.b32 a, $4, 3; and.b32 $1, a, 0x81C081C0;
+        shl.b32 a, $4, 6; and.b32 $2, a, 0x81C081C0;
+        shl.b32 a, $4, 1; shr.u32 b, $4, 5; shr.u32 c, $4, 4;
+        and.b32 a, a, 0x80008000; and.b32 b, b, 0x01000100;
+        lop3.b32 a, a, c, 0x00C000C0, 0xF8; or.b32 $3, a, b; }""",
+        "=r,=r,=r,=r,r",
+        [words],
+        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def _e2m1_value(sign, magnitude, DTYPE: tl.constexpr):
+    exponent = magnitude >> 1
+    half_steps = tl.where(exponent == 0, magnitude & 1, 2 + (magnitude & 1))
+    value = half_steps.to(tl.float32) * 0.5
+    value *= tl.where(exponent == 3, 4.0, tl.where(exponent == 2, 2.0, 1.0))
+    return tl.where(sign != 0, -value, value).to(DTYPE)
+
+
+@triton.jit
+def e2m1_plain(words, DTYPE: tl.constexpr):
+    w = words.to(tl.int32)
+    return (
+        _e2m1_value(w >> 15 & 1, w >> 6 & 7, DTYPE),
+        _e2m1_value(w >> 12 & 1, w >> 3 & 7, DTYPE),
+        _e2m1_value(w >> 9 & 1, w & 7, DTYPE),
+        _e2m1_value(w >> 14 & 1, (w >> 11 & 4) | (w >> 10 & 3), DTYPE),
+    )
+
+
+@triton.jit
+def int4_plain(words, DTYPE: tl.constexpr):
+    w = words.to(tl.int32)
+    return (
+        ((w & 15) - 8).to(DTYPE),
+        ((w >> 4 & 15) - 8).to(DTYPE),
+        ((w >> 8 & 15) - 8).to(DTYPE),
+        ((w >> 12 & 15) - 8).to(DTYPE),
+    )
+
+
+@triton.jit
+def decode(words, FORMAT: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """Words [ROWS, DEPTH / 4] → four matrices of the same shape, without their group scales."""
+    if ASM:
+        if FORMAT == "int4_group":
+            return int4_asm(words)
+        else:
+            return e2m1_asm(words)
+    else:
+        if FORMAT == "int4_group":
+            return int4_plain(words, DTYPE)
+        else:
+            return e2m1_plain(words, DTYPE)
+
+
+@triton.jit
+def group_scales(
+    scale, first, live, ROWS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    FORMAT: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """The scales of DEPTH columns from `first` on, for each word [ROWS, DEPTH / 4]. `scale` points at rows
+    [ROWS, 1]; `live` masks groups that are not there (None: all are).
+
+    With ASM the codes are times 2⁻¹²⁶. E8M0 takes that back exactly: its exponent plus 126. NVFP4's scale, up
+    to 448, would overflow, so it takes back 2¹¹⁸, and the row's scale the last 2⁸."""
+    group = first // GROUP + tl.arange(0, DEPTH // GROUP)
+    if live is None:
+        stored = tl.load(scale + group[None, :])
+    else:
+        stored = tl.load(scale + group[None, :], mask=live[None, :], other=0.0)
+    if FORMAT == "mxfp4":
+        if ASM:
+            factor = ((stored.to(tl.int16) + 126) << 7).to(tl.bfloat16, bitcast=True)
+        else:
+            factor = tl.exp2(stored.to(tl.float32) - 127.0).to(DTYPE)
+    else:
+        factor = stored.to(tl.float32).to(DTYPE)
+        if FORMAT == "nvfp4" and ASM:
+            factor = (stored.to(tl.float32) * 3.3230699894622253e35).to(DTYPE)  # 2¹¹⁸
+    wide = tl.broadcast_to(factor[:, :, None], (ROWS, DEPTH // GROUP, GROUP // 4))
+    return tl.reshape(wide, (ROWS, DEPTH // 4))
+
+
+@triton.jit
+def four_products(
+    acc, words, wide_scale, x, token_live, first, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    FORMAT: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """acc + Σ over the four codes of a word. `x` points at rows [TOKENS, 1]. MASKED: columns from COLUMNS on
+    are not there."""
+    RUN: tl.constexpr = GROUP // 4
+    i = tl.arange(0, DEPTH // 4)
+    column = first + (i // RUN) * GROUP + i % RUN
+    live = token_live[:, None]
+    if MASKED:
+        live = live & (column < COLUMNS)[None, :]
+    x0 = tl.load(x + column[None, :], mask=live, other=0.0)
+    x1 = tl.load(x + (column + RUN)[None, :], mask=live, other=0.0)
+    x2 = tl.load(x + (column + 2 * RUN)[None, :], mask=live, other=0.0)
+    x3 = tl.load(x + (column + 3 * RUN)[None, :], mask=live, other=0.0)
+    w0, w1, w2, w3 = decode(words, FORMAT, DTYPE, ASM)
+    acc = tl.dot(w0 * wide_scale, tl.trans(x0), acc)
+    acc = tl.dot(w1 * wide_scale, tl.trans(x1), acc)
+    acc = tl.dot(w2 * wide_scale, tl.trans(x2), acc)
+    return tl.dot(w3 * wide_scale, tl.trans(x3), acc)
+
+
+@triton.jit
+def chunk(
+    acc, w, tiles, first_row, rows, scale, x, x_scale, token_live, first,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr,
+    GROUP: tl.constexpr, X_GROUP: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """acc [ROWS, TOKENS] += the columns `first` … first + DEPTH. `w` points at the expert's matrix, `tiles`
+    is a tensor descriptor of all experts' or None. DTYPE: what weights are turned into, None for a product of
+    their own type. X_GROUP: columns of x that share an `x_scale` (0: nothing to apply here)."""
+    if GROUP > 0:
+        if tiles is None:
+            i = first // 4 + tl.arange(0, DEPTH // 4)
+            words = tl.load(w + rows[:, None] * (COLUMNS // 4) + i[None, :], eviction_policy="evict_first")
+        else:
+            words = tiles.load([first_row, first // 4])
+        wide = group_scales(scale, first, None, ROWS, DEPTH, GROUP, FORMAT, DTYPE, ASM)
+        acc = four_products(
+            acc, words, wide, x, token_live, first, COLUMNS, DEPTH, GROUP, FORMAT, DTYPE, ASM, False
+        )
+    else:
+        i = first + tl.arange(0, DEPTH)
+        if tiles is None:
+            wt = tl.load(w + rows[:, None] * COLUMNS + i[None, :], eviction_policy="evict_first")
+        else:
+            wt = tiles.load([first_row, first])
+        xt = tl.load(x + i[None, :], mask=token_live[:, None], other=0.0)
+        if DTYPE is not None:
+            wt = wt.to(DTYPE)
+            xt = xt.to(DTYPE)
+        if X_GROUP > 0 or scale is not None:
+            part = tl.dot(wt, tl.trans(xt))
+            if X_GROUP > 0:
+                part *= tl.load(x_scale + first // X_GROUP, mask=token_live, other=0.0)[None, :]
+            if scale is not None:
+                part *= tl.load(scale + first // 128)
+            acc += part
+        else:
+            acc = tl.dot(wt, tl.trans(xt), acc)
+    return acc
+
+
+@triton.jit
+def tile(
+    w, tiles, first_row, rows, scale, x, x_scale, token_live,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
+    FORMAT: tl.constexpr,
+    DTYPE: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Σ over all columns: chunks of DEPTH in a pipeline of STAGES, then what is left."""
+    acc = tl.zeros((ROWS, TOKENS), tl.float32)
+    WHOLE: tl.constexpr = COLUMNS // DEPTH * DEPTH
+    for first in tl.range(0, WHOLE, DEPTH, num_stages=STAGES):
+        acc = chunk(
+            acc, w, tiles, first_row, rows, scale, x, x_scale, token_live, first,
+            COLUMNS, ROWS, DEPTH, FORMAT, DTYPE, GROUP, X_GROUP, ASM,
+        )  # fmt: skip
+    if WHOLE < COLUMNS:
+        acc = chunk(
+            acc, w, None, first_row, rows, scale, x, x_scale, token_live, WHOLE,
+            COLUMNS, ROWS, COLUMNS - WHOLE, FORMAT, DTYPE, GROUP, X_GROUP, ASM,
+        )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def row_factors(row_scale, at, FORMAT: tl.constexpr, ASM: tl.constexpr):
+    """The rows' scales [ROWS] at the places `at`; with what `group_scales` left of NVFP4's factor."""
+    factor = tl.load(row_scale + at)
+    if FORMAT == "nvfp4" and ASM:
+        factor *= 256.0
+    return factor
+
+
+@triton.jit
+def block_of_row(rows, INTER: tl.constexpr):
+    """Interleaved row → its block of 128 rows; gate blocks stand before up blocks."""
+    return (rows // 16 * 8 + rows % 8 + rows // 8 % 2 * INTER) // 128
+
+
+@triton.jit
+def activation(
+    acc, ROWS: tl.constexpr, TOKENS: tl.constexpr, CLAMPED: tl.constexpr, LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+):  # fmt: skip
+    """`acc` [ROWS, TOKENS] of interleaved gate and up rows → [ROWS / 2, TOKENS]."""
+    runs = tl.permute(tl.reshape(acc, (ROWS // 16, 2, 8, TOKENS)), (0, 2, 3, 1))
+    gate, up = tl.split(runs)
+    gate = tl.reshape(gate, (ROWS // 2, TOKENS))
+    up = tl.reshape(up, (ROWS // 2, TOKENS))
+    if CLAMPED:
+        gate = tl.minimum(gate, LIMIT)
+        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+        return (up + 1) * gate * tl.sigmoid(ALPHA * gate)
+    else:
+        return gate * tl.sigmoid(gate) * up

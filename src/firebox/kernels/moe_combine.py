@@ -1,0 +1,79 @@
+"""Adds up each token's experts: out_t = Σ_k y[t · top_k + k], in this order and in float32.
+
+y [tokens · top_k, hidden] bf16, routing weights already in it; out [tokens, hidden] bf16.
+
+Source: own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from firebox.hardware.base import Gpu
+from firebox.kernels._experts import POINTER_NAMES, let_next_launch_begin, wait_for_launch_before
+from firebox.kernels.compile import CompileRequest
+from firebox.kernels.launch import Launcher
+
+# ---- 1. the problem
+
+OP = "moe_combine"
+COLUMNS = 1024  # that one program adds up
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`dtype`: of y and out, "bf16" or "f16"."""
+
+    hidden: int
+    top_k: int
+    dtype: str = "bf16"
+
+
+def accepts(problem: Problem, gpu: Gpu) -> str | None:
+    """NVIDIA GPUs."""
+    return None if gpu.kind == "cuda" else "is made for NVIDIA GPUs"
+
+
+# ---- 2. the device code
+
+
+@triton.jit
+def add_experts(y, out, HIDDEN: tl.constexpr, TOP_K: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr):
+    wait_for_launch_before(PDL)
+    let_next_launch_begin(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    there = column < HIDDEN
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for k in tl.static_range(TOP_K):
+        total += tl.load(y + (token * TOP_K + k) * HIDDEN + column, mask=there, other=0.0).to(tl.float32)
+    tl.store(out + token * HIDDEN + column, total.to(out.dtype.element_ty), mask=there)
+
+
+# ---- 3. the launch
+
+
+def request(problem: Problem, gpu: Gpu, *, interpreted: bool = False) -> CompileRequest:
+    """One compile for any number of tokens."""
+    pdl = "pdl" in gpu.facts and not interpreted
+    signature = dict.fromkeys(("y", "out"), f"*{POINTER_NAMES[problem.dtype]}")
+    constants = {"HIDDEN": problem.hidden, "TOP_K": problem.top_k, "COLUMNS": COLUMNS, "PDL": pdl}
+    options = {"launch_pdl": True} if pdl else {}
+    return CompileRequest(add_experts, signature, constants, gpu, ("y", "out"), num_warps=4, options=options)
+
+
+def run(launcher: Launcher, y: torch.Tensor, out: torch.Tensor) -> None:
+    """Writes `out` [tokens, hidden]."""
+    launcher((out.shape[0], -(-out.shape[1] // COLUMNS), 1), y=y, out=out)
+
+
+# ---- 4. the reference
+
+
+def reference(problem: Problem, y: torch.Tensor) -> torch.Tensor:
+    """out in float32."""
+    return y.float().unflatten(0, (-1, problem.top_k)).sum(1)

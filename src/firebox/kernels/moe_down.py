@@ -1,0 +1,201 @@
+"""The second half of an expert layer for many tokens, sorted by expert (kernels/moe_sort.py):
+
+    y_p = weight_p · down_e · h_i     for the i-th choice in `order`: place p, expert e
+
+h and h_scale as kernels/moe_gate_up.py leaves them; routing_weights [tokens, top_k] float32; y [choices,
+hidden] bf16 by place, so that kernels/moe_combine.py finds a token's experts next to each other. Accumulation
+in float32.
+
+Source: own. Measured: H200, 2026-11-21, docs/log/2026-11-21-expert-kernels.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from firebox.hardware.base import Gpu
+from firebox.kernels import _experts
+from firebox.kernels._experts import (
+    Problem,
+    Weights,
+    let_next_launch_begin,
+    row_factors,
+    tile,
+    wait_for_launch_before,
+)
+from firebox.kernels.compile import CompileRequest
+from firebox.kernels.launch import Launcher
+from firebox.kernels.moe_gate_up import Config, inner_group, quantised
+from firebox.kernels.moe_gate_up_few import accepts
+
+__all__ = ["Config", "accepts"]
+
+# ---- 1. the problem
+
+OP = "moe_down"
+
+
+def depths(problem: Problem) -> tuple[int, ...]:
+    """Columns of a pipeline step: in FP8 as many as share a scale."""
+    if quantised(problem):
+        return (inner_group(problem),)
+    return tuple(d for d in _experts.pipeline_depths(problem.inter, problem, remainder=False) if d <= 128)
+
+
+def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
+    """Tiles of `tokens` choices that are worth compiling."""
+    for rows in (64, 128, 256):
+        for depth in depths(problem):
+            for warps in (4, 8):
+                if problem.hidden % rows or not 16 <= rows * tokens / (32 * warps) <= 160:
+                    continue
+                for stages in (3, 4):
+                    config = Config(rows, tokens, depth, warps, stages)
+                    yield config
+                    if "tma" in gpu.facts:
+                        yield replace(config, tma=True)
+
+
+def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
+    """A tile that fits everywhere, for want of a tuned one."""
+    rows = next(rows for rows in (128, 64, 32, 16) if problem.hidden % rows == 0)
+    depth = max(depths(problem))
+    return Config(rows, tokens, min(depth, 64 if problem.format == "bf16" else 128), 4, 3)
+
+
+# ---- 2. the device code
+
+
+@triton.jit
+def down_sorted(
+    h, h_scale, w, tiles, scale, row_scale, bias, order, blocks, routing_weights, y,
+    HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    DEPTH: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr,
+    H_GROUP: tl.constexpr,
+    STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    wait_for_launch_before(PDL)
+    let_next_launch_begin(PDL)
+    n = tl.program_id(0)
+    entry = blocks + tl.program_id(1) * 3
+    count = tl.load(entry + 2)
+    if count == 0:
+        return
+    expert = tl.load(entry)
+    first = tl.load(entry + 1)
+    i = tl.arange(0, TOKENS)
+    live = i < count
+    place = tl.load(order + first + i, mask=live, other=0)
+    weight = tl.load(routing_weights + place, mask=live, other=0.0)
+    e = expert.to(tl.int64)
+    rows = n * ROWS + tl.arange(0, ROWS)
+    scale_of_row = None
+    if GROUP > 0:
+        matrix = w + e * (HIDDEN * (INTER // 4))
+        scale_of_row = scale + e * (HIDDEN * GROUPS) + rows[:, None] * GROUPS
+    else:
+        matrix = w + e * (HIDDEN * INTER)
+        if scale is not None:
+            scale_of_row = scale + (e * (HIDDEN // 128) + rows // 128)[:, None] * (INTER // 128)
+    at = (first + i).to(tl.int64)
+    scale_of_choice = None
+    if h_scale is not None:
+        scale_of_choice = h_scale + at * (INTER // H_GROUP)
+    acc = tile(
+        matrix, tiles, expert * HIDDEN + n * ROWS, rows, scale_of_row, h + at[:, None] * INTER,
+        scale_of_choice, live,
+        INTER, ROWS, TOKENS, DEPTH, FORMAT, DTYPE, GROUP, H_GROUP, STAGES, ASM,
+    )  # fmt: skip
+    if row_scale is not None:
+        acc *= row_factors(row_scale, e * HIDDEN + rows, FORMAT, ASM)[:, None]
+    if bias is not None:
+        acc += tl.load(bias + e * HIDDEN + rows)[:, None]
+    acc *= weight[None, :]
+    tl.store(
+        y + place[None, :].to(tl.int64) * HIDDEN + rows[:, None],
+        acc.to(y.dtype.element_ty),
+        mask=live[None, :],
+    )
+
+
+# ---- 3. the launch
+
+
+def request(problem: Problem, config: Config, gpu: Gpu, *, interpreted: bool = False) -> CompileRequest:
+    """One compile for any number of tokens."""
+    types, absent = _experts.weight_arguments(problem, config.rows, config.depth, tma=config.tma)
+    native = quantised(problem)
+    plain = f"*{_experts.POINTER_NAMES[problem.dtype]}"
+    types |= {"h": "*fp8e4nv" if native else plain, "y": plain, "routing_weights": "*fp32"}
+    types |= {"order": "*i32", "blocks": "*i32"} | ({"h_scale": "*fp32"} if native else {})
+    absent |= {} if native else {"h_scale": None}
+    constants: dict[str, Any] = _experts.weight_constants(
+        problem, problem.inter, gpu, interpreted=interpreted
+    )
+    constants |= {
+        "DTYPE": None if native else constants["DTYPE"],
+        "ROWS": config.rows,
+        "TOKENS": config.tokens,
+        "DEPTH": config.depth,
+        "H_GROUP": inner_group(problem),
+        "STAGES": config.stages,
+    }
+    return CompileRequest(
+        down_sorted,
+        types,
+        absent | constants,
+        gpu,
+        tuple(name for name, type in types.items() if type.startswith("*")),
+        num_warps=config.warps,
+        num_stages=config.stages,
+        options={"launch_pdl": True} if constants["PDL"] else {},
+        declares=("fp8",) if native else (problem.dtype,),
+    )
+
+
+def run(
+    launcher: Launcher,
+    problem: Problem,
+    h: torch.Tensor,
+    h_scale: torch.Tensor | None,
+    weights: Weights,
+    order: torch.Tensor,
+    blocks: torch.Tensor,
+    routing_weights: torch.Tensor,
+    y: torch.Tensor,
+) -> None:
+    """Writes `y` [choices, hidden]; one row of programs for each of `blocks` [n, 3]."""
+    arguments = _experts.bound(launcher, weights)
+    if h_scale is not None:
+        arguments["h_scale"] = h_scale
+    grid = (problem.hidden // launcher.request.constexprs["ROWS"], blocks.shape[0], 1)
+    launcher(grid, **arguments, h=h, order=order, blocks=blocks, routing_weights=routing_weights, y=y)
+
+
+# ---- 4. the reference
+
+
+def reference(
+    problem: Problem,
+    h: torch.Tensor,
+    weights: Weights,
+    expert_ids: torch.Tensor,
+    order: torch.Tensor,
+    routing_weights: torch.Tensor,
+) -> torch.Tensor:
+    """y [choices, hidden] in float32, by place. `h` as the kernel takes it, dequantised."""
+    y = h.new_zeros(order.numel(), problem.hidden, dtype=torch.float32)
+    places, experts = order.long(), expert_ids.flatten()[order.long()]
+    for expert in experts.unique().tolist():
+        mine = torch.where(experts == expert)[0]
+        matrix = _experts.dequantised(problem, weights, expert, halves=False)
+        bias = _experts.biases_of(weights, expert, halves=False)
+        weight = routing_weights.flatten()[places[mine]].unsqueeze(-1)
+        y[places[mine]] = (h[mine].float() @ matrix.T + bias) * weight
+    return y

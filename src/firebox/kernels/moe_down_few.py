@@ -1,0 +1,374 @@
+"""The second half of an expert layer for few tokens (1 to 64): for every token t, with p the place of each of
+its choices,
+
+    out_t = Σ_p weight_p · down_{expert_p} · h_p
+
+h [tokens · top_k, inter] and table as kernels/moe_gate_up_few.py leaves them; routing_weights [tokens, top_k]
+float32; out [tokens, hidden] bf16. Each choice's product is rounded to float32 only, the sum over the choices
+goes in their order and in float32: it does not depend on the batch or on which program ends first.
+
+A program takes ROWS rows of one expert and writes its tokens' products to `partial` [tokens · top_k, hidden]
+float32; the last one of each ROWS (a counter says so; it is zero before and after) adds them up. With DEPTH 0
+the program reads its whole tile before the launch before has ended, which hides most of the memory's latency
+behind the first half: up to 8 tokens, where the tile is small.
+
+Source: own. Measured: H200, 2026-11-21, docs/log/2026-11-21-expert-kernels.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+
+from firebox.hardware.base import Gpu
+from firebox.kernels import _experts
+from firebox.kernels._experts import (
+    Problem,
+    Weights,
+    four_products,
+    group_scales,
+    let_next_launch_begin,
+    row_factors,
+    tile,
+    wait_for_launch_before,
+)
+from firebox.kernels.compile import CompileRequest
+from firebox.kernels.launch import Launcher
+from firebox.kernels.moe_gate_up_few import COLUMNS_UP_TO, MAX_TOKENS, accepts, mode, padded, programs
+
+__all__ = ["MAX_TOKENS", "accepts"]
+
+# ---- 1. the problem
+
+OP = "moe_down"
+SUMMED_TOKENS = 8  # tokens whose choices the last program adds up at a time
+
+
+@dataclass(frozen=True)
+class Config:
+    """As in moe_gate_up_few; `depth` 0: the whole width at once."""
+
+    rows: int = 64
+    tokens: int = 8
+    depth: int = 128
+    many: int = 16
+    warps: int = 4
+    stages: int = 3
+    tma: bool = False
+
+
+def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
+    """Tiles that are worth compiling."""
+    width = _experts.weight_bytes(problem)
+    for rows in (16, 32, 64, 128, 256):
+        if problem.hidden % rows:
+            continue
+        for warps in (1, 2, 4, 8):
+            per_thread_bytes = rows * triton.next_power_of_2(problem.inter) * width / (32 * warps)
+            if tokens <= COLUMNS_UP_TO and 32 <= per_thread_bytes <= 384:
+                yield Config(rows, COLUMNS_UP_TO, 0, 16, warps, 1)
+        for depth in _experts.pipeline_depths(problem.inter, problem, remainder=True):
+            chunk_bytes = rows * depth * width
+            for warps in (1, 2, 4, 8):
+                if rows // 16 < warps // 2 or not 1024 <= chunk_bytes / warps <= 16384:
+                    continue
+                for stages in (2, 3):
+                    if 4096 <= chunk_bytes * stages <= gpu.smem_per_block_bytes:
+                        config = Config(rows, COLUMNS_UP_TO, depth, 16, warps, stages)
+                        yield config
+                        if "tma" in gpu.facts and (depth // 4 if problem.group else depth) <= 256:
+                            yield replace(config, tma=True)
+
+
+def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
+    """A tile that fits everywhere, for want of a tuned one."""
+    rows = next(rows for rows in (64, 32, 16) if problem.hidden % rows == 0)
+    depths = _experts.pipeline_depths(problem.inter, problem, remainder=True)
+    depth = max(d for d in depths if d <= (128 if problem.group == 0 else 256))
+    return Config(rows=rows, depth=depth, warps=rows // 16)
+
+
+# ---- 2. the device code
+
+
+@triton.jit
+def _store(acc, factor, bias, routing_weights, partial, rows, place, live, HIDDEN: tl.constexpr):
+    if factor is not None:
+        acc *= factor[:, None]
+    if bias is not None:
+        acc += bias[:, None]
+    acc *= tl.load(routing_weights + place, mask=live, other=0.0)[None, :]
+    tl.store(partial + place[None, :].to(tl.int64) * HIDDEN + rows[:, None], acc, mask=live[None, :])
+
+
+@triton.jit
+def _pass(
+    h, matrix, tiles, first_row, rows, scale, factor, bias, routing_weights, partial, place, live,
+    HIDDEN: tl.constexpr, INTER: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
+    FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    row_of_h = h + place[:, None].to(tl.int64) * INTER
+    acc = tile(
+        matrix, tiles, first_row, rows, scale, row_of_h, None, live,
+        INTER, ROWS, TOKENS, DEPTH, FORMAT, DTYPE, GROUP, 0, STAGES, ASM,
+    )  # fmt: skip
+    _store(acc, factor, bias, routing_weights, partial, rows, place, live, HIDDEN)
+
+
+@triton.jit
+def _whole_tile(
+    h, matrix, scale, factor, bias, routing_weights, partial, rows, first_in_expert, place, live,
+    HIDDEN: tl.constexpr, INTER: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """The weights first, then the wait, then h. WIDE: INTER up to a power of two."""
+    row_of_h = h + place[:, None].to(tl.int64) * INTER
+    acc = tl.zeros((ROWS, TOKENS), tl.float32)
+    if GROUP > 0:
+        i = tl.arange(0, WIDE // 4)
+        words = tl.load(
+            matrix + rows[:, None] * (INTER // 4) + i[None, :], mask=(i < INTER // 4)[None, :], other=0
+        )
+        groups_live = tl.arange(0, WIDE // GROUP) < INTER // GROUP
+        wide = group_scales(scale, 0, groups_live, ROWS, WIDE, GROUP, FORMAT, DTYPE, ASM)
+        wait_for_launch_before(PDL)
+        acc = four_products(
+            acc, words, wide, row_of_h, live, 0, INTER, WIDE, GROUP, FORMAT, DTYPE, ASM, WIDE > INTER
+        )
+    else:
+        i = tl.arange(0, WIDE)
+        there = i < INTER
+        w = tl.load(matrix + rows[:, None] * INTER + i[None, :], mask=there[None, :], other=0.0)
+        if scale is not None:  # all ROWS lie in one block of rows: its scales can go to h
+            of_column = tl.load(
+                scale + first_in_expert // 128 * (INTER // 128) + i // 128, mask=there, other=0.0
+            )
+            largest = tl.max(of_column, axis=0)
+        wait_for_launch_before(PDL)
+        x = tl.load(row_of_h + i[None, :], mask=live[:, None] & there[None, :], other=0.0)
+        if scale is not None:
+            x = x.to(tl.float32) * (of_column / largest)[None, :]
+            acc = tl.dot(w.to(DTYPE), tl.trans(x.to(DTYPE)), acc) * largest
+        else:
+            acc = tl.dot(w.to(DTYPE), tl.trans(x.to(DTYPE)), acc)
+    _store(acc, factor, bias, routing_weights, partial, rows, place, live, HIDDEN)
+
+
+@triton.jit
+def _add_up(
+    partial, out, tokens, rows, TOP_K: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr,
+    SUMMED: tl.constexpr,
+):  # fmt: skip
+    """Around the L1 cache (.cg), which may hold what stood there before."""
+    for before in range(0, tokens, SUMMED):
+        t = before + tl.arange(0, SUMMED)
+        total = tl.zeros((SUMMED, ROWS), tl.float32)
+        for k in tl.static_range(TOP_K):
+            at = partial + (t * TOP_K + k)[:, None].to(tl.int64) * HIDDEN + rows[None, :]
+            total += tl.load(at, mask=(t < tokens)[:, None], other=0.0, cache_modifier=".cg")
+        at = out + t[:, None].to(tl.int64) * HIDDEN + rows[None, :]
+        tl.store(at, total.to(out.dtype.element_ty), mask=(t < tokens)[:, None])
+
+
+@triton.jit
+def down_few(
+    h, w, tiles, scale, row_scale, bias, expert_ids, routing_weights, table, partial, out, counters,
+    tokens, choices,
+    HIDDEN: tl.constexpr, INTER: tl.constexpr, WIDE: tl.constexpr, GROUPS: tl.constexpr, TOP_K: tl.constexpr,
+    TOP_K_PADDED: tl.constexpr, PADDED: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    DEPTH: tl.constexpr, MANY: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr,
+    STAGES: tl.constexpr, SUMMED: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0)
+    which = tl.program_id(1)
+    let_next_launch_begin(PDL)
+    t = tl.arange(0, TOKENS)
+    rows = n * ROWS + tl.arange(0, ROWS)
+    expert = which
+    mine = True
+    # Expert ids were written before the first half began, so they may be read before it has ended.
+    if MODE != "experts":
+        expert = tl.load(expert_ids + which)
+    if MODE == "one":
+        place = which + t * 0
+        live = t < 1
+    elif MODE != "experts":
+        c = tl.arange(0, PADDED * TOP_K_PADDED)
+        chosen = tl.load(expert_ids + c, mask=c < choices, other=-1)
+        mine = tl.min(tl.where(chosen == expert, c, choices)) == which
+    if MODE == "columns":
+        k = tl.arange(0, TOP_K_PADDED)
+        place2 = t[:, None] * TOP_K + k[None, :]
+        chosen2 = tl.load(expert_ids + place2, mask=(t < tokens)[:, None] & (k < TOP_K)[None, :], other=-1)
+        place = tl.max(tl.where(chosen2 == expert, place2, -1), axis=1)
+        live = place >= 0
+    e = expert.to(tl.int64)
+    factor = None
+    bias_of_row = None
+    scale_of_row = None
+    if GROUP > 0:
+        matrix = w + e * (HIDDEN * (INTER // 4))
+        scale_of_row = scale + e * (HIDDEN * GROUPS) + rows[:, None] * GROUPS
+    else:
+        matrix = w + e * (HIDDEN * INTER)
+        if scale is not None:
+            blocks = scale + e * (HIDDEN // 128 * (INTER // 128))
+            scale_of_row = blocks + (rows // 128)[:, None] * (INTER // 128)
+    if row_scale is not None:
+        factor = row_factors(row_scale, e * HIDDEN + rows, FORMAT, ASM)
+    if bias is not None:
+        bias_of_row = tl.load(bias + e * HIDDEN + rows)
+    if DEPTH == 0:
+        if mine:
+            if GROUP == 0 and scale is not None:
+                scale_of_row = blocks
+            _whole_tile(
+                h, matrix, scale_of_row, factor, bias_of_row, routing_weights, partial, rows, n * ROWS,
+                place, live,
+                HIDDEN, INTER, WIDE, ROWS, TOKENS, FORMAT, DTYPE, GROUP, ASM, PDL,
+            )  # fmt: skip
+        else:
+            wait_for_launch_before(PDL)
+    else:
+        wait_for_launch_before(PDL)
+        if mine:
+            first_row = expert * HIDDEN + n * ROWS
+            if MODE == "one" or MODE == "columns":
+                _pass(
+                    h, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row, routing_weights,
+                    partial, place, live,
+                    HIDDEN, INTER, ROWS, TOKENS, DEPTH, FORMAT, DTYPE, GROUP, STAGES, ASM,
+                )  # fmt: skip
+            else:
+                entry = table + which * (PADDED + 1)
+                count = tl.load(entry)
+                if count <= TOKENS:
+                    if count > 0:
+                        place_few = tl.load(entry + 1 + t, mask=t < count, other=0)
+                        _pass(
+                            h, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row,
+                            routing_weights, partial,
+                            place_few, t < count,
+                            HIDDEN, INTER, ROWS, TOKENS, DEPTH, FORMAT, DTYPE, GROUP, STAGES, ASM,
+                        )  # fmt: skip
+                else:
+                    many = tl.arange(0, MANY)
+                    for before in range(0, count, MANY):
+                        there = before + many < count
+                        place_many = tl.load(entry + 1 + before + many, mask=there, other=0)
+                        _pass(
+                            h, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row,
+                            routing_weights, partial,
+                            place_many, there,
+                            HIDDEN, INTER, ROWS, MANY, DEPTH, FORMAT, DTYPE, GROUP, 2, ASM,
+                        )  # fmt: skip
+    tl.debug_barrier()  # every thread's products are written before the counter says so
+    ended = tl.atomic_add(counters + n, 1, sem="acq_rel")
+    if ended == tl.num_programs(1) - 1:
+        tl.debug_barrier()
+        _add_up(partial, out, tokens, rows, TOP_K, HIDDEN, ROWS, SUMMED)
+        tl.store(counters + n, 0)
+
+
+# ---- 3. the launch
+
+
+def request(
+    problem: Problem, tokens: int, config: Config, gpu: Gpu, *, interpreted: bool = False
+) -> CompileRequest:
+    """The compile of this problem for so many tokens. Token counts of one mode and padding share it."""
+    how = mode(problem, tokens)
+    types, absent = _experts.weight_arguments(
+        problem, config.rows, config.depth, tma=config.tma and config.depth > 0
+    )
+    inner = _experts.POINTER_NAMES[_experts.operand(problem)]
+    types |= {"h": f"*{inner}", "expert_ids": "*i32", "routing_weights": "*fp32", "partial": "*fp32"}
+    types |= {"out": f"*{_experts.POINTER_NAMES[problem.dtype]}", "counters": "*i32"}
+    if how in ("pairs", "experts"):
+        types["table"] = "*i32"
+    else:
+        absent["table"] = None
+    constants = _experts.weight_constants(problem, problem.inter, gpu, interpreted=interpreted)
+    constants |= {
+        "WIDE": triton.next_power_of_2(problem.inter),
+        "TOP_K": problem.top_k,
+        "TOP_K_PADDED": triton.next_power_of_2(problem.top_k),
+        "PADDED": padded(tokens),
+        "MODE": how,
+        "ROWS": config.rows,
+        "TOKENS": config.tokens,
+        "DEPTH": config.depth,
+        "MANY": config.many,
+        "STAGES": config.stages,
+        "SUMMED": SUMMED_TOKENS,
+    }
+    return CompileRequest(
+        kernel=down_few,
+        signature=types | {"tokens": "i32", "choices": "i32"},
+        constexprs=absent | constants,
+        gpu=gpu,
+        aligned=tuple(name for name, type in types.items() if type.startswith("*")),
+        num_warps=config.warps,
+        num_stages=config.stages,
+        options={"launch_pdl": True} if constants["PDL"] else {},
+        declares=(_experts.operand(problem),),
+    )
+
+
+def run(
+    launcher: Launcher,
+    problem: Problem,
+    h: torch.Tensor,
+    weights: Weights,
+    expert_ids: torch.Tensor,
+    routing_weights: torch.Tensor,
+    table: torch.Tensor | None,
+    partial: torch.Tensor,
+    out: torch.Tensor,
+    counters: torch.Tensor,
+) -> None:
+    """Launches `request(...)` for `expert_ids` [tokens, top_k]. Writes `out` and `partial`; `counters`
+    [hidden / rows] int32 are zero and come back zero."""
+    tokens = expert_ids.shape[0]
+    grid = (problem.hidden // launcher.request.constexprs["ROWS"], programs(problem, tokens), 1)
+    arguments = _experts.bound(launcher, weights)
+    if "table" in launcher.request.signature:
+        arguments["table"] = table
+    launcher(
+        grid,
+        **arguments,
+        h=h,
+        expert_ids=expert_ids,
+        routing_weights=routing_weights,
+        partial=partial,
+        out=out,
+        counters=counters,
+        tokens=tokens,
+        choices=tokens * problem.top_k,
+    )
+
+
+# ---- 4. the reference
+
+
+def reference(
+    problem: Problem,
+    h: torch.Tensor,
+    weights: Weights,
+    expert_ids: torch.Tensor,
+    routing_weights: torch.Tensor,
+) -> torch.Tensor:
+    """out [tokens, hidden] in float32."""
+    out = h.new_zeros(expert_ids.shape[0], problem.hidden, dtype=torch.float32)
+    flat = expert_ids.flatten()
+    for expert in flat.unique().tolist():
+        places = torch.where(flat == expert)[0]
+        matrix = _experts.dequantised(problem, weights, expert, halves=False)
+        y = h[places].float() @ matrix.T + _experts.biases_of(weights, expert, halves=False)
+        out.index_add_(0, places // problem.top_k, y * routing_weights.flatten()[places].unsqueeze(-1))
+    return out

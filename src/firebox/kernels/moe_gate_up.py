@@ -1,0 +1,226 @@
+"""The first half of an expert layer for many tokens, sorted by expert (kernels/moe_sort.py):
+
+    h_i = activation(gate_e · x_t, up_e · x_t)   for the i-th choice in `order`, of token t and expert e
+
+x [tokens, hidden] bf16; for FP8 weights float8_e4m3fn with x_scale float32 [tokens] (fp8_tensor, fp8_channel)
+or [tokens, hidden / 128] (fp8_block), from kernels/quantise_fp8.py. h [choices, inter] in the sorted order:
+bf16, or float8_e4m3fn with h_scale [choices, inter / columns] float32, one for as many columns as a tile has
+(32 to 128), so that the second half multiplies FP8 by FP8. Accumulation and activation in float32. A 4-bit
+weight times its group scale is rounded to bf16.
+
+Source: own. Measured: H200, 2026-11-21, docs/log/2026-11-21-expert-kernels.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from firebox.hardware.base import Gpu
+from firebox.kernels import _experts
+from firebox.kernels._experts import (
+    Problem,
+    Weights,
+    activation,
+    block_of_row,
+    let_next_launch_begin,
+    row_factors,
+    tile,
+    wait_for_launch_before,
+)
+from firebox.kernels.compile import CompileRequest
+from firebox.kernels.launch import Launcher
+from firebox.kernels.moe_gate_up_few import accepts
+
+__all__ = ["accepts"]
+
+# ---- 1. the problem
+
+OP = "moe_gate_up"
+
+
+@dataclass(frozen=True)
+class Config:
+    """`rows` of weights and `tokens` of a tile, `depth` columns a step."""
+
+    rows: int
+    tokens: int
+    depth: int
+    warps: int = 4
+    stages: int = 3
+    tma: bool = False
+
+
+def quantised(problem: Problem) -> bool:
+    """Are activations FP8 too?"""
+    return problem.format in _experts.FP8
+
+
+def inner_group(problem: Problem) -> int:
+    """Columns of h that share a scale: half a tile's rows. 0 where h is not quantised."""
+    if not quantised(problem):
+        return 0
+    return next(group for group in (128, 64, 32, 16) if problem.inter % group == 0)
+
+
+def x_group(problem: Problem) -> int:
+    """Columns of x that share a scale, 0 for all of a token's."""
+    return _experts.BLOCK if problem.format == "fp8_block" else 0
+
+
+def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
+    """Tiles of `tokens` choices that are worth compiling."""
+    all_rows = (2 * inner_group(problem),) if quantised(problem) else (64, 128, 256)
+    for rows in all_rows:
+        for depth in _experts.pipeline_depths(problem.hidden, problem, remainder=False):
+            for warps in (4, 8):
+                if 2 * problem.inter % rows or depth > 128 or not 16 <= rows * tokens / (32 * warps) <= 160:
+                    continue
+                for stages in (3, 4):
+                    config = Config(rows, tokens, depth, warps, stages)
+                    yield config
+                    if "tma" in gpu.facts:
+                        yield replace(config, tma=True)
+
+
+def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
+    """A tile that fits everywhere, for want of a tuned one."""
+    fitting = (rows for rows in (128, 64, 32, 16) if 2 * problem.inter % rows == 0)
+    rows = 2 * inner_group(problem) if quantised(problem) else next(fitting)
+    depth = max(d for d in _experts.pipeline_depths(problem.hidden, problem, remainder=False) if d <= 128)
+    return Config(rows, tokens, min(depth, 64 if problem.format == "bf16" else 128), 4, 3)
+
+
+# ---- 2. the device code
+
+
+@triton.jit
+def gate_up_sorted(
+    x, x_scale, w, tiles, scale, row_scale, bias, order, blocks, h, h_scale,
+    HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr,
+    TOKENS: tl.constexpr, DEPTH: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr,
+    X_GROUP: tl.constexpr, STAGES: tl.constexpr, CLAMPED: tl.constexpr, LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    ASM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    wait_for_launch_before(PDL)
+    let_next_launch_begin(PDL)
+    n = tl.program_id(0)
+    entry = blocks + tl.program_id(1) * 3
+    count = tl.load(entry + 2)
+    if count == 0:
+        return
+    expert = tl.load(entry)
+    first = tl.load(entry + 1)
+    i = tl.arange(0, TOKENS)
+    live = i < count
+    token = tl.load(order + first + i, mask=live, other=0) // TOP_K
+    e = expert.to(tl.int64)
+    rows = n * ROWS + tl.arange(0, ROWS)
+    scale_of_row = None
+    if GROUP > 0:
+        matrix = w + e * (2 * INTER * (HIDDEN // 4))
+        scale_of_row = scale + e * (2 * INTER * GROUPS) + rows[:, None] * GROUPS
+    else:
+        matrix = w + e * (2 * INTER * HIDDEN)
+        if scale is not None:
+            block = block_of_row(rows, INTER)
+            scale_of_row = scale + (e * (2 * INTER // 128) + block)[:, None] * (HIDDEN // 128)
+    row_of_x = x + token[:, None].to(tl.int64) * HIDDEN
+    scale_of_token = None
+    if x_scale is not None:
+        scale_of_token = x_scale + token * (HIDDEN // X_GROUP if X_GROUP > 0 else 1)
+    acc = tile(
+        matrix, tiles, expert * (2 * INTER) + n * ROWS, rows, scale_of_row, row_of_x, scale_of_token, live,
+        HIDDEN, ROWS, TOKENS, DEPTH, FORMAT, DTYPE, GROUP, X_GROUP, STAGES, ASM,
+    )  # fmt: skip
+    if row_scale is not None:
+        acc *= row_factors(row_scale, e * (2 * INTER) + rows, FORMAT, ASM)[:, None]
+    if x_scale is not None and X_GROUP == 0:
+        acc *= tl.load(scale_of_token, mask=live, other=0.0)[None, :]
+    if bias is not None:
+        acc += tl.load(bias + e * (2 * INTER) + rows)[:, None]
+    y = activation(acc, ROWS, TOKENS, CLAMPED, LIMIT, ALPHA)
+    at = (first + i).to(tl.int64)
+    column = n * (ROWS // 2) + tl.arange(0, ROWS // 2)
+    if h_scale is not None:
+        largest = tl.maximum(tl.max(tl.abs(y), axis=0) / 448.0, 1e-12)
+        tl.store(h_scale + at * (2 * INTER // ROWS) + n, largest, mask=live)
+        y = y / largest[None, :]
+    tl.store(h + at[None, :] * INTER + column[:, None], y.to(h.dtype.element_ty), mask=live[None, :])
+
+
+# ---- 3. the launch
+
+
+def request(problem: Problem, config: Config, gpu: Gpu, *, interpreted: bool = False) -> CompileRequest:
+    """One compile for any number of tokens."""
+    types, absent = _experts.weight_arguments(problem, config.rows, config.depth, tma=config.tma)
+    native = quantised(problem)
+    values = "*fp8e4nv" if native else f"*{_experts.POINTER_NAMES[problem.dtype]}"
+    types |= {"x": values, "h": values, "order": "*i32", "blocks": "*i32"}
+    scales = ("x_scale", "h_scale")
+    types |= dict.fromkeys(scales, "*fp32") if native else {}
+    absent |= {} if native else dict.fromkeys(scales)
+    constants: dict[str, Any] = _experts.weight_constants(
+        problem, problem.hidden, gpu, interpreted=interpreted
+    )
+    constants |= {
+        "DTYPE": None if native else constants["DTYPE"],
+        "TOP_K": problem.top_k,
+        "ROWS": config.rows,
+        "TOKENS": config.tokens,
+        "DEPTH": config.depth,
+        "X_GROUP": x_group(problem),
+        "STAGES": config.stages,
+        "CLAMPED": problem.activation == "clamped_swiglu",
+        "LIMIT": problem.limit,
+        "ALPHA": problem.alpha,
+    }
+    return CompileRequest(
+        gate_up_sorted,
+        types,
+        absent | constants,
+        gpu,
+        tuple(name for name, type in types.items() if type.startswith("*")),
+        num_warps=config.warps,
+        num_stages=config.stages,
+        options={"launch_pdl": True} if constants["PDL"] else {},
+        declares=("fp8",) if native else (problem.dtype,),
+    )
+
+
+def run(
+    launcher: Launcher,
+    problem: Problem,
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    weights: Weights,
+    order: torch.Tensor,
+    blocks: torch.Tensor,
+    h: torch.Tensor,
+    h_scale: torch.Tensor | None,
+) -> None:
+    """Writes `h` and, in FP8, `h_scale`; one row of programs for each of `blocks` [n, 3]."""
+    arguments = _experts.bound(launcher, weights)
+    if x_scale is not None:
+        arguments |= {"x_scale": x_scale, "h_scale": h_scale}
+    grid = (2 * problem.inter // launcher.request.constexprs["ROWS"], blocks.shape[0], 1)
+    launcher(grid, **arguments, x=x, order=order, blocks=blocks, h=h)
+
+
+# ---- 4. the reference
+
+
+def reference(
+    problem: Problem, x: torch.Tensor, weights: Weights, expert_ids: torch.Tensor, order: torch.Tensor
+) -> torch.Tensor:
+    """h [choices, inter] in float32, in the order of `order`. `x`: dequantised, if it was quantised."""
+    from firebox.kernels import moe_gate_up_few
+
+    return moe_gate_up_few.reference(problem, x, weights, expert_ids)[order.long()]

@@ -1,0 +1,322 @@
+"""The first half of an expert layer for few tokens (1 to 64), without sorting them: for every token t and
+every expert e it chose, with p the place of that choice in `expert_ids`,
+
+    h_p = activation(gate_e · x_t, up_e · x_t)
+
+x [tokens, hidden] bf16; expert_ids [tokens, top_k] int32; weights as in kernels/_experts.py, gate_up; h
+[tokens · top_k, inter] bf16, float16 for FP8 weights. Accumulation in float32, activation in float32. FP8
+weights are multiplied as float16, which holds them exactly, with x as float16 (rounded where it is below 2⁻¹⁴
+in size; infinite from 65,520 on, so x must come from an RMS norm with a gain below 65,504 / √hidden); h
+saturates at ±65,504. Others are multiplied as bf16; a 4-bit weight times its group scale is rounded to bf16.
+
+A program takes ROWS interleaved rows of one expert and all tokens that chose it, so an expert's weights are
+read once: the program of its first choice does the work and the others end (MODE "pairs"), or there is one
+for every expert (MODE "experts"). Up to 8 tokens are columns of the product as they stand ("columns"; "one"
+for a single token); with more, those that chose the expert are moved together, TOKENS at a time, and `table`
+[choices or experts, 1 + tokens padded] int32 keeps how many and which for the second half. An expert that
+more chose than TOKENS takes passes of MANY.
+
+Source: own. Measured: H200, 2026-11-21, docs/log/2026-11-21-expert-kernels.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+
+from firebox.hardware.base import Gpu
+from firebox.kernels import _experts
+from firebox.kernels._experts import (
+    Problem,
+    Weights,
+    activation,
+    block_of_row,
+    let_next_launch_begin,
+    row_factors,
+    tile,
+    wait_for_launch_before,
+)
+from firebox.kernels.compile import CompileRequest
+from firebox.kernels.launch import Launcher
+
+# ---- 1. the problem
+
+OP = "moe_gate_up"
+MAX_TOKENS = 64
+COLUMNS_UP_TO = 8  # tokens that stand in the product as they are
+
+
+@dataclass(frozen=True)
+class Config:
+    """`rows` of weights and `tokens` of a tile, `depth` columns a step, `many`: tokens of a pass for an
+    expert that more than `tokens` chose."""
+
+    rows: int = 64
+    tokens: int = 8
+    depth: int = 128
+    many: int = 16
+    warps: int = 4
+    stages: int = 3
+    tma: bool = False
+
+
+def accepts(problem: Problem, gpu: Gpu) -> str | None:
+    """NVIDIA GPUs; the formats of kernels/_experts.py."""
+    if gpu.kind != "cuda":
+        return "is made for NVIDIA GPUs"
+    if problem.format in _experts.FP8 and "fp8" not in gpu.facts:
+        return f"has no FP8 type on {gpu.name}"
+    return _experts.refuse(problem)
+
+
+def mode(problem: Problem, tokens: int) -> str:
+    """How programs find their tokens; a launch is compiled for one."""
+    if tokens <= COLUMNS_UP_TO:
+        return "one" if tokens == 1 else "columns"
+    return "pairs" if tokens * problem.top_k < problem.experts else "experts"
+
+
+def padded(tokens: int) -> int:
+    """The width of what a program looks through: a power of two, at least 8."""
+    return max(COLUMNS_UP_TO, triton.next_power_of_2(tokens))
+
+
+def programs(problem: Problem, tokens: int) -> int:
+    """Programs along the choices or the experts."""
+    return problem.experts if mode(problem, tokens) == "experts" else tokens * problem.top_k
+
+
+def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
+    """Tiles that are worth compiling; whether they fit is the compiler's to say."""
+    for rows in (16, 32, 64, 128):
+        if 2 * problem.inter % rows:
+            continue
+        for depth in _experts.pipeline_depths(problem.hidden, problem, remainder=True):
+            if depth < 128 and problem.format != "bf16":
+                continue
+            chunk_bytes = rows * depth * _experts.weight_bytes(problem)
+            for warps in (1, 2, 4):
+                if rows // 16 < warps // 2 or not 1024 <= chunk_bytes / warps <= 16384:
+                    continue
+                for stages in (2, 3, 5):
+                    if 8192 <= chunk_bytes * stages <= gpu.smem_per_block_bytes:
+                        yield from _with_and_without_tma(
+                            Config(rows, 8, depth, 16, warps, stages), problem, gpu
+                        )
+
+
+def _with_and_without_tma(config: Config, problem: Problem, gpu: Gpu) -> Iterator[Config]:
+    yield config
+    width = config.depth // 4 if problem.group else config.depth
+    if "tma" in gpu.facts and width <= 256 and config.stages < 5:
+        yield replace(config, tma=True)
+
+
+def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
+    """A tile that fits everywhere, for want of a tuned one."""
+    rows = next(rows for rows in (64, 32, 16) if 2 * problem.inter % rows == 0)
+    depths = _experts.pipeline_depths(problem.hidden, problem, remainder=True)
+    depth = max(d for d in depths if d <= (128 if problem.group == 0 else 256))
+    return Config(rows=rows, depth=depth, warps=rows // 16)
+
+
+# ---- 2. the device code
+
+
+@triton.jit
+def _pass(
+    x, w, tiles, first_row, rows, scale, factor, bias, h, token, place, live, column,
+    HIDDEN: tl.constexpr, INTER: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
+    FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+    CLAMPED: tl.constexpr,
+    LIMIT: tl.constexpr, ALPHA: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """One tile of ROWS by TOKENS; `place` [TOKENS]: where each token's choice stands."""
+    row_of_x = x + token[:, None].to(tl.int64) * HIDDEN
+    acc = tile(
+        w, tiles, first_row, rows, scale, row_of_x, None, live,
+        HIDDEN, ROWS, TOKENS, DEPTH, FORMAT, DTYPE, GROUP, 0, STAGES, ASM,
+    )  # fmt: skip
+    if factor is not None:
+        acc *= factor[:, None]
+    if bias is not None:
+        acc += bias[:, None]
+    y = activation(acc, ROWS, TOKENS, CLAMPED, LIMIT, ALPHA)
+    if h.dtype.element_ty == tl.float16:
+        y = tl.minimum(tl.maximum(y, -65504.0), 65504.0)
+    at = h + place[None, :].to(tl.int64) * INTER + column[:, None]
+    tl.store(at, y.to(h.dtype.element_ty), mask=live[None, :])
+
+
+@triton.jit
+def gate_up_few(
+    x, w, tiles, scale, row_scale, bias, expert_ids, h, table, tokens, choices,
+    HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, TOP_K: tl.constexpr,
+    TOP_K_PADDED: tl.constexpr,
+    PADDED: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
+    MANY: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+    CLAMPED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0)
+    which = tl.program_id(1)
+    wait_for_launch_before(PDL)
+    let_next_launch_begin(PDL)
+    t = tl.arange(0, TOKENS)
+    rows = n * ROWS + tl.arange(0, ROWS)
+    column = n * (ROWS // 2) + tl.arange(0, ROWS // 2)
+    expert = which
+    if MODE != "experts":
+        expert = tl.load(expert_ids + which)
+    count = 1
+    if MODE == "one":
+        place = which + t * 0
+        live = t < 1
+    else:
+        if MODE != "experts":  # the expert's first choice does the work for all
+            c = tl.arange(0, PADDED * TOP_K_PADDED)
+            chosen = tl.load(expert_ids + c, mask=c < choices, other=-1)
+            if tl.min(tl.where(chosen == expert, c, choices)) < which:
+                return
+        all_t = tl.arange(0, PADDED)
+        k = tl.arange(0, TOP_K_PADDED)
+        place2 = all_t[:, None] * TOP_K + k[None, :]
+        chosen2 = tl.load(
+            expert_ids + place2, mask=(all_t < tokens)[:, None] & (k < TOP_K)[None, :], other=-1
+        )
+        place = tl.max(tl.where(chosen2 == expert, place2, -1), axis=1)  # [PADDED]
+        live = place >= 0
+        if MODE != "columns":
+            count = tl.sum(live.to(tl.int32))
+            rank = tl.cumsum(live.to(tl.int32), 0) - 1
+            if n == 0:
+                entry = table + which * (PADDED + 1)
+                tl.store(entry, count)
+                tl.store(entry + 1 + rank, place, mask=live)
+            if count == 0:
+                return
+    e = expert.to(tl.int64)
+    first_row = expert * (2 * INTER) + n * ROWS
+    factor = None
+    bias_of_row = None
+    scale_of_row = None
+    if GROUP > 0:
+        matrix = w + e * (2 * INTER * (HIDDEN // 4))
+        scale_of_row = scale + e * (2 * INTER * GROUPS) + rows[:, None] * GROUPS
+    else:
+        matrix = w + e * (2 * INTER * HIDDEN)
+        if scale is not None:
+            block = block_of_row(rows, INTER)
+            scale_of_row = scale + (e * (2 * INTER // 128) + block)[:, None] * (HIDDEN // 128)
+    if row_scale is not None:
+        factor = row_factors(row_scale, e * (2 * INTER) + rows, FORMAT, ASM)
+    if bias is not None:
+        bias_of_row = tl.load(bias + e * (2 * INTER) + rows)
+    if MODE == "one" or MODE == "columns":
+        _pass(
+            x, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row, h, t, place, live, column,
+            HIDDEN, INTER, ROWS, TOKENS, DEPTH, FORMAT, DTYPE, GROUP, STAGES, CLAMPED, LIMIT, ALPHA, ASM,
+        )  # fmt: skip
+    elif count <= TOKENS:
+        mine = (rank[None, :] == t[:, None]) & live[None, :]  # [TOKENS, PADDED]
+        moved = tl.sum(tl.where(mine, place[None, :], 0), axis=1)
+        _pass(
+            x, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row, h, moved // TOP_K, moved,
+            t < count, column,
+            HIDDEN, INTER, ROWS, TOKENS, DEPTH, FORMAT, DTYPE, GROUP, STAGES, CLAMPED, LIMIT, ALPHA, ASM,
+        )  # fmt: skip
+    else:
+        many = tl.arange(0, MANY)
+        for before in range(0, count, MANY):
+            mine = (rank[None, :] == (before + many)[:, None]) & live[None, :]
+            moved = tl.sum(tl.where(mine, place[None, :], 0), axis=1)
+            _pass(
+                x, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row, h, moved // TOP_K,
+                moved, before + many < count, column,
+                HIDDEN, INTER, ROWS, MANY, DEPTH, FORMAT, DTYPE, GROUP, 2, CLAMPED, LIMIT, ALPHA, ASM,
+            )  # fmt: skip
+
+
+# ---- 3. the launch
+
+
+def request(
+    problem: Problem, tokens: int, config: Config, gpu: Gpu, *, interpreted: bool = False
+) -> CompileRequest:
+    """The compile of this problem for so many tokens. Token counts of one mode and padding share it."""
+    how = mode(problem, tokens)
+    types, absent = _experts.weight_arguments(problem, config.rows, config.depth, tma=config.tma)
+    dtype = _experts.POINTER_NAMES[problem.dtype]
+    inner = _experts.POINTER_NAMES[_experts.operand(problem)]
+    types |= {"x": f"*{dtype}", "expert_ids": "*i32", "h": f"*{inner}"}
+    if how in ("pairs", "experts"):
+        types["table"] = "*i32"
+    else:
+        absent["table"] = None
+    constants = _experts.weight_constants(problem, problem.hidden, gpu, interpreted=interpreted)
+    constants |= {
+        "TOP_K": problem.top_k,
+        "TOP_K_PADDED": triton.next_power_of_2(problem.top_k),
+        "PADDED": padded(tokens),
+        "MODE": how,
+        "ROWS": config.rows,
+        "TOKENS": config.tokens,
+        "DEPTH": config.depth,
+        "MANY": config.many,
+        "STAGES": config.stages,
+        "CLAMPED": problem.activation == "clamped_swiglu",
+        "LIMIT": problem.limit,
+        "ALPHA": problem.alpha,
+    }
+    return CompileRequest(
+        kernel=gate_up_few,
+        signature=types | {"tokens": "i32", "choices": "i32"},
+        constexprs=absent | constants,
+        gpu=gpu,
+        aligned=tuple(name for name, type in types.items() if type.startswith("*")),
+        num_warps=config.warps,
+        num_stages=config.stages,
+        options={"launch_pdl": True} if constants["PDL"] else {},
+        declares=(_experts.operand(problem),),
+    )
+
+
+def run(
+    launcher: Launcher,
+    problem: Problem,
+    x: torch.Tensor,
+    weights: Weights,
+    expert_ids: torch.Tensor,
+    h: torch.Tensor,
+    table: torch.Tensor | None,
+) -> None:
+    """Launches `request(...)` of as many tokens as `x` has. Writes `h` [tokens · top_k, inter] and, beyond 8
+    tokens, `table` [programs, 1 + padded] int32."""
+    tokens = x.shape[0]
+    config_rows = launcher.request.constexprs["ROWS"]
+    grid = (2 * problem.inter // config_rows, programs(problem, tokens), 1)
+    arguments = _experts.bound(launcher, weights)
+    if "table" in launcher.request.signature:
+        arguments["table"] = table
+    launcher(
+        grid, **arguments, x=x, expert_ids=expert_ids, h=h, tokens=tokens, choices=tokens * problem.top_k
+    )
+
+
+# ---- 4. the reference
+
+
+def reference(problem: Problem, x: torch.Tensor, weights: Weights, expert_ids: torch.Tensor) -> torch.Tensor:
+    """h [tokens · top_k, inter] in float32."""
+    h = x.new_zeros(expert_ids.numel(), problem.inter, dtype=torch.float32)
+    flat = expert_ids.flatten()
+    for expert in flat.unique().tolist():
+        places = torch.where(flat == expert)[0]
+        matrix = _experts.dequantised(problem, weights, expert, halves=True)
+        bias = _experts.biases_of(weights, expert, halves=True)
+        gate_up = x[places // problem.top_k].float() @ matrix.T + bias
+        h[places] = _experts.activated(problem, gate_up)
+    return h

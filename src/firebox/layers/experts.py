@@ -1,0 +1,240 @@
+"""The routed experts of a mixture-of-experts layer on an NVIDIA GPU: from hidden states and the router's
+choices to the summed output, over the kernels of few tokens and those of many.
+
+    few      two launches: moe_gate_up_few, moe_down_few
+    sorted   moe_sort (two), with FP8 weights quantise_fp8, then moe_gate_up, moe_down, moe_combine
+
+Which path and which tiles a number of tokens takes is measured (kernels/_tuned.py); without a measurement it
+is few up to
+16 tokens, and tiles that fit everywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from firebox.hardware.base import Gpu
+from firebox.kernels import (
+    _tuned,
+    moe_combine,
+    moe_down,
+    moe_down_few,
+    moe_gate_up,
+    moe_gate_up_few,
+    moe_sort,
+    quantise_fp8,
+)
+from firebox.kernels._experts import Problem, Weights, operand
+from firebox.kernels.compile import CompileRequest
+from firebox.kernels.launch import INTERPRETED, Launcher
+
+FEW, SORTED = "few", "sorted"
+FEW_UNMEASURED = 16
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Path:
+    """How a number of tokens is computed. `why`: "measured", or "default" for want of a measurement."""
+
+    name: str
+    gate_up: Any
+    down: Any
+    why: str
+
+
+def path_of(problem: Problem, tokens: int, gpu: Gpu) -> Path:
+    """The path and tiles for so many tokens."""
+    entry = _tuned.nearest(gpu.name, problem, tokens)
+    if entry is not None and entry["path"] == FEW and tokens > moe_gate_up_few.MAX_TOKENS:
+        entry = _tuned.nearest(gpu.name, problem, tokens, SORTED)
+    if entry is not None:
+        modules = (moe_gate_up_few, moe_down_few) if entry["path"] == FEW else (moe_gate_up, moe_down)
+        gate_up, down = (
+            module.Config(**entry[part]) for module, part in zip(modules, ("gate_up", "down"), strict=True)
+        )
+        if entry["path"] == FEW and tokens > moe_gate_up_few.COLUMNS_UP_TO and down.depth == 0:
+            down = moe_down_few.default(problem, tokens, gpu)
+        return Path(entry["path"], gate_up, down, "measured")
+    if tokens <= FEW_UNMEASURED:
+        few = moe_gate_up_few.default(problem, tokens, gpu), moe_down_few.default(problem, tokens, gpu)
+        return Path(FEW, few[0], few[1], "default")
+    block = 32 if tokens * problem.top_k < 64 * problem.experts else 64
+    many = moe_gate_up.default(problem, block, gpu), moe_down.default(problem, block, gpu)
+    return Path(SORTED, many[0], many[1], "default")
+
+
+def requests(problem: Problem, tokens: int, path: Path, gpu: Gpu) -> dict[str, CompileRequest]:
+    """Every compile that so many tokens launch, by the name of its operation."""
+    if path.name == FEW:
+        few = {"moe_gate_up": moe_gate_up_few, "moe_down": moe_down_few}
+        configs = {"moe_gate_up": path.gate_up, "moe_down": path.down}
+        return {
+            op: module.request(problem, tokens, configs[op], gpu, interpreted=INTERPRETED)
+            for op, module in few.items()
+        }
+    sort = moe_sort.Problem(problem.experts, path.gate_up.tokens)
+    count, place = moe_sort.requests(sort, gpu, interpreted=INTERPRETED)
+    found = {"moe_count": count, "moe_place": place}
+    if moe_gate_up.quantised(problem):
+        rows = quantise_fp8.Problem(problem.hidden, moe_gate_up.x_group(problem), problem.dtype)
+        found["quantise_fp8"] = quantise_fp8.request(rows, gpu, interpreted=INTERPRETED)
+    sums = moe_combine.Problem(problem.hidden, problem.top_k, problem.dtype)
+    return found | {
+        "moe_gate_up": moe_gate_up.request(problem, path.gate_up, gpu, interpreted=INTERPRETED),
+        "moe_down": moe_down.request(problem, path.down, gpu, interpreted=INTERPRETED),
+        "moe_combine": moe_combine.request(sums, gpu, interpreted=INTERPRETED),
+    }
+
+
+class Workspace:
+    """The memory between the launches for up to `max_tokens`; layers that run one after the other share
+    it."""
+
+    def __init__(self, problem: Problem, max_tokens: int, device: torch.device | str) -> None:
+        p, few = problem, min(max_tokens, moe_gate_up_few.MAX_TOKENS)
+        native, choices = moe_gate_up.quantised(p), max_tokens * p.top_k
+
+        def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        group = moe_gate_up.x_group(p) or p.hidden
+        self.h_few = empty(few * p.top_k, p.inter, dtype=DTYPES[operand(p)])
+        self.partial = empty(few * p.top_k, p.hidden, dtype=torch.float32)
+        self.table = empty(max(few * p.top_k, p.experts), 1 + moe_gate_up_few.padded(few), dtype=torch.int32)
+        self.counters = torch.zeros(p.hidden // 16, dtype=torch.int32, device=device)
+        inner = torch.float8_e4m3fn if native else DTYPES[p.dtype]
+        self.h = empty(choices, p.inter, dtype=inner)
+        self.y = empty(choices, p.hidden, dtype=DTYPES[p.dtype])
+        self.order = empty(choices, dtype=torch.int32)
+        self.blocks = empty(min(choices, choices // 16 + p.experts), 3, dtype=torch.int32)
+        self.sort = moe_sort.scratch(moe_sort.Problem(p.experts, 16), device)
+        self.x = self.x_scale = self.h_scale = None
+        if native:
+            self.x = empty(max_tokens, p.hidden, dtype=inner)
+            self.x_scale = empty(max_tokens, p.hidden // group, dtype=torch.float32)
+            self.h_scale = empty(choices, p.inter // moe_gate_up.inner_group(p), dtype=torch.float32)
+
+
+class Experts:
+    """The routed experts of one layer; see above. `paths`: tokens → path, instead of what was measured."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        gate_up: Weights,
+        down: Weights,
+        gpu: Gpu,
+        workspace: Workspace,
+        paths: dict[int, Path] | None = None,
+    ) -> None:
+        self.problem, self.gpu, self.workspace = problem, gpu, workspace
+        self.gate_up, self.down = gate_up, down
+        self._paths = paths or {}
+
+    def __call__(
+        self, x: torch.Tensor, expert_ids: torch.Tensor, routing_weights: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """`x` [tokens, hidden], `expert_ids` [tokens, top_k] int32, `routing_weights` the same float32 →
+        `out` [tokens, hidden]."""
+        tokens = x.shape[0]
+        if tokens == 0:
+            return
+        path, launchers = self._ready(tokens)
+        run = self._few if path.name == FEW else self._sorted
+        run(path, launchers, x, expert_ids, routing_weights, out)
+
+    def _ready(self, tokens: int) -> tuple[Path, dict[str, Launcher]]:
+        path = self._paths.get(tokens) or _path_of(self.problem, tokens, self.gpu)
+        return path, _launchers(self.problem, _like(self.problem, tokens, path), path, self.gpu)
+
+    def _few(
+        self,
+        path: Path,
+        launchers: dict[str, Launcher],
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        routing_weights: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        p, space = self.problem, self.workspace
+        moe_gate_up_few.run(
+            launchers["moe_gate_up"], p, x, self.gate_up, expert_ids, space.h_few, space.table
+        )
+        moe_down_few.run(
+            launchers["moe_down"],
+            p,
+            space.h_few,
+            self.down,
+            expert_ids,
+            routing_weights,
+            space.table,
+            space.partial,
+            out,
+            space.counters,
+        )
+
+    def _sorted(
+        self,
+        path: Path,
+        launchers: dict[str, Launcher],
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        routing_weights: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        p, space = self.problem, self.workspace
+        sort = moe_sort.Problem(p.experts, path.gate_up.tokens)
+        blocks = space.blocks[: moe_sort.most_blocks(sort, expert_ids.numel())]
+        moe_sort.run(
+            (launchers["moe_count"], launchers["moe_place"]), expert_ids, space.sort, space.order, blocks
+        )
+        if space.x is not None and space.x_scale is not None:
+            quantise_fp8.run(launchers["quantise_fp8"], x, space.x, space.x_scale)
+            x = space.x
+        moe_gate_up.run(
+            launchers["moe_gate_up"],
+            p,
+            x,
+            space.x_scale,
+            self.gate_up,
+            space.order,
+            blocks,
+            space.h,
+            space.h_scale,
+        )
+        moe_down.run(
+            launchers["moe_down"],
+            p,
+            space.h,
+            space.h_scale,
+            self.down,
+            space.order,
+            blocks,
+            routing_weights,
+            space.y,
+        )
+        moe_combine.run(launchers["moe_combine"], space.y, out)
+
+
+def _like(problem: Problem, tokens: int, path: Path) -> int:
+    """The number of tokens whose compiles these share, so that each is made once."""
+    if path.name == SORTED or tokens == 1:
+        return tokens if path.name == FEW else 1
+    few = moe_gate_up_few
+    alike = (n for n in (few.padded(tokens), tokens) if few.mode(problem, n) == few.mode(problem, tokens))
+    return next(alike)
+
+
+@functools.cache
+def _path_of(problem: Problem, tokens: int, gpu: Gpu) -> Path:
+    return path_of(problem, tokens, gpu)
+
+
+@functools.cache
+def _launchers(problem: Problem, tokens: int, path: Path, gpu: Gpu) -> dict[str, Launcher]:
+    return {op: Launcher(request) for op, request in requests(problem, tokens, path, gpu).items()}

@@ -1,0 +1,55 @@
+"""Arranging expert weights for the GPU loses nothing, and puts every number where the kernels look for it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from firebox.formats.layouts import (
+    E2M1_BITS,
+    INT4_BITS,
+    interleave,
+    pack_words,
+    pad_groups,
+    separate,
+    unpack_words,
+)
+
+
+def test_interleaved_rows_stand_in_runs_of_eight() -> None:
+    gate = torch.arange(24).view(1, 24, 1).expand(2, 24, 3)
+    both = interleave(gate, gate + 100)
+    assert both.shape == (2, 48, 3)
+    wanted = [*range(8), *range(100, 108), *range(8, 16), *range(108, 116), *range(16, 24), *range(116, 124)]
+    assert both[1, :, 2].tolist() == wanted
+    assert all(
+        torch.equal(found, half) for found, half in zip(separate(both), (gate, gate + 100), strict=True)
+    )
+
+
+@pytest.mark.parametrize("group", [16, 32])
+@pytest.mark.parametrize("bits", [INT4_BITS, E2M1_BITS], ids=["int4", "e2m1"])
+def test_words_hold_every_code(group: int, bits: tuple[tuple[int, ...], ...]) -> None:
+    codes = torch.randint(0, 16, (3, 5, 4 * group), generator=torch.Generator().manual_seed(0))
+    codes[0, 0, :16] = torch.arange(16)
+    words = pack_words(codes, group, bits)
+    assert (words.dtype, words.shape) == (torch.uint16, (3, 5, group))
+    assert torch.equal(unpack_words(words, group, bits), codes.int())
+    assert sorted(place for places in bits for place in places) == list(range(16))
+
+
+def test_a_word_holds_columns_a_quarter_of_its_group_apart() -> None:
+    codes = torch.zeros(1, 64, dtype=torch.int32)
+    codes[0, 32 + 5 + 16] = 0b1010  # word 5 of the second group of 32, its third code
+    (word,) = pack_words(codes, 32, E2M1_BITS)[0, 8 + 5 : 8 + 6].view(torch.int16).tolist()
+    assert word == (1 << 9) | (1 << 1)  # sign at 9, magnitude 010 at 2 … 0
+    (word,) = pack_words(codes, 32, INT4_BITS)[0, 8 + 5 : 8 + 6].view(torch.int16).tolist()
+    assert word == 0b1010 << 8
+
+
+@pytest.mark.parametrize(("groups", "padded"), [(16, 16), (90, 96), (1, 16)])
+def test_padding_adds_zeros_behind(groups: int, padded: int) -> None:
+    scales = torch.rand(2, 3, groups) + 1
+    found = pad_groups(scales)
+    assert found.shape == (2, 3, padded)
+    assert torch.equal(found[..., :groups], scales) and not found[..., groups:].any()

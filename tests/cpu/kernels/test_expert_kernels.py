@@ -1,0 +1,128 @@
+"""The expert kernels without a GPU: under Triton's interpreter against their references, and compiled for
+GPUs that are not here. On a GPU: tests/gpu/test_experts.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path as FilePath
+
+import pytest
+import torch
+
+from firebox.hardware.base import find_gpu
+from firebox.kernels import moe_gate_up_few
+from firebox.kernels._experts import FORMATS, FP8, Problem, dequantised
+from firebox.kernels.compile import CompileRequest, compile_all
+from firebox.layers.experts import Path, path_of, requests
+from tests.support.experts import random_weights
+
+ROOT = FilePath(__file__).resolve().parents[3]
+# One rounding to float16 (2⁻¹² at most, 1.4 · 10⁻⁴ RMS of it) of h or of the output; a 4-bit weight times its
+# scale once more.
+LIMIT = 5e-4
+# The interpreter truncates where the GPU rounds to E4M3: 2⁻³ at most, 0.06 RMS.
+FP8_LIMIT = 7e-2
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_kernels_equal_their_references_under_the_interpreter(format: str) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.interpreted_experts", format],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    errors = json.loads(done.stdout.splitlines()[-1])["errors"]
+    assert (
+        len(errors) == 4 + 4 + 2 + 2 * 3
+    )  # gate_up and down, the whole tile for one and three, the sorted ones
+    for case, error in errors.items():
+        rounded = format in FP8 and "sorted" in case and "gate_up" in case
+        assert error < (FP8_LIMIT if rounded else LIMIT), (case, error)
+
+
+def launches(gpu_name: str, problem: Problem, all_tokens: tuple[int, ...]) -> dict[str, CompileRequest]:
+    gpu, found = find_gpu(gpu_name), {}
+    for tokens in all_tokens:
+        path = path_of(problem, tokens, gpu)
+        for op, request in requests(problem, tokens, path, gpu).items():
+            found[f"{gpu_name} {problem.format} {tokens} {op}"] = request
+    return found
+
+
+def test_every_launch_fits_and_is_native_where_it_is_for() -> None:
+    """GLM-4.7's experts under TP 4 and gpt-oss's, on GPUs with 99 KiB and on a large one."""
+    glm = {format: Problem(5120, 384, 160, 8, format) for format in FORMATS if format != "mxfp4"}
+    gpt_oss = Problem(2880, 2880, 128, 4, "mxfp4", "clamped_swiglu", biases=True)
+    wanted = launches("gb10", gpt_oss, (4, 500))
+    for format in ("bf16", "fp8_channel", "fp8_block", "int4_group", "nvfp4"):
+        wanted |= launches("gb10", glm[format], (4, 500))
+    wanted |= launches("h200", glm["fp8_channel"], (1, 16, 4096)) | launches(
+        "rtx-5090", glm["fp8_channel"], (500,)
+    )
+    for name, compiled in zip(wanted, compile_all(list(wanted.values())), strict=True):
+        assert compiled.fits, (name, compiled.error, compiled.shared_bytes, compiled.limit_bytes)
+        assert compiled.native, (name, compiled.instructions)
+        assert compiled.spill_bytes <= 64, (name, compiled.spill_bytes)
+
+
+def test_fp8_products_are_fp8_on_sm_121_where_many_tokens_meet() -> None:
+    found = launches("gb10", Problem(5120, 384, 160, 8, "fp8_channel"), (500,))
+    compiled = compile_all(
+        [request for name, request in found.items() if "gate_up" in name or "down" in name]
+    )
+    assert [result.instruction for result in compiled] == ["mma.fp8", "mma.fp8"]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_oracle_means_what_the_format_says(format: str) -> None:
+    """One weight by hand: row and column found back through interleaving, words and scales."""
+    p = Problem(256, 128, 2, 1, format)
+    weights = random_weights(p, 2 * p.inter, p.hidden, torch.Generator().manual_seed(0))
+    matrix = dequantised(p, weights, 1, halves=True)
+    row, column = p.inter + 13, 77  # the up row 13 stands in run 1, behind the gate's: 2 · 8 + 8 + 5
+    stored = 29
+    if format in ("bf16", *FP8):
+        value = weights.w[1, stored, column].float()
+        factor = 1.0
+        if weights.row_scale is not None:
+            factor = weights.row_scale[1, stored]
+        elif weights.scale is not None:
+            factor = weights.scale[1, 1, 0]
+    else:
+        run = p.group // 4
+        word = int(weights.w[1, stored, column // p.group * run + column % p.group % run]) & 0xFFFF
+        code = column % p.group // run
+        assert weights.scale is not None
+        scale = weights.scale[1, stored, column // p.group].float()
+        if format == "int4_group":
+            value, factor = torch.tensor(float((word >> 4 * code & 15) - 8)), scale
+        else:
+            sign, *magnitude = ((15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (14, 13, 11, 10))[code]
+            steps = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
+            bits = [word >> bit & 1 for bit in magnitude]
+            value = torch.tensor(
+                steps[bits[0] * 4 + bits[1] * 2 + bits[2]] * (-1.0 if word >> sign & 1 else 1.0)
+            )
+            factor = torch.exp2(scale - 127) if format == "mxfp4" else scale * weights.row_scale[1, stored]
+    torch.testing.assert_close(matrix[row, column], value * factor, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("tokens", range(1, 65))
+def test_every_number_of_few_tokens_shares_a_compile_that_is_right_for_it(tokens: int) -> None:
+    p, gpu = Problem(512, 128, 24, 3, "bf16"), find_gpu("gb10")
+    path: Path = path_of(p, min(tokens, 16), gpu)
+    request = moe_gate_up_few.request(p, tokens, path.gate_up, gpu)
+    assert request.constexprs["PADDED"] >= tokens and request.constexprs["TOP_K_PADDED"] >= p.top_k
+    wanted = (
+        "one" if tokens == 1 else "columns" if tokens <= 8 else "experts"
+    )  # 9 · 3 choices are more than 24 experts
+    assert request.constexprs["MODE"] == wanted
+    assert moe_gate_up_few.programs(p, tokens) == (24 if wanted == "experts" else tokens * 3)

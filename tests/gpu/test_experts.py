@@ -1,0 +1,214 @@
+"""The expert layer on a real GPU: every format, every number of tokens that finds another path, against
+float32 on dequantised weights. Needs torch, Triton and pytest, nothing of the engine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from firebox.hardware.base import Gpu
+from firebox.hardware.probe import probe_gpu
+from firebox.kernels import moe_down_few, moe_gate_up_few, moe_sort, quantise_fp8
+from firebox.kernels._experts import FORMATS, FOUR_BIT, FP8, Problem
+from firebox.kernels.launch import Launcher
+from firebox.layers.experts import FEW, SORTED, Experts, Path, Workspace, path_of
+from tests.support.experts import random_routing, random_weights, relative_error
+
+pytestmark = pytest.mark.gpu
+
+MAX_TOKENS = 300
+# Rounding: hidden states are exact, h is rounded to bf16 (2⁻⁹ at most, 0.0017 RMS) or float16, the output to
+# bf16 (0.0017). A 4-bit weight times its scale is rounded to bf16 once more (int4_group, nvfp4). FP8
+# activations: two roundings to E4M3, each 0.026 RMS, the second of which SwiGLU's product doubles at most in
+# part.
+FEW_LIMIT = {**dict.fromkeys(FORMATS, 4e-3), "int4_group": 5e-3, "nvfp4": 5e-3}
+SORTED_LIMIT = FEW_LIMIT | dict.fromkeys(FP8, 6e-2)
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Gpu:
+    found = probe_gpu()
+    assert found is not None, "these tests need a GPU"
+    return found
+
+
+def problem(format: str, **changes: object) -> Problem:
+    gpt_oss = {"biases": True, "activation": "clamped_swiglu"} if format == "mxfp4" else {}
+    sizes = {"hidden": 512, "inter": 256, "experts": 24, "top_k": 3} | gpt_oss | changes
+    return Problem(format=format, **sizes)
+
+
+class Layer:
+    """An expert layer with random weights, its inputs and its oracle."""
+
+    def __init__(self, problem: Problem, gpu: Gpu, max_tokens: int = MAX_TOKENS, **paths: object) -> None:
+        self.problem, self.generator = problem, torch.Generator("cuda").manual_seed(0)
+        self.gate_up = random_weights(problem, 2 * problem.inter, problem.hidden, self.generator, "cuda")
+        self.down = random_weights(problem, problem.hidden, problem.inter, self.generator, "cuda")
+        self.workspace = Workspace(problem, max_tokens, "cuda")
+        self.gpu = gpu
+
+    def error(self, tokens: int, path: Path | None = None, expert_ids: torch.Tensor | None = None) -> float:
+        """Of one run with fresh inputs, a NaN-filled workspace and guarded output rows."""
+        p, space = self.problem, self.workspace
+        for scratch in (space.h_few, space.partial, space.y, space.x_scale, space.h_scale):
+            if scratch is not None:
+                scratch.fill_(float("nan"))
+        experts = Experts(p, self.gate_up, self.down, self.gpu, space, {tokens: path} if path else None)
+        x = torch.randn(tokens, p.hidden, generator=self.generator, device="cuda").bfloat16()
+        ids, weights = random_routing(p, tokens, self.generator, "cuda")
+        if expert_ids is not None:
+            ids = expert_ids
+        out = torch.full((tokens + 2, p.hidden), float("nan"), dtype=torch.bfloat16, device="cuda")
+        out[tokens:] = 7.0
+        experts(x, ids, weights, out[:tokens])
+        assert (out[tokens:] == 7.0).all(), "rows behind the output were written"
+        assert not space.counters.any() and not space.sort.counts.any(), "counters are not zero again"
+        h = moe_gate_up_few.reference(p, x, self.gate_up, ids)
+        return relative_error(out[:tokens], moe_down_few.reference(p, h, self.down, ids, weights))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_number_of_tokens_from_1_to_300(format: str, gpu: Gpu) -> None:
+    layer = Layer(problem(format), gpu)
+    for tokens in range(1, MAX_TOKENS + 1):
+        found = layer.error(tokens)
+        path = path_of(layer.problem, tokens, gpu).name
+        assert found < (FEW_LIMIT if path == FEW else SORTED_LIMIT)[format], (tokens, path, found)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 16, 33, 64])
+def test_few_and_sorted_agree_with_the_oracle_on_both_sides(format: str, tokens: int, gpu: Gpu) -> None:
+    layer = Layer(problem(format), gpu)
+    p = layer.problem
+    few = Path(FEW, moe_gate_up_few.default(p, tokens, gpu), moe_down_few.default(p, tokens, gpu), "test")
+    assert layer.error(tokens, few) < FEW_LIMIT[format]
+    from firebox.kernels import moe_down, moe_gate_up
+
+    for block in (16, 32, 64):
+        many = Path(SORTED, moe_gate_up.default(p, block, gpu), moe_down.default(p, block, gpu), "test")
+        assert layer.error(tokens, many) < SORTED_LIMIT[format]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("tokens", [5, 16, 64, 130])
+def test_all_tokens_to_the_same_experts(format: str, tokens: int, gpu: Gpu) -> None:
+    layer = Layer(problem(format), gpu)
+    same = torch.tensor([[23, 0, 11]], dtype=torch.int32, device="cuda").expand(tokens, 3).contiguous()
+    limit = FEW_LIMIT if path_of(layer.problem, tokens, gpu).name == FEW else SORTED_LIMIT
+    assert layer.error(tokens, expert_ids=same) < limit[format]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_odd_widths(format: str, gpu: Gpu) -> None:
+    """Widths that leave a remainder behind the pipeline's steps: gpt-oss's 2,880 in small, GLM's 384, 192."""
+    unit = 128 if format == "fp8_block" else 64
+    for hidden, inter in ((5 * unit, 3 * unit), (unit * 3, unit)):
+        layer = Layer(problem(format, hidden=hidden, inter=inter), gpu)
+        for tokens in (1, 6, 20, 200):
+            path = path_of(layer.problem, tokens, gpu).name
+            assert layer.error(tokens) < (FEW_LIMIT if path == FEW else SORTED_LIMIT)[format], (
+                hidden,
+                inter,
+                tokens,
+            )
+
+
+@pytest.mark.parametrize("format", ["bf16", "fp8_channel", "mxfp4"])
+def test_many_experts_and_choices(format: str, gpu: Gpu) -> None:
+    layer = Layer(problem(format, experts=512, top_k=16, hidden=256, inter=128), gpu)
+    for tokens in (1, 16, 64, 300):
+        path = path_of(layer.problem, tokens, gpu).name
+        assert layer.error(tokens) < (FEW_LIMIT if path == FEW else SORTED_LIMIT)[format], tokens
+
+
+def test_no_tokens(gpu: Gpu) -> None:
+    layer = Layer(problem("bf16"), gpu)
+    out = torch.full((1, 512), 7.0, dtype=torch.bfloat16, device="cuda")
+    experts = Experts(layer.problem, layer.gate_up, layer.down, gpu, layer.workspace)
+    nothing = torch.empty(0, 3, device="cuda")
+    experts(out[:0], nothing.int(), nothing, out[:0])
+    assert (out == 7.0).all()
+
+
+def test_the_same_sum_at_every_run(gpu: Gpu) -> None:
+    """Atomics decide who works when, never what is added to what."""
+    layer = Layer(problem("fp8_channel"), gpu)
+    p = layer.problem
+    experts = Experts(p, layer.gate_up, layer.down, gpu, layer.workspace)
+    for tokens in (1, 8, 16, 200):
+        x = torch.randn(tokens, p.hidden, generator=layer.generator, device="cuda").bfloat16()
+        ids, weights = random_routing(p, tokens, layer.generator, "cuda")
+        outs = [torch.empty_like(x) for _ in range(8)]
+        for out in outs:
+            experts(x, ids, weights, out)
+        assert all(torch.equal(outs[0], out) for out in outs[1:]), tokens
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 100, 341, 342, 4096])
+@pytest.mark.parametrize(("experts", "block"), [(8, 16), (160, 64), (512, 32)])
+def test_sorting(tokens: int, experts: int, block: int, gpu: Gpu) -> None:
+    p = moe_sort.Problem(experts, block)
+    launchers = tuple(Launcher(request) for request in moe_sort.requests(p, gpu))
+    generator = torch.Generator("cuda").manual_seed(tokens)
+    scratch = moe_sort.scratch(p, "cuda")
+    for _ in range(2):  # the counters must be ready for a second time
+        ids = torch.randint(0, experts, (tokens, 3), generator=generator, device="cuda", dtype=torch.int32)
+        order = torch.full((tokens * 3,), -1, dtype=torch.int32, device="cuda")
+        blocks = torch.full((moe_sort.most_blocks(p, tokens * 3), 3), -7, dtype=torch.int32, device="cuda")
+        moe_sort.run(launchers, ids, scratch, order, blocks)
+        of_expert, wanted = moe_sort.reference(p, ids)
+        assert [tuple(entry) for entry in blocks.tolist() if entry[2] > 0] == wanted
+        assert (blocks[:, 2] >= 0).all()
+        first, places = 0, order.tolist()
+        for mine in of_expert:
+            assert sorted(places[first : first + len(mine)]) == mine
+            first += len(mine)
+
+
+@pytest.mark.parametrize("group", [0, 128])
+def test_quantising(group: int, gpu: Gpu) -> None:
+    p = quantise_fp8.Problem(5120, group)
+    launcher = Launcher(quantise_fp8.request(p, gpu))
+    x = (
+        torch.randn(37, 5120, device="cuda").bfloat16()
+        * torch.logspace(-6, 4, 37, device="cuda").unsqueeze(1).bfloat16()
+    )
+    x[3] = 0.0
+    q = torch.full(x.shape, float("nan"), device="cuda").to(torch.float8_e4m3fn)
+    wanted_q, wanted_scale = quantise_fp8.reference(p, x)
+    scale = torch.full_like(wanted_scale, float("nan"))
+    quantise_fp8.run(launcher, x, q, scale)
+    assert torch.equal(scale, wanted_scale)
+    # the division may round the other way in its last bit, and a tie's code with it
+    assert (q.float() != wanted_q.float()).float().mean() < 1e-3
+
+
+def test_a_broken_scale_is_seen(gpu: Gpu) -> None:
+    """The limits above can fail: one wrong group scale in a hundred is more than they allow."""
+    for format in (*FOUR_BIT, "fp8_block"):
+        layer = Layer(problem(format), gpu)
+        assert layer.gate_up.scale is not None
+        good = layer.error(4)
+        scale = layer.down.scale.view(
+            torch.uint8 if layer.down.scale.element_size() == 1 else layer.down.scale.dtype
+        )
+        broken = scale.flatten()[::50]
+        saved = broken.clone()
+        weights = layer.down.scale.clone()
+        broken.copy_(saved + 1 if format == "mxfp4" else saved * 2)
+        x_error = _against(layer, weights)
+        assert good < FEW_LIMIT[format] < x_error, (format, good, x_error)
+
+
+def _against(layer: Layer, true_scale: torch.Tensor) -> float:
+    """The error of the layer as it is now against the oracle with `true_scale` in its second matrix."""
+    p = layer.problem
+    x = torch.randn(4, p.hidden, generator=layer.generator, device="cuda").bfloat16()
+    ids, weights = random_routing(p, 4, layer.generator, "cuda")
+    out = torch.empty_like(x)
+    Experts(p, layer.gate_up, layer.down, layer.gpu, layer.workspace)(x, ids, weights, out)
+    layer.down.scale.copy_(true_scale)
+    h = moe_gate_up_few.reference(p, x, layer.gate_up, ids)
+    return relative_error(out, moe_down_few.reference(p, h, layer.down, ids, weights))

@@ -1,0 +1,142 @@
+"""Runs the expert kernels of one weight format under Triton's interpreter, on the CPU, in float16, and prints
+their errors as JSON: [case, relative error, …]. A process of its own, because Triton decides when it is
+imported.
+
+    TRITON_INTERPRET=1 python -m tests.support.interpreted_experts FORMAT
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+
+from firebox.hardware.base import find_gpu
+from firebox.kernels import (
+    moe_combine,
+    moe_down,
+    moe_down_few,
+    moe_gate_up,
+    moe_gate_up_few,
+    moe_sort,
+    quantise_fp8,
+)
+from firebox.kernels._experts import Problem, Weights, operand
+from firebox.kernels.launch import INTERPRETED, Launcher
+from tests.support.experts import random_routing, random_weights, relative_error
+
+GPU = find_gpu("gb10")
+NAN = float("nan")
+BLOCK = 16
+
+
+def problem(format: str, hidden: int, inter: int, experts: int) -> Problem:
+    clamped = {"activation": "clamped_swiglu", "biases": True} if format == "mxfp4" else {}
+    return Problem(hidden, inter, experts, 3, format, dtype="f16", **clamped)
+
+
+def few(
+    p: Problem, tokens: int, gate_up: Weights, down: Weights, generator: torch.Generator
+) -> dict[str, float]:
+    ids, weights = random_routing(p, tokens, generator)
+    x = torch.randn(tokens, p.hidden, generator=generator).half()
+    h = torch.full((tokens * p.top_k, p.inter), NAN, dtype=torch.float16)
+    table = torch.full(
+        (moe_gate_up_few.programs(p, tokens), 1 + moe_gate_up_few.padded(tokens)), -1, dtype=torch.int32
+    )
+    config = moe_gate_up_few.default(p, tokens, GPU)
+    launcher = Launcher(moe_gate_up_few.request(p, tokens, config, GPU, interpreted=True))
+    moe_gate_up_few.run(launcher, p, x, gate_up, ids, h, table)
+    wanted = moe_gate_up_few.reference(p, x, gate_up, ids)
+    found = {f"few {tokens} gate_up": relative_error(h, wanted)}
+    wanted = moe_down_few.reference(p, h, down, ids, weights)
+    config = moe_down_few.default(p, tokens, GPU)
+    whole = moe_down_few.Config(rows=config.rows, depth=0, warps=config.warps)
+    for name, tile in {"": config, " whole": whole}.items() if tokens <= 8 else {"": config}.items():
+        partial = torch.full((tokens * p.top_k, p.hidden), NAN)
+        out = torch.full((tokens + 1, p.hidden), NAN, dtype=torch.float16)
+        out[-1] = 7.0
+        counters = torch.zeros(p.hidden // tile.rows, dtype=torch.int32)
+        launcher = Launcher(moe_down_few.request(p, tokens, tile, GPU, interpreted=True))
+        moe_down_few.run(launcher, p, h, down, ids, weights, table, partial, out[:-1], counters)
+        assert (out[-1] == 7.0).all() and not counters.any()
+        found[f"few {tokens} down{name}"] = relative_error(out[:-1], wanted)
+    return found
+
+
+def sorted_(
+    p: Problem, tokens: int, gate_up: Weights, down: Weights, generator: torch.Generator
+) -> dict[str, float]:
+    ids, weights = random_routing(p, tokens, generator)
+    sort = moe_sort.Problem(p.experts, BLOCK)
+    order = torch.full((ids.numel(),), -1, dtype=torch.int32)
+    blocks = torch.full((moe_sort.most_blocks(sort, ids.numel()), 3), -7, dtype=torch.int32)
+    count, place = (Launcher(request) for request in moe_sort.requests(sort, GPU, interpreted=True))
+    moe_sort.run((count, place), ids, moe_sort.scratch(sort, "cpu"), order, blocks)
+    of_expert, wanted_blocks = moe_sort.reference(sort, ids)
+    assert [tuple(entry) for entry in blocks.tolist() if entry[2]] == wanted_blocks
+    assert sorted(order.tolist()) == list(range(ids.numel())) and sum(map(len, of_expert)) == ids.numel()
+
+    x = torch.randn(tokens, p.hidden, generator=generator).half()
+    exact, x_scale, h_scale, group = x.float(), None, None, moe_gate_up.inner_group(p)
+    native = moe_gate_up.quantised(p)
+    if native:
+        rows = quantise_fp8.Problem(p.hidden, moe_gate_up.x_group(p), "f16")
+        x_scale = torch.full_like(quantise_fp8.reference(rows, x)[1], NAN)
+        q = torch.empty(x.shape, dtype=torch.float8_e4m3fn)
+        quantise_fp8.run(Launcher(quantise_fp8.request(rows, GPU, interpreted=True)), x, q, x_scale)
+        exact = (q.float().unflatten(-1, (-1, rows.group or p.hidden)) * x_scale.view(tokens, -1, 1)).flatten(
+            -2
+        )
+        h_scale = torch.full((ids.numel(), p.inter // group), NAN)
+        x = q
+    h = torch.empty(ids.numel(), p.inter, dtype=x.dtype)
+    config = moe_gate_up.default(p, BLOCK, GPU)
+    launcher = Launcher(moe_gate_up.request(p, config, GPU, interpreted=True))
+    moe_gate_up.run(launcher, p, x, x_scale, gate_up, order, blocks, h, h_scale)
+    inner = h.float()
+    if h_scale is not None:
+        inner = (h.float().unflatten(-1, (-1, group)) * h_scale.unsqueeze(-1)).flatten(-2)
+    found = {
+        f"sorted {tokens} gate_up": relative_error(
+            inner, moe_gate_up.reference(p, exact, gate_up, ids, order)
+        )
+    }
+    y = torch.full((ids.numel(), p.hidden), NAN, dtype=torch.float16)
+    config = moe_down.default(p, BLOCK, GPU)
+    launcher = Launcher(moe_down.request(p, config, GPU, interpreted=True))
+    moe_down.run(launcher, p, h, h_scale, down, order, blocks, weights, y)
+    found[f"sorted {tokens} down"] = relative_error(
+        y, moe_down.reference(p, inner, down, ids, order, weights)
+    )
+    sums = moe_combine.Problem(p.hidden, p.top_k, "f16")
+    out = torch.full((tokens, p.hidden), NAN, dtype=torch.float16)
+    moe_combine.run(Launcher(moe_combine.request(sums, GPU, interpreted=True)), y, out)
+    return found | {f"sorted {tokens} combine": relative_error(out, moe_combine.reference(sums, y))}
+
+
+def main(format: str) -> None:
+    assert INTERPRETED, "set TRITON_INTERPRET=1"
+    unit = 128 if format == "fp8_block" else 64
+    generator, found = torch.Generator().manual_seed(0), {}
+    # one, columns and pairs; then, with fewer experts, experts; odd numbers of tiles either way
+    for hidden, inter, experts, few_tokens, many in (
+        (3 * unit, 2 * unit, 28, (1, 3, 9), ()),
+        (2 * unit, 3 * unit, 6, (10,), (2, 31)),
+    ):
+        p = problem(format, hidden, inter, experts)
+        gate_up = random_weights(p, 2 * inter, hidden, generator)
+        down = random_weights(p, hidden, inter, generator)
+        size = f"{hidden} × {inter} × {experts}: "
+        for tokens in few_tokens:
+            found |= {size + case: error for case, error in few(p, tokens, gate_up, down, generator).items()}
+        for tokens in many:
+            found |= {
+                size + case: error for case, error in sorted_(p, tokens, gate_up, down, generator).items()
+            }
+    print(json.dumps({"operand": operand(p), "errors": found}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
