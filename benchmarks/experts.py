@@ -6,7 +6,7 @@ the router's choices to the summed output.
 First the output is compared with float32 on dequantised weights; a configuration that fails has no time. One
 call is timed as it runs in the engine: in a CUDA graph with others like it, each with its own routing,
 weights far larger than the L2; median of seven. floor = max(bytes / 4.60 TB/s, operations / rate), the
-definition and the peers of docs/log/2026-11-21-expert-kernels.md. `--sweep` compiles and times every tile of
+definition and the peers of docs/log/2026-11-21-gpu-kernels.md. `--sweep` compiles and times every tile of
 the search spaces and writes the fastest to DIR/experts.json; the file of this GPU in tuned/ is used
 otherwise.
 """

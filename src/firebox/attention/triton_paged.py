@@ -69,7 +69,7 @@ def plan(
     from firebox.kernels.attention_decode import MAX_QUERIES
 
     device, counts = page_table.device, np.diff(query_start)
-    bits = (None, None) if tree is None else pack_tree(tree, query_start)
+    bits = (None, None) if tree is None else pack_tree(tree.to(device), query_start)
     pages = page_table.to(torch.int32).contiguous()
     paged = Paged(pages, _int32(context_tokens, device), _int32(query_start, device), *bits)
     few = (counts > 0) & (counts <= MAX_QUERIES)

@@ -6,7 +6,7 @@ h and h_scale as kernels/moe_gate_up.py leaves them; routing_weights [tokens, to
 hidden] bf16 by place, so that kernels/moe_combine.py finds a token's experts next to each other. Accumulation
 in float32.
 
-Source: own. Measured: H200, 2026-11-21, docs/log/2026-11-21-expert-kernels.md.
+Source: own. Measured: H200, 2026-11-21, docs/log/2026-11-21-gpu-kernels.md.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ float32; the last one of each ROWS (a counter says so; it is zero before and aft
 the program reads its whole tile before the launch before has ended, which hides most of the memory's latency
 behind the first half: up to 8 tokens, where the tile is small.
 
-Source: own. Measured: H200, 2026-11-21, docs/log/2026-11-21-expert-kernels.md.
+Source: own. Measured: H200, 2026-11-21, docs/log/2026-11-21-gpu-kernels.md.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ bf16, or float8_e4m3fn with h_scale [choices, inter / columns] float32, one for 
 (32 to 128), so that the second half multiplies FP8 by FP8. Accumulation and activation in float32. A 4-bit
 weight times its group scale is rounded to bf16.
 
-Source: own. Measured: H200, 2026-11-21, docs/log/2026-11-21-expert-kernels.md.
+Source: own. Measured: H200, 2026-11-21, docs/log/2026-11-21-gpu-kernels.md.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ for a single token); with more, those that chose the expert are moved together, 
 [choices or experts, 1 + tokens padded] int32 keeps how many and which for the second half. An expert that
 more chose than TOKENS takes passes of MANY.
 
-Source: own. Measured: H200, 2026-11-21, docs/log/2026-11-21-expert-kernels.md.
+Source: own. Measured: H200, 2026-11-21, docs/log/2026-11-21-gpu-kernels.md.
 """
 
 from __future__ import annotations

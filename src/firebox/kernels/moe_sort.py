@@ -8,7 +8,7 @@ choice does not depend on it. First launch: programs count, the last one makes o
 programs take places from the offsets with atomics; others write the blocks. Counts and the counter of ended
 programs are zero before and after.
 
-Source: own. Measured: H200, 2026-11-21, docs/log/2026-11-21-expert-kernels.md.
+Source: own. Measured: H200, 2026-11-21, docs/log/2026-11-21-gpu-kernels.md.
 """
 
 from __future__ import annotations
