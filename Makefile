@@ -39,6 +39,7 @@ check: setup
 	$(PYTHON) -m ruff format --check
 	$(PYTHON) -m mypy
 	$(PYTHON) tools/config_docs.py --check
+	$(PYTHON) -m tools.models_docs --check
 
 compile: setup
 	$(PYTHON) -m firebox.kernels.warm

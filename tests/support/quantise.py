@@ -5,13 +5,15 @@ documents."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -258,8 +260,11 @@ def _compressed(name: str, layout: str, **weights: Any) -> Recipe:
 
 
 def _fp8_block(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
-    tensors = fp8_quantise(weight, weight_block_size=(32, 32))
-    return tensors, fp8_dequantise(tensors)
+    """An edge that is no whole block has a scale of its own, as DeepSeek's kv_a_proj_with_mqa of 576 rows."""
+    rows, columns = weight.shape
+    padded = fp8_quantise(F.pad(weight, (0, -columns % 32, 0, -rows % 32)), weight_block_size=(32, 32))
+    codes = padded["weight"][:rows, :columns].contiguous()
+    return padded | {"weight": codes}, fp8_dequantise(padded)[:rows, :columns]
 
 
 def _fp8_tensor(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
@@ -344,24 +349,68 @@ RECIPES = (
 )
 
 UNQUANTISED = ("lm_head", "embed_tokens", "mlp.gate", "block_sparse_moe.gate")
+SIGHT = ("visual", "vision_tower", "mm_projector")  # what sees images, which no one here reads
 
 
-def quantise_checkpoint(source: Path, target: Path, recipe: Recipe) -> Path:
-    """Writes a quantised copy of `source` to `target`, every linear layer but the routers and the output
-    matrix by `recipe`; returns a folder beside it with what the quantised weights mean, unquantised."""
+def quantise_checkpoint(source: Path, target: Path, recipe: Recipe, plain: Sequence[str] = ()) -> Path:
+    """Writes a quantised copy of `source` to `target`, every linear layer by `recipe`, one tensor an expert,
+    but the routers, the output matrix and modules whose path has one of the parts `plain`; returns a folder
+    beside it with what the quantised weights mean, unquantised."""
     meant = target.with_name(f"{target.name}-meant")
-    config, tensors = json.loads((source / "config.json").read_text()), read_tensors(source)
+    config = json.loads((source / "config.json").read_text())
     stored, meanings = {}, {}
-    for name, tensor in tensors.items():
+    for name, tensor in expert_by_expert(read_tensors(source)).items():
         module, _, part = name.rpartition(".")
-        if part != "weight" or tensor.dim() != 2 or module.endswith(UNQUANTISED):
+        if part != "weight" or tensor.dim() != 2 or _stays(module, plain):
             stored[name] = meanings[name] = tensor
             continue
         pieces, meanings[name] = recipe.quantise(tensor)
         stored |= {f"{module}.{piece}": found for piece, found in pieces.items()}
-    write_tensors(target, config | {"quantization_config": recipe.section}, stored)
+    write_tensors(target, config | {"quantization_config": excepting(recipe.section, plain)}, stored)
     write_tensors(meant, config, meanings)
     return meant
+
+
+def _stays(module: str, plain: Sequence[str]) -> bool:
+    return module.endswith(UNQUANTISED) or any(f".{part}." in f".{module}." for part in (*plain, *SIGHT))
+
+
+def excepting(section: Mapping[str, Any], plain: Sequence[str]) -> dict[str, Any]:
+    """`section` with modules whose path has one of the parts `plain` left out, each library in its own
+    words."""
+    words: dict[str, tuple[str, list[str]]] = {
+        "compressed-tensors": ("ignore", [rf"re:.*\.{re.escape(part)}(\.|$)" for part in plain]),
+        "fp8": ("modules_to_not_convert", [rf".*\.{re.escape(part)}" for part in plain]),
+        "modelopt": ("ignore", [f"*.{part}" for part in plain]),
+        "awq": ("modules_to_not_convert", list(plain)),
+        "gptq": ("dynamic", [rf"-:.*\.{re.escape(part)}(\.|$)" for part in plain]),
+    }
+    key, exceptions = words[section["quant_method"]]
+    if not exceptions:
+        return dict(section)
+    if section["quant_method"] == "fp8":
+        exceptions = ["lm_head", *exceptions]  # transformers' own exception is gone once there is a list
+    if section["quant_method"] == "gptq":
+        return {**section, key: {pattern: {} for pattern in exceptions}}
+    return {**section, key: [*(section.get(key) or ()), *exceptions]}
+
+
+def expert_by_expert(tensors: Tensors) -> Tensors:
+    """Experts that transformers saves all in one tensor, [experts, rows, columns], one by one as quantised
+    checkpoints have them."""
+    found: Tensors = {}
+    for name, tensor in tensors.items():
+        module, _, part = name.rpartition(".")
+        if not module.endswith(".experts") or tensor.dim() != 3:
+            found[name] = tensor
+            continue
+        for e, matrix in enumerate(tensor):
+            if part == "down_proj":
+                found[f"{module}.{e}.down_proj.weight"] = matrix
+            else:
+                gate, up = matrix.chunk(2)
+                found |= {f"{module}.{e}.gate_proj.weight": gate, f"{module}.{e}.up_proj.weight": up}
+    return found
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -11,9 +11,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config
 
-from firebox.find import load
+from firebox.engine.start import make_model
+from firebox.find import load, names
+from firebox.formats.base import WeightSlot
+from firebox.formats.select import formats_of
+from firebox.hardware.probe import probe_cpu
+from firebox.layers.base import Build
+from firebox.weights.checkpoint import open_checkpoint
+from firebox.weights.load import chosen_slots
 from tests.support.checkpoints import load_reference, reference_greedy, write_checkpoint
 from tests.support.engine import InProcessEngine
+from tests.support.published import PUBLISHED, Published
 from tests.support.quantise import (
     GPT_OSS_MXFP4,
     RECIPES,
@@ -25,16 +33,24 @@ from tests.support.quantise import (
 
 TOKENS = 16
 BY_NAME = {recipe.name: recipe for recipe in RECIPES}
-# sizes that every group divides; no two of a layer's are equal but the hidden size and itself
-SIZES = {
+LATENT = {"moe_intermediate_size": 96, "q_lora_rank": 64, "v_head_dim": 32}
+HYBRID = {"moe_intermediate_size": 96, "shared_expert_intermediate_size": 96}
+SIZES: dict[str, dict[str, Any]] = {  # that every group divides
     "glm4_moe": {"moe_intermediate_size": 96},
     "qwen3_moe": {"moe_intermediate_size": 96},
-    "minimax_m2": {},
+    "minimax_m2": {"intermediate_size": 96},
+    "deepseek_v3": LATENT,
+    "kimi_k2": LATENT,
+    "kimi_k25": LATENT,
+    "qwen3_5_moe": HYBRID,
+    "qwen3_5_moe_text": HYBRID,
 }
-PAIRS = [
-    *(("glm4_moe", name) for name in BY_NAME),
-    *(("qwen3_moe", name) for name in BY_NAME),
-    ("minimax_m2", "fp8_channel"),
+LISTED = [row for row in PUBLISHED if row.recipe in BY_NAME]
+# every other way of writing a checkpoint that is read, on one architecture
+REST = [
+    Published("glm4_moe", name, "")
+    for name in BY_NAME
+    if ("glm4_moe", name) not in {(row.model, row.recipe) for row in LISTED}
 ]
 
 
@@ -54,18 +70,41 @@ def greedy(folder: Path, reference: Any) -> None:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("plain")
-    return {
-        name: write_checkpoint(folder / name, load("models", name).TINY | sizes)
-        for name, sizes in SIZES.items()
-    }
+    return {name: write_checkpoint(folder / name, sized(name, sizes)) for name, sizes in SIZES.items()}
 
 
-@pytest.mark.parametrize(("model", "recipe"), PAIRS)
+def sized(name: str, sizes: dict[str, Any]) -> dict[str, Any]:
+    config: dict[str, Any] = load("models", name).TINY
+    if "text_config" in config:
+        return config | {"text_config": config["text_config"] | sizes}
+    return config | sizes
+
+
+def test_the_table_has_every_architecture() -> None:
+    assert {row.model for row in PUBLISHED} == set(names("models"))
+    assert {row.recipe for row in PUBLISHED} <= {*BY_NAME, "mxfp4"}
+    assert [row for row in PUBLISHED if row not in LISTED] == [
+        row for row in PUBLISHED if row.model == "gpt_oss"
+    ]
+
+
+@pytest.mark.parametrize("row", [*LISTED, *REST], ids=lambda row: row.id)
 def test_it_answers_as_transformers_on_what_the_weights_mean(
-    plain: dict[str, Path], model: str, recipe: str, tmp_path: Path
+    plain: dict[str, Path], row: Published, tmp_path: Path
 ) -> None:
-    meant = quantise_checkpoint(plain[model], tmp_path / recipe, BY_NAME[recipe])
-    greedy(tmp_path / recipe, load_reference(meant))
+    """The loader refuses a tensor that the formats it read from config.json do not account for."""
+    folder = tmp_path / row.recipe
+    recipe = BY_NAME[row.recipe]
+    meant = quantise_checkpoint(plain[row.model], folder, recipe, row.plain)
+    assert expert_formats(folder) == {formats_of({"quantization_config": recipe.section})("any").name}
+    greedy(folder, load_reference(meant))
+
+
+def expert_formats(folder: Path) -> set[str]:
+    checkpoint = open_checkpoint(folder)
+    model = make_model(checkpoint, Build(probe_cpu(), torch.device("meta"), torch.float32, torch.float32, 1))
+    slots = chosen_slots(model, checkpoint.names())
+    return {s.format.name for s in slots if isinstance(s, WeightSlot) and ".experts." in s.module}
 
 
 @pytest.mark.parametrize("model", ["qwen3_moe", "glm4_moe"])
