@@ -12,7 +12,7 @@ help:
 	@echo 'make test       set up, then run the tests that need no GPU, and count them'
 	@echo 'make setup      make .venv with the pinned packages for this machine (both of the above do)'
 	@echo 'make check      lint, format, types, generated documents'
-	@echo 'make compile    compile the CPU kernels ahead of time (there are no Triton kernels yet)'
+	@echo 'make compile    compile the CPU kernels ahead of time (Triton kernels compile when they are asked for)'
 	@echo 'make test-gpu   run tests/gpu on a machine with a GPU; PYTHON=python3 uses its own Python'
 	@echo 'make bench      benchmarks/cpu_engine.py against transformers; BENCH_FLAGS=--json'
 	@echo 'make serve      the server on 127.0.0.1:30000; MODEL=... SERVE_FLAGS=...'

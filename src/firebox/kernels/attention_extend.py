@@ -69,7 +69,7 @@ def default(problem: Problem, gpu: Gpu) -> Config:
     if problem.head_dim > 128:
         return Config(128, 32, 8, 3) if wgmma and limit_bytes(gpu) > 140_000 else Config(64, 32, 8, 3)
     if wgmma and problem.head_dim == 128 and problem.kv_dtype.itemsize == 2:
-        return Config(128, 64, 8, 3, 128)  # measured: two blocks a multiprocessor, 0.84 of the time of the next
+        return Config(128, 64, 8, 3, 128)  # two blocks a multiprocessor: 0.84 of the next one's time
     if wgmma:  # more keys at a time: fewer instructions a key for the sums that are scaled each time
         return Config(128, 128 if limit_bytes(gpu) > 170_000 else 64, 8, 3)
     if problem.kv_dtype == FP8:
