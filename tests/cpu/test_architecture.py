@@ -68,7 +68,17 @@ TABLE: dict[str, tuple[str, ...]] = {
     "answer": ("engine.client", "text", "config"),
     "llm": ("answer", "engine.client", "text", "config"),
     "server": ("answer", "engine.client", "text", "config"),
-    "planning": ("models", "kernels", "formats", "parallel", "engine.memory", "config"),
+    "planning": (
+        "models",
+        "layers",
+        "kernels",
+        "formats",
+        "cache.specs",
+        "parallel",
+        "weights.cuts",
+        "engine.memory",
+        "config",
+    ),
     # level 9
     "bench": ("kernels", "formats", "llm", "engine.client"),
     # level 10
@@ -314,6 +324,7 @@ RED: dict[Rule, list[tuple[str, str]]] = {
         ("server/app.py", "from firebox.engine.messages import Delta"),
         ("bench/offline.py", "from firebox.text.tokenizer import Tokenizer"),
         ("planning/fit.py", "from firebox.engine import scheduler"),
+        ("planning/fit.py", "from firebox.weights.load import load_weights"),
         ("config.py", "from firebox.env import cache_dir"),
         ("errors.py", "import firebox.find"),
         ("text/chat.py", "from firebox import LLM"),

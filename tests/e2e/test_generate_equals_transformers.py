@@ -26,9 +26,19 @@ ARCHITECTURES = (
     "qwen3_5_moe",
     "minimax_m2",
 )
-PROMPT = "def main(arguments):\n    return sum(len(word) for word in arguments)\n"
+PROMPTS = (
+    "def main(arguments):\n    return sum(len(word) for word in arguments)\n",
+    "Seven engines stood in the shed, and one of them was warm.",
+    "1, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377, 610",
+    "import json\nimport sys\n\nprint(json.dumps(sys.argv))\n",
+)
 TOKENS = 24
 END = "<|end|>"
+LEARNED = (
+    "The firebox is the small chamber in which an engine's fire burns. Water stands around it, tubes lead "
+    "the heat through the boiler, and whoever feeds it watches the gauge: too little and the train stands, "
+    "too much and the valve opens. A good fire is thin, bright and even; it is fed little and often."
+)
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 
 
@@ -46,7 +56,7 @@ def write_folder(folder: Path, name: str) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([Path(__file__).read_text()], trainer)
+    tokenizer.train_from_iterator([LEARNED], trainer)
     assert tokenizer.get_vocab_size() == vocab and tokenizer.token_to_id(END) == 0
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, chat_template=TEMPLATE)
     fast.save_pretrained(folder)
@@ -56,7 +66,9 @@ def write_folder(folder: Path, name: str) -> Path:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_ids_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     folder = write_folder(tmp_path, name)
-    command = [sys.executable, "-m", "firebox", "generate", str(folder), "--prompt", PROMPT, "--json"]
+    fast = PreTrainedTokenizerFast.from_pretrained(folder)
+    prompt, expected = lively_prompt(fast, folder)
+    command = [sys.executable, "-m", "firebox", "generate", str(folder), "--prompt", prompt, "--json"]
     done = subprocess.run(
         [*command, "--max-tokens", str(TOKENS), "--temperature", "0"],
         capture_output=True,
@@ -65,14 +77,24 @@ def test_the_ids_are_those_of_transformers(name: str, tmp_path: Path) -> None:
         check=True,
     )
     document = json.loads(done.stdout.splitlines()[-1])
-    fast = PreTrainedTokenizerFast.from_pretrained(folder)
-    assert document["prompt_ids"] == fast.encode(PROMPT) and len(document["prompt_ids"]) > 30
-    expected = reference_greedy(load_reference(folder), document["prompt_ids"], TOKENS)
-    end = expected.index(0) if 0 in expected else TOKENS
-    assert end >= 8 and len(set(expected[:end])) > 4, "too short or too dull to prove anything"
-    assert document["ids"] == expected[:end]
-    assert document["finish_reason"] == ("length" if end == TOKENS else "stop")
+    assert document["prompt_ids"] == fast.encode(prompt)
+    assert document["ids"] == expected
+    assert document["finish_reason"] == ("length" if len(expected) == TOKENS else "stop")
     assert document["text"] == fast.decode(document["ids"])
+
+
+def lively_prompt(tokenizer: PreTrainedTokenizerFast, folder: Path) -> tuple[str, list[int]]:
+    """The first prompt after which transformers writes on for at least 8 tokens, 5 different ones among them,
+    and what it writes: random weights end where they please."""
+    reference = load_reference(folder)
+    for prompt in PROMPTS:
+        ids = tokenizer.encode(prompt)
+        assert len(ids) > 30
+        written = reference_greedy(reference, ids, TOKENS)
+        written = written[: written.index(0)] if 0 in written else written
+        if len(written) >= 8 and len(set(written)) > 4:
+            return prompt, written
+    raise AssertionError("every prompt is too short or too dull to prove anything")
 
 
 def test_an_image_is_refused_by_a_server_of_kimi_k25(tmp_path: Path) -> None:

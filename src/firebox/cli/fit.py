@@ -1,5 +1,7 @@
-"""`firebox fit --moe-config FILE --gpu …`: would a tuning file made for SGLang or vLLM launch there, and
-would it ever be looked up?
+"""`firebox fit MODEL --gpu … --tp …`: would the model run there, and how fast could it be? (`_fit_model.py`)
+
+`firebox fit --moe-config FILE --gpu …`: would a tuning file made for SGLang or vLLM launch there, and would
+it ever be looked up?
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,34 +26,70 @@ WIDE_CHARACTERS = 140  # of a table that is not for a terminal
 
 
 def fit(
-    gpu: Annotated[str, typer.Option(help="what to compile for: gb10, rtx-pro-6000, h200, …")],
-    model: Annotated[str | None, typer.Argument(help="not yet: the check of a whole model")] = None,
+    gpu: Annotated[str, typer.Option(help="what to plan for: gb10, rtx-pro-6000, h200, …")],
+    model: Annotated[
+        str | None, typer.Argument(help="a card, a folder or a Hugging Face id; default: firebox-tiny")
+    ] = None,
+    tp: Annotated[int | None, typer.Option(help="GPUs that share the model; default 1")] = None,
+    dtype: Annotated[str | None, typer.Option(help="compute dtype; default: the checkpoint's")] = None,
+    kv_cache_dtype: Annotated[
+        str | None, typer.Option(help="as in serve: bf16, fp8, …; default: the compute dtype")
+    ] = None,
+    context_length: Annotated[
+        int | None, typer.Option(help="tokens that one request must be able to hold; default 4096")
+    ] = None,
+    max_running_requests: Annotated[int | None, typer.Option(min=1, help="as in serve")] = None,
+    max_batch_tokens: Annotated[int | None, typer.Option(min=1, help="as in serve")] = None,
     moe_config: Annotated[
         Path | None, typer.Option(help="a fused-MoE tuning file of SGLang or vLLM, under its own name")
     ] = None,
     of_model: Annotated[
         str | None, typer.Option("--model", help="with --moe-config: the model that the file should be for")
     ] = None,
-    tp: Annotated[int | None, typer.Option(help="with --model: GPUs that share an expert; default 1")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document")] = False,
 ) -> None:
-    """Compiles every entry of a tuning file for a GPU that need not be here. Exit status 1 if one does not
-    fit."""
+    """What will run and whether it fits, without the GPU and without weights: memory, the speed that memory
+    bandwidth allows, and the kernels of the routed experts, compiled. With --moe-config: compiles every entry
+    of a tuning file instead. Exit status 1 if something does not fit."""
+    engine: dict[str, Any] = {
+        "kv_cache_dtype": kv_cache_dtype,
+        "context_length": context_length,
+        "max_running_requests": max_running_requests,
+        "max_batch_tokens": max_batch_tokens,
+    }
+    given = {name: value for name, value in engine.items() if value is not None}
+    if moe_config is not None:
+        unused = [*given, *(["dtype"] if dtype is not None else [])]
+        if unused:
+            raise ConfigError(f"--moe-config does not go with --{unused[0].replace('_', '-')}")
+        raise typer.Exit(0 if _judge(moe_config, gpu, model, of_model, tp, as_json) else 1)
+    if of_model is not None:
+        raise ConfigError(
+            f"--model {of_model} is for --moe-config", hint=f"firebox fit {of_model} --gpu {gpu}"
+        )
+    from firebox.cli._fit_model import fit_model
+    from firebox.config import DEFAULT_MODEL, EngineConfig
+
+    settings = EngineConfig(**given)
+    cut = 1 if tp is None else tp
+    fits = fit_model(model or DEFAULT_MODEL, gpu, cut, dtype or "auto", settings, as_json=as_json)
+    raise typer.Exit(0 if fits else 1)
+
+
+def _judge(
+    file: Path, gpu: str, model: str | None, of_model: str | None, tp: int | None, as_json: bool
+) -> bool:
     from firebox.hardware.base import find_gpu
     from firebox.planning.foreign import judge
 
-    if moe_config is None:
-        raise ConfigError(
-            "fit MODEL is not there yet", hint="fit --moe-config FILE --gpu gb10 judges a tuning file"
-        )
     if model is not None:
         raise ConfigError(f"--moe-config takes no MODEL ({model!r})", hint=f"--model {model}")
-    verdict = judge(moe_config, find_gpu(gpu), _shape(of_model, tp))
+    verdict = judge(file, find_gpu(gpu), _shape(of_model, tp))
     if as_json:
         print(json.dumps(verdict.document()))
     else:
         _show(verdict)
-    raise typer.Exit(0 if verdict.fits else 1)
+    return verdict.fits
 
 
 def _shape(model: str | None, tp: int | None) -> ExpertShape | None:

@@ -146,6 +146,9 @@ def refuse(problem: Problem) -> str | None:
     unit = BLOCK if problem.format == "fp8_block" else problem.group or 16
     if problem.inter % unit or problem.hidden % unit:
         return f"needs both widths a multiple of {unit} in {problem.format}"
+    for width in (problem.hidden, problem.inter):
+        if not pipeline_depths(width, problem, remainder=False):
+            return f"has no tile for {width} columns in {problem.format}"
     return None
 
 

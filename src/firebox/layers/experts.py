@@ -150,7 +150,7 @@ class Experts:
 
     def _ready(self, tokens: int) -> tuple[Path, dict[str, Launcher]]:
         path = self._paths.get(tokens) or _path_of(self.problem, tokens, self.gpu)
-        return path, _launchers(self.problem, _like(self.problem, tokens, path), path, self.gpu)
+        return path, _launchers(self.problem, like(self.problem, tokens, path), path, self.gpu)
 
     def _few(
         self,
@@ -221,7 +221,7 @@ class Experts:
         moe_combine.run(launchers["moe_combine"], space.y, out)
 
 
-def _like(problem: Problem, tokens: int, path: Path) -> int:
+def like(problem: Problem, tokens: int, path: Path) -> int:
     """The number of tokens whose compiles these share, so that each is made once."""
     if path.name == SORTED or tokens == 1:
         return tokens if path.name == FEW else 1

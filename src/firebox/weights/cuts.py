@@ -49,7 +49,7 @@ def refusal(slot: Slot, tp: int) -> FireboxError | None:
     if cut is None or tp == 1:
         return None
     module = slot.module if isinstance(slot, WeightSlot) else next(iter(slot.tensors))
-    pieces = _pieces(cut, tp)
+    pieces = pieces_of(cut, tp)
     if pieces is None:
         otherwise = f", and {tp} is not a multiple of it" if cut.shared else ""
         return ConfigError(f"{module}: {cut.label} {cut.count} / {tp} is not a whole number{otherwise}")
@@ -67,7 +67,7 @@ def _working(slots: Sequence[Slot]) -> tuple[int, ...]:
     return tuple(tp for tp in SIZES if all(refusal(slot, tp) is None for slot in slots))
 
 
-def _pieces(cut: Cut, tp: int) -> int | None:
+def pieces_of(cut: Cut, tp: int) -> int | None:
     """How many of the pieces a rank has, or None if they cannot be shared out equally."""
     if cut.count % tp == 0:
         return cut.count // tp

@@ -1,0 +1,132 @@
+"""What `firebox fit MODEL` does: reads config.json, asks planning, prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from firebox.config import EngineConfig
+    from firebox.planning.fit import Fit, Source
+    from firebox.planning.launches import Experts, Launch
+    from firebox.planning.memory import Memory
+    from firebox.planning.roof import Roof
+
+WIDE_CHARACTERS = 180  # of a table that is not for a terminal
+PARTIAL = (
+    "this check is partial: the memory, the roof and the kernels of the routed experts. No GPU kernel yet, "
+    "and so not checked: "
+)
+
+
+def fit_model(model: str, gpu: str, tp: int, dtype: str, engine: EngineConfig, *, as_json: bool) -> bool:
+    """Prints the answer; True: it fits."""
+    from firebox.hardware.base import find_gpu
+    from firebox.planning.fit import compiled, open_source, plan
+
+    on = find_gpu(gpu)
+    found = compiled(plan(open_source(_source(model, dtype), on), on, tp, engine))
+    if as_json:
+        print(json.dumps(found.document()))
+    else:
+        _show(found)
+    return found.fits
+
+
+def _source(model: str, dtype: str) -> Source:
+    from firebox.config import ModelConfig, check_choice
+    from firebox.planning.fit import Source
+    from firebox.text.folder import resolve_folder
+    from firebox.weights.checkpoint import open_checkpoint
+
+    check_choice(ModelConfig, "dtype", dtype)
+    checkpoint = open_checkpoint(resolve_folder(model))
+    stored = frozenset(checkpoint.names()) if checkpoint.shards else None
+    computes_in = checkpoint.dtype if dtype == "auto" else dtype
+    return Source(model, checkpoint.model_type, checkpoint.text_config, computes_in, stored)
+
+
+def _show(fit: Fit) -> None:
+    for layers in fit.experts:
+        rows = [launch for launch in fit.launches or () if launch.experts is layers]
+        if rows:
+            _show_launches(fit, layers, rows)
+    if fit.memory is not None:
+        print("\n".join(_memory_lines(fit.memory)))
+    if fit.roof is not None:
+        print("\n".join(_roof_lines(fit.roof)))
+    print(PARTIAL + ", ".join(fit.not_planned))
+    for problem in fit.problems:
+        print(f"does not fit: {problem}")
+    for help in fit.help:
+        print(f"would help: {help}")
+    what = f"{fit.source.name} on {fit.tp} × {fit.gpu.name}"
+    print(f"{what}: {'fits' if fit.fits else 'does not fit'}, as far as was checked", flush=True)
+
+
+def _show_launches(fit: Fit, layers: Experts, launches: Sequence[Launch]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"routed experts in {layers.format} of {layers.layers} layers on {fit.gpu.name}, tp {fit.tp}"
+    table = Table(title=title, title_justify="left")
+    for heading in ("tokens", "bytes", "limit", "registers", "spilled"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("kernel", "config", "chosen", "instruction", "native", "verdict"):
+        table.add_column(heading, no_wrap=heading != "verdict")
+    for launch in launches:
+        table.add_row(*_cells(launch.document()))
+    Console(width=None if sys.stdout.isatty() else WIDE_CHARACTERS, highlight=False).print(table)
+
+
+def _cells(row: dict[str, Any]) -> Iterator[str]:
+    first, last = row["tokens"]
+    yield f"{first}–{last}" if last > first else str(first)
+    for key in ("shared_bytes", "limit_bytes", "registers", "spill_bytes"):
+        yield f"{row[key]:,}"
+    yield row["kernel"]
+    yield " ".join(f"{key} {value}" for key, value in row["config"].items() if value is not False)
+    yield f"{row['path']}, {row['why']}"
+    yield row["instruction"]
+    yield "yes" if row["native"] else "no"
+    yield row["error"] or ("fits" if row["fits"] else "does not fit")
+
+
+def _memory_lines(memory: Memory) -> Iterator[str]:
+    """The ledger, GiB a line."""
+    document = memory.document()
+    formulas: dict[str, str] = document["formulas"]
+    yield "memory of one GPU, GiB"
+    yield _line("all of it", memory.gpu_bytes)
+    for name, found in memory.weights.items():
+        if found:
+            yield _line(f"weights: {name.replace('_', ' ')}", found)
+    yield _line("weights, all", memory.weights_bytes)
+    for key, formula in formulas.items():
+        if document[key]:
+            yield _line(key.removesuffix("_bytes"), document[key], formula)
+    yield _line(
+        "KV cache",
+        max(0, memory.left_bytes - memory.snapshots_bytes),
+        f"{memory.kv_tokens:,} tokens of {memory.cache.per_token:,} bytes",
+    )
+
+
+def _line(name: str, found: int, note: str = "") -> str:
+    return f"  {name:28}{found / 2**30:8.2f}  {note}".rstrip()
+
+
+def _roof_lines(roof: Roof) -> Iterator[str]:
+    """Tokens per second at each batch."""
+    yield (
+        f"roof at {roof.context_tokens} tokens of context, {roof.bandwidth_gb_s:,.0f} GB/s a GPU "
+        f"({roof.source}), without communication"
+    )
+    for batch, step in roof.steps.items():
+        yield (
+            f"  batch {batch:2}: {roof.tokens_per_s(batch):9,.1f} tokens/s; a step reads "
+            f"{step.weights / 1e9:.2f} GB of weights and {step.cache / 1e9:.2f} GB of cache on each GPU "
+            f"(weights alone: {roof.weights_only_tokens_per_s(batch):,.1f} tokens/s)"
+        )

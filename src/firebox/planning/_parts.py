@@ -1,0 +1,184 @@
+"""A model on the meta device, taken apart: which weights it has, how many of each kind, and how many bytes a
+share of one takes as it is stored.
+
+A model has tens of thousands of slots and a few dozen kinds of them, so slots are counted once and all
+arithmetic is done on one of each kind.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from firebox.config import kv_format_of
+from firebox.errors import UnsupportedFormat, UnsupportedModel
+from firebox.find import load, names
+from firebox.formats.base import FLOATS, OneOf, Slot, Slots, TensorSpec, WeightSlot
+from firebox.formats.kv.base import KvFormat, require_fp8_scales
+from firebox.formats.select import formats_of
+from firebox.hardware.base import Gpu
+from firebox.layers.base import Build
+from firebox.layers.decoder import Decoder
+from firebox.layers.moe import MoeBlock
+from firebox.weights.cuts import pieces_of
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INT4 = ("int4_group", "awq", "gptq")  # their scales are kept in the compute dtype, all others' in float32
+
+
+@dataclass(frozen=True)
+class Source:
+    """What planning needs of a model folder. `config`: the language model's section of config.json; `dtype`:
+    what it computes in; `stored`: the names of its tensors, None where there is only a config.json."""
+
+    name: str
+    model_type: str
+    config: Mapping[str, Any]
+    dtype: str
+    stored: frozenset[str] | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Weights of one purpose over all layers. `slots`: one of each kind, and how many there are; `read`: a
+    decode step reads them; `block`, `layers`: of routed experts, one of the layers that are alike, and how
+    many those are."""
+
+    name: str
+    slots: tuple[tuple[Slot, int], ...]
+    read: bool = True
+    block: MoeBlock | None = None
+    layers: int = 0
+
+    def shard_bytes(self, tp: int) -> int:
+        """On one of `tp` GPUs."""
+        return sum(count * shard_bytes(slot, tp) for slot, count in self.slots)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model without memory: what it was built with, whose choices name its operations, and its weights."""
+
+    source: Source
+    model: Decoder
+    build: Build
+    parts: tuple[Part, ...]
+
+
+def kv_itemsize(source: Source, asked: str) -> int:
+    """Bytes of a stored number of keys and values under `--kv-cache-dtype`. Raises ConfigError,
+    UnsupportedFormat."""
+    kv = cast(KvFormat, load("formats.kv", kv_format_of(asked, source.dtype)))
+    if kv.SCALED:
+        require_fp8_scales(source.config)
+    return kv.DTYPE.itemsize
+
+
+def open_source(source: Source, gpu: Gpu) -> Opened:
+    """Builds the model on the meta device. The few bytes of an FP8 cache's scales are not among its parts.
+    Raises UnsupportedModel, UnsupportedFormat."""
+    if source.model_type not in names("models"):
+        raise UnsupportedModel(
+            f"{source.name} is a {source.model_type!r}", hint=f"supported: {', '.join(names('models'))}"
+        )
+    if source.dtype not in DTYPES:
+        raise UnsupportedFormat(
+            f"{source.name} computes in {source.dtype}", hint=f"supported: {', '.join(DTYPES)}"
+        )
+    build = Build(
+        gpu=gpu,
+        device=torch.device("meta"),
+        dtype=DTYPES[source.dtype],
+        kv_dtype=DTYPES[source.dtype],
+        max_positions=1,
+        format_of=functools.cache(formats_of(source.config)),  # slots are walked more than once
+        stored=source.stored,
+    )
+    module = load("models", source.model_type)
+    model: Decoder = module.Model(module.Config.from_hf(source.config), build)
+    return Opened(source, model, build, parts_of(model))
+
+
+def parts_of(model: Decoder) -> tuple[Part, ...]:
+    """All of a model's weights. Of weights that checkpoints store in one of several layouts, the first
+    counts. MTP layers are loaded, and read by no step yet."""
+    attention, dense, rest, mtp = (Counter[Hashable]() for _ in range(4))
+    kinds: dict[Hashable, Slot] = {}
+    experts: dict[Hashable, tuple[MoeBlock, int, Counter[Hashable]]] = {}
+    for first, second in model.blocks:
+        attention += _count(first.slots(), kinds)
+        if not isinstance(second, MoeBlock):
+            dense += _count(second.slots(), kinds)
+            continue
+        routed = _count(second.expert_slots(), kinds)
+        rest += _count(second.slots(), kinds) - routed
+        key = (second.problem, frozenset(routed.items()))
+        _, layers, _ = experts.get(key, (second, 0, routed))
+        experts[key] = (second, layers + 1, routed)
+    for layer in model.mtp:
+        mtp += _count(layer.slots(), kinds)
+    embedding, head = (_count(part.slots(), kinds) for part in (model.embedding, model.head))
+
+    def part(name: str, counted: Counter[Hashable], **more: Any) -> Part:
+        return Part(name, tuple((kinds[kind], count) for kind, count in counted.items()), **more)
+
+    return (
+        part("embedding", embedding, read=model.head.tied),
+        part("attention", attention),
+        part("dense_mlp", dense),
+        part("router_and_shared", rest),
+        *(
+            part("experts", Counter({kind: n * layers for kind, n in routed.items()}), block=b, layers=layers)
+            for b, layers, routed in experts.values()
+        ),
+        part("head", head),
+        part("mtp", mtp, read=False),
+    )
+
+
+def first_layout(slots: Slots) -> Iterator[Slot]:
+    """Each OneOf replaced by its first layout."""
+    for entry in slots:
+        yield from entry.layouts[0] if isinstance(entry, OneOf) else (entry,)
+
+
+def all_slots(parts: Iterable[Part]) -> Sequence[Slot]:
+    """One of each kind."""
+    return [slot for part in parts for slot, _ in part.slots]
+
+
+def shard_bytes(slot: Slot, tp: int) -> int:
+    """Bytes of one slot on one of `tp` GPUs, which its cut allows: codes and scales as the checkpoint stores
+    them, unquantised numbers in the dtype they are computed in. An activation's optional scale is not
+    counted."""
+    whole, kept = (slot.cut.count, pieces_of(slot.cut, tp)) if slot.cut is not None else (1, 1)
+    assert kept is not None, (slot, tp)
+    if not isinstance(slot, WeightSlot) or slot.format.name == "bf16":
+        return slot.target.nbytes // whole * kept
+    sizes = list(slot.stored or slot.target.shape[-2:])
+    if slot.cut is not None:
+        sizes[slot.cut.axis] = sizes[slot.cut.axis] // whole * kept
+    of_floats = slot.target.itemsize if slot.format.name in INT4 else 4
+    specs = (spec for spec in slot.format.tensors(*sizes).values() if not spec.optional)
+    return math.prod(slot.target.shape[:-2]) * sum(_spec_bytes(spec, of_floats) for spec in specs)
+
+
+def _spec_bytes(spec: TensorSpec, of_floats: int) -> int:
+    width = of_floats if spec.dtypes == FLOATS else spec.dtypes[0].itemsize
+    return math.prod(spec.shape) * width
+
+
+def _count(slots: Slots, kinds: dict[Hashable, Slot]) -> Counter[Hashable]:
+    counted: Counter[Hashable] = Counter()
+    for slot in first_layout(slots):
+        target, format, stored = slot.target, getattr(slot, "format", None), getattr(slot, "stored", None)
+        kind = (format, stored, target.shape, target.dtype, slot.cut)
+        kinds.setdefault(kind, slot)
+        counted[kind] += 1
+    return counted

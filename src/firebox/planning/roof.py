@@ -1,0 +1,107 @@
+"""The speed that memory bandwidth allows at decode: what one GPU must read in a step, over what it can read
+in a second.
+
+    weights   everything that a step reads once, whatever the batch, and of E routed experts of which a token
+              takes k, at batch B, the expected share of distinct ones: 1 − (1 − k / E)^B
+    cache     for each request its keys and values at `context_tokens`, and its recurrent states, read and
+              written
+
+Routing is taken as uniform. With tensor parallelism every GPU reads its own share, at the same time;
+communication costs nothing here, nor does anything else, so no server is faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from firebox.errors import ConfigError
+from firebox.hardware.base import Gpu
+from firebox.planning._parts import Part
+from firebox.planning.memory import CacheBytes
+
+BATCHES = (1, 8, 64)
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """What one GPU reads in one decode step, and for recurrent states writes."""
+
+    weights: float
+    cache: int
+
+    @property
+    def total(self) -> float:
+        """Both."""
+        return self.weights + self.cache
+
+
+@dataclass(frozen=True)
+class Roof:
+    """`steps`: batch → its bytes on one GPU; `bandwidth_gb_s` of one GPU: measured reading, or the
+    datasheet's."""
+
+    bandwidth_gb_s: float
+    measured: bool
+    context_tokens: int
+    tp: int
+    steps: Mapping[int, StepBytes]
+
+    @property
+    def bytes_per_token(self) -> float:
+        """What one GPU reads for a token at batch 1."""
+        return self.steps[1].total
+
+    def tokens_per_s(self, batch: int) -> float:
+        """All requests of the batch together."""
+        return batch * self.bandwidth_gb_s * 1e9 / self.steps[batch].total
+
+    def weights_only_tokens_per_s(self, batch: int) -> float:
+        """The same with an empty cache."""
+        return batch * self.bandwidth_gb_s * 1e9 / self.steps[batch].weights
+
+    def document(self) -> dict[str, Any]:
+        """As `firebox fit --json` prints it; bytes of one GPU."""
+        batches = self.steps
+        return {
+            "bytes_per_token": round(self.bytes_per_token),
+            "tokens_per_s": {str(b): round(self.tokens_per_s(b), 1) for b in batches},
+            "weights_only_tokens_per_s": {
+                str(b): round(self.weights_only_tokens_per_s(b), 1) for b in batches
+            },
+            "weights_bytes_per_step": {str(b): round(step.weights) for b, step in batches.items()},
+            "cache_bytes_per_step": {str(b): step.cache for b, step in batches.items()},
+            "context_tokens": self.context_tokens,
+            "bandwidth_gb_s": self.bandwidth_gb_s,
+            "bandwidth": self.source,
+            "assumes": f"uniform routing; {self.tp} GPUs read their shares at once; communication is free",
+        }
+
+    @property
+    def source(self) -> str:
+        """Where the bandwidth comes from."""
+        return "measured reading" if self.measured else "datasheet; no measurement yet"
+
+
+def roof(parts: Sequence[Part], cache: CacheBytes, gpu: Gpu, tp: int, context_tokens: int) -> Roof:
+    """The roof of one of `tp` GPUs. Raises ConfigError for a GPU whose bandwidth is not known."""
+    bandwidth = gpu.read_gb_s or gpu.bandwidth_gb_s
+    if bandwidth is None:
+        raise ConfigError(f"the memory bandwidth of {gpu.name} is not known")
+    in_window = min(context_tokens, cache.window_tokens) * cache.per_window_token
+    per_request = context_tokens * cache.per_token + in_window + 2 * cache.state
+    steps = {b: StepBytes(_weights_bytes(parts, tp, b), b * per_request) for b in BATCHES}
+    return Roof(bandwidth, gpu.read_gb_s is not None, context_tokens, tp, steps)
+
+
+def _weights_bytes(parts: Sequence[Part], tp: int, batch: int) -> float:
+    return sum(part.shard_bytes(tp) * _share(part, batch) for part in parts if part.read)
+
+
+def _share(part: Part, batch: int) -> float:
+    """Of this part's weights that a step is expected to read."""
+    if part.block is None:
+        return 1.0
+    problem = part.block.problem
+    return 1.0 - (1.0 - problem.top_k / problem.experts) ** batch

@@ -1,0 +1,236 @@
+"""`firebox fit MODEL` below the command line: every card on every GPU that users have, what does not fit and
+what would help. Nothing is compiled here but where a test says so."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from firebox.config import EngineConfig
+from firebox.errors import ConfigError, UnsupportedModel
+from firebox.hardware.base import find_gpu
+from firebox.hardware.probe import probe_cpu
+from firebox.kernels.compile import Compiled
+from firebox.planning import launches
+from firebox.planning.fit import Fit, compiled, open_source, plan
+from firebox.text.folder import bundled
+from tests.support.planning import FP8_BLOCK, opened, planned, source_of
+
+SIZES = {"gb10": (1, 2, 4), "rtx-pro-6000": (1, 4, 8), "rtx-5090": (1, 2), "h200": (1, 8)}
+CARDS = [name for name in bundled() if name != "firebox-tiny"]
+# experts' widths of 176 and 1440, which no tile of the kernels divides
+NO_TILE = {("glm-4.5-air-fp8", 8), ("gpt-oss-120b", 2), ("gpt-oss-20b", 2)}
+# the least of these sizes that holds the card with 4096 tokens and whose experts kernels run
+LEAST = {
+    "glm-4.5-air-fp8": {"gb10": 1, "rtx-pro-6000": 4, "rtx-5090": None, "h200": 1},
+    "glm-4.7-fp8": {"gb10": 4, "rtx-pro-6000": 4, "rtx-5090": None, "h200": 8},
+    "glm-4.7-nvfp4": {"gb10": 2, "rtx-pro-6000": 4, "rtx-5090": None, "h200": 8},
+    "gpt-oss-120b": {"gb10": 1, "rtx-pro-6000": 1, "rtx-5090": None, "h200": 1},
+    "gpt-oss-20b": {"gb10": 1, "rtx-pro-6000": 1, "rtx-5090": 1, "h200": 1},
+    "kimi-k2-thinking-nvfp4": {"gb10": None, "rtx-pro-6000": 8, "rtx-5090": None, "h200": 8},
+    "kimi-k2.5-int4": {"gb10": None, "rtx-pro-6000": 8, "rtx-5090": None, "h200": 8},
+    "qwen3-30b-a3b": {"gb10": 1, "rtx-pro-6000": 1, "rtx-5090": 2, "h200": 1},
+    "qwen3.5-397b-a17b-nvfp4": {"gb10": 4, "rtx-pro-6000": 4, "rtx-5090": None, "h200": 8},
+}
+
+
+@pytest.mark.parametrize("gpu", SIZES)
+@pytest.mark.parametrize("card", CARDS)
+def test_every_card_answers_on_every_gpu(card: str, gpu: str) -> None:
+    answers = {tp: planned(card, gpu, tp) for tp in SIZES[gpu]}
+    fitting = [tp for tp, found in answers.items() if found.fits]
+    assert min(fitting, default=None) == LEAST[card][gpu]
+    for tp, found in answers.items():
+        if "gpt-oss" in card and tp > 2:
+            one = () if LEAST[card][gpu] is None else ("--tp 1",)
+            assert not found.fits and (found.working_tp, found.help) == ((1, 2), one)
+            assert (
+                f"--tp {tp}: model.layers.0.mlp.experts.down_proj: intermediate_size 2880 / {tp}"
+                in found.problems[0]
+            )
+            assert (found.memory, found.roof, found.checked) == (None, None, ("tp",))
+            continue
+        assert found.memory is not None and found.roof is not None
+        assert found.memory.kv_tokens >= 4096 or not found.fits
+        assert found.document()["memory"]["kv_tokens"] == found.memory.kv_tokens
+        assert found.roof.tokens_per_s(1) < found.roof.tokens_per_s(8) < found.roof.tokens_per_s(64)
+        refused = [layers.refusal for layers in found.experts if layers.refusal is not None]
+        assert bool(refused) is ((card, tp) in NO_TILE) and (not refused or not found.fits)
+
+
+def test_the_ledger_adds_up() -> None:
+    memory = planned("glm-4.7-fp8", "gb10", 4).memory
+    assert memory is not None
+    found = memory.document()
+    spent = sum(found[f"{name}_bytes"] for name in ("reserve", "weights", "workspace", "graphs", "requests"))
+    assert sum(found["weights"].values()) == found["weights_bytes"]
+    kv = found["gpu_bytes"] - spent - found["snapshots_bytes"]
+    assert 0 <= kv - found["kv_tokens"] * found["kv_bytes_per_token"] < 16 * found["kv_bytes_per_token"]
+    assert found["kv_bytes_per_token"] == 94_208
+
+
+# ---- what does not fit
+
+
+def test_what_is_missing_and_what_would_help() -> None:
+    found = planned("glm-4.7-fp8", "gb10", 2)
+    memory = found.memory
+    assert memory is not None and not found.fits
+    assert found.problems == (
+        f"{memory.missing_bytes / 2**30:.1f} GiB are missing on each GPU for one request of 4096 tokens",
+    )
+    assert found.help == ("--tp 4 or 8 or 16",)
+    assert memory.missing_bytes == -memory.left_bytes + 4096 * memory.cache.per_token
+
+
+def test_help_is_true() -> None:
+    """GLM-4.5-Air on one GB10 holds 40 thousand tokens: of 60 thousand it is told what to change, and each
+    change alone suffices."""
+    asked: dict[str, Any] = {"context_length": 60_000}
+    found = planned("glm-4.5-air-fp8", "gb10", **asked)
+    assert [word.rsplit(" ", 1)[0] for word in found.help] == [
+        "--tp 2 or",  # at 8 and 16 no kernel runs the experts
+        "--kv-cache-dtype",
+        "--context-length",
+    ]
+    tokens = int(found.help[2].split()[-1])
+    assert planned("glm-4.5-air-fp8", "gb10", kv_cache_dtype="fp8", **asked).fits
+    assert planned("glm-4.5-air-fp8", "gb10", 2, **asked).fits
+    assert planned("glm-4.5-air-fp8", "gb10", context_length=tokens).fits
+    assert not planned("glm-4.5-air-fp8", "gb10", context_length=tokens + 1).fits
+
+
+def test_a_cut_without_a_tile_is_told_of_those_that_have_one() -> None:
+    found = planned("gpt-oss-20b", "gb10", 2)
+    assert found.memory is not None and found.memory.fits and found.help == ("--tp 1",)
+    assert (
+        "no kernel runs the experts of 24 layers (mxfp4): has no tile for 1440 columns" in found.problems[0]
+    )
+
+
+def test_fewer_requests_may_help() -> None:
+    """Qwen3.5's states: 64 requests take 6.3 GB of each of two H200, 1 almost nothing."""
+    asked = {"context_length": 200_000, "max_running_requests": 512}
+    found = planned("qwen3.5-397b-a17b-nvfp4", "h200", 2, **asked)
+    assert not found.fits and "fewer --max-running-requests" in found.help
+    assert planned("qwen3.5-397b-a17b-nvfp4", "h200", 2, **asked | {"max_running_requests": 1}).fits
+
+
+def test_a_cut_that_the_format_does_not_allow() -> None:
+    gpu = find_gpu("gb10")
+    model = open_source(source_of("qwen3-30b-a3b", quantization_config=FP8_BLOCK), gpu)
+    assert plan(model, gpu, 2, EngineConfig()).fits
+    found = compiled(plan(model, gpu, 4, EngineConfig()))
+    assert (found.fits, found.working_tp, found.help) == (False, (1, 2), ("--tp 1 or 2",))
+    (problem,) = found.problems
+    assert "moe_intermediate_size 768 / 4 = 192 is not a multiple of 128 (fp8_block)" in problem
+    assert problem.endswith("tensor-parallel sizes that work: 1, 2")
+    document = found.document()
+    assert (document["memory"], document["roof"], document["launches"]) == (None, None, [])
+    assert document["tp_that_work"] == [1, 2] and document["checked"] == ["tp"]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "sentence"),
+    [
+        (lambda: planned("gpt-oss-20b", "gb10", 0), ConfigError, "--tp 0"),
+        (lambda: plan(opened("gpt-oss-20b"), probe_cpu(), 1, EngineConfig()), ConfigError, "about GPUs"),
+        (
+            lambda: planned("qwen3-30b-a3b", "gb10", context_length=40_961),
+            ConfigError,
+            "--context-length 40961",
+        ),
+        (
+            lambda: planned("gpt-oss-20b", "gb10", kv_cache_dtype="fp4"),
+            ConfigError,
+            "kv_cache_dtype is 'fp4'",
+        ),
+        (
+            lambda: open_source(
+                dataclasses.replace(source_of("gpt-oss-20b"), model_type="gpt_osset"), find_gpu("gb10")
+            ),
+            UnsupportedModel,
+            "gpt_osset",
+        ),
+    ],
+)
+def test_a_wrong_call(call: Any, error: type[Exception], sentence: str) -> None:
+    with pytest.raises(error, match=sentence):
+        call()
+
+
+# ---- launches
+
+
+@pytest.mark.parametrize(
+    ("card", "expected"),
+    [
+        ("gpt-oss-20b", ["embedding", "attention_block", "moe_routing", "head", "sampling"]),
+        (
+            "qwen3.5-397b-a17b-nvfp4",
+            [
+                *("embedding", "gated_delta_block", "moe_routing", "shared_experts", "attention_block"),
+                *("head", "sampling"),
+            ],
+        ),
+    ],
+)
+def test_what_has_no_kernel_is_named(card: str, expected: list[str]) -> None:
+    rows = planned(card, "gb10").document()["not_planned"]
+    assert [row["op"] for row in rows] == expected
+    assert {row["why"] for row in rows} == {"no GPU kernel yet"}
+
+
+def outcome(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Fit:
+    """gpt-oss-20b on gb10, every compile of which ends as told."""
+
+    def compile_all(requests: list[Any]) -> list[Compiled]:
+        base = Compiled("k", 121, 101_376, True, False, None, 0.1, "3.9", "13", shared_bytes=1000)
+        return [dataclasses.replace(base, **changes) for _ in requests]
+
+    monkeypatch.setattr(launches, "compile_all", compile_all)
+    return compiled(planned("gpt-oss-20b", "gb10"))
+
+
+def test_launches_that_do_not_fit_are_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    fine = outcome(monkeypatch, shared_bytes=101_376)
+    assert fine.fits and fine.checked == ("memory", "experts")
+    large = outcome(monkeypatch, shared_bytes=147_456)
+    assert large.launches is not None
+    assert not large.fits and len(large.problems) == len(large.launches)
+    assert large.problems[0] == "moe_gate_up at 1 to 1 tokens: 147456 bytes of shared memory of 101376"
+    broken = outcome(monkeypatch, error="PassManager::run failed")
+    assert not broken.fits and broken.problems[0].endswith("1 tokens: PassManager::run failed")
+
+
+def test_experts_that_no_kernel_runs_do_not_fit() -> None:
+    """firebox-tiny computes in float32."""
+    found = compiled(planned("firebox-tiny", "gb10"))
+    assert found.memory is not None and found.memory.fits
+    assert not found.fits and found.launches == () and found.help == ("--dtype bfloat16",)
+    assert found.document()["refused"] == [
+        {
+            "op": "experts",
+            "layers": 3,
+            "format": "bf16",
+            "why": "hidden states are float32; kernels know bfloat16 and float16",
+        }
+    ]
+
+
+def test_real_compiles_of_a_small_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The same in bf16: all fit, all with the instruction that the kernels are written for."""
+    monkeypatch.setenv("FIREBOX_CACHE_DIR", str(tmp_path))
+    gpu = find_gpu("gb10")
+    model = open_source(source_of("firebox-tiny", dtype="bfloat16"), gpu)
+    found = compiled(plan(model, gpu, 1, EngineConfig()))
+    assert found.fits and found.launches
+    rows = [launch.document() for launch in found.launches]
+    products = [row for row in rows if row["op"] in ("moe_gate_up", "moe_down")]
+    assert {row["instruction"] for row in products} == {"mma.bf16"}
+    assert all(row["native"] and row["fits"] and row["limit_bytes"] == 101_376 for row in rows)
+    assert all(0 < row["shared_bytes"] <= 101_376 for row in products)
+    assert products[0]["tokens"] == [1, 1] and products[0]["config"]["rows"] == 64
