@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from firebox.formats.base import TensorSpec
+from firebox.formats.base import HALVES, TensorSpec
 from firebox.formats.int4_group import PER_WORD, unpack_words
 
 # where row i of a word's eight stands in it
@@ -32,7 +32,7 @@ class Format:
         return {
             "qweight": TensorSpec((columns, rows // PER_WORD), (torch.int32,)),
             "qzeros": TensorSpec((groups, rows // PER_WORD), (torch.int32,)),
-            "scales": TensorSpec((groups, rows)),
+            "scales": TensorSpec((groups, rows), HALVES),
         }
 
     def dequantise(self, tensors: Mapping[str, torch.Tensor], rows: int, columns: int) -> torch.Tensor:

@@ -14,12 +14,13 @@ from typing import Protocol
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16, torch.float32)  # any of them, in 16 bits as a rule
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor as the checkpoint stores it. A scalar (`shape` ()) may be stored as [1] or [1, 1] too.
-    `optional`: it may be absent."""
+    """One tensor as the checkpoint stores it, in one of `dtypes`, the usual one first. A scalar (`shape` ())
+    may be stored as [1] or [1, 1] too. `optional`: it may be absent."""
 
     shape: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...] = FLOATS

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from firebox.formats.base import TensorSpec
+from firebox.formats.base import HALVES, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Format:
         return {
             "qweight": TensorSpec((columns * self.bits // 32, rows), (torch.int32,)),
             "qzeros": TensorSpec((groups, rows * self.bits // 32), (torch.int32,)),
-            "scales": TensorSpec((groups, rows)),
+            "scales": TensorSpec((groups, rows), HALVES),
             "g_idx": TensorSpec((columns,), (torch.int32, torch.int64), optional=True),
         }
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from firebox.formats.base import TensorSpec
+from firebox.formats.base import HALVES, TensorSpec
 
 PER_WORD = 8
 
@@ -32,7 +32,7 @@ class Format:
         groups = -(-columns // self.group) if self.group else 1
         found = {
             "weight_packed": TensorSpec((rows, -(-columns // PER_WORD)), (torch.int32,)),
-            "weight_scale": TensorSpec((rows, groups)),
+            "weight_scale": TensorSpec((rows, groups), HALVES),
             "weight_shape": TensorSpec((2,), (torch.int64, torch.int32)),
         }
         if not self.symmetric:

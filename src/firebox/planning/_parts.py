@@ -19,7 +19,7 @@ import torch
 from firebox.config import kv_format_of
 from firebox.errors import UnsupportedFormat, UnsupportedModel
 from firebox.find import load, names
-from firebox.formats.base import FLOATS, OneOf, Slot, Slots, TensorSpec, WeightSlot
+from firebox.formats.base import OneOf, Slot, Slots, TensorSpec, WeightSlot
 from firebox.formats.kv.base import KvFormat, require_fp8_scales
 from firebox.formats.select import formats_of
 from firebox.hardware.base import Gpu
@@ -29,7 +29,6 @@ from firebox.layers.moe import MoeBlock
 from firebox.weights.cuts import pieces_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-INT4 = ("int4_group", "awq", "gptq")  # their scales are kept in the compute dtype, all others' in float32
 
 
 @dataclass(frozen=True)
@@ -164,14 +163,12 @@ def shard_bytes(slot: Slot, tp: int) -> int:
     sizes = list(slot.stored or slot.target.shape[-2:])
     if slot.cut is not None:
         sizes[slot.cut.axis] = sizes[slot.cut.axis] // whole * kept
-    of_floats = slot.target.itemsize if slot.format.name in INT4 else 4
     specs = (spec for spec in slot.format.tensors(*sizes).values() if not spec.optional)
-    return math.prod(slot.target.shape[:-2]) * sum(_spec_bytes(spec, of_floats) for spec in specs)
+    return math.prod(slot.target.shape[:-2]) * sum(map(_spec_bytes, specs))
 
 
-def _spec_bytes(spec: TensorSpec, of_floats: int) -> int:
-    width = of_floats if spec.dtypes == FLOATS else spec.dtypes[0].itemsize
-    return math.prod(spec.shape) * width
+def _spec_bytes(spec: TensorSpec) -> int:
+    return math.prod(spec.shape) * spec.dtypes[0].itemsize
 
 
 def _count(slots: Slots, kinds: dict[Hashable, Slot]) -> Counter[Hashable]:

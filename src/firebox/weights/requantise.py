@@ -24,7 +24,7 @@ import torch
 
 from firebox.errors import ConfigError
 from firebox.formats import fp8_channel
-from firebox.formats.base import FLOATS, Format, Slot, WeightSlot
+from firebox.formats.base import Format, Slot, WeightSlot
 
 FP8 = fp8_channel.Format()
 BULK = 8.0  # times the row's mean magnitude
@@ -138,8 +138,7 @@ def _format_bytes(slot: WeightSlot, format: Format) -> int:
     matrices = math.prod(slot.target.shape[:-2])
     plain = format.name == "bf16"
     return matrices * sum(
-        math.prod(spec.shape)
-        * (slot.target.itemsize if plain else 4 if spec.dtypes == FLOATS else spec.dtypes[0].itemsize)
+        math.prod(spec.shape) * (slot.target.itemsize if plain else spec.dtypes[0].itemsize)
         for spec in format.tensors(rows, columns).values()
         if not spec.optional
     )
