@@ -22,7 +22,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -192,17 +192,21 @@ def graph_us(calls: list[Callable[[], None]], samples: int) -> float:
 # ---- the sweep
 
 
-def candidates(problem: Problem, tokens: int, gpu: Gpu) -> dict[tuple[str, int], tuple[list[Any], list[Any]]]:
-    """(path, block) → tiles of the two halves."""
-    found: dict[tuple[str, int], tuple[list[Any], list[Any]]] = {}
-    if tokens <= moe_gate_up_few.MAX_TOKENS:
+def candidates(
+    problem: Problem, tokens: int, gpu: Gpu, wanted: Sequence[str]
+) -> dict[str, tuple[list[Any], list[Any]]]:
+    """Path, of those that are wanted → tiles of the two halves."""
+    found: dict[str, tuple[list[Any], list[Any]]] = {}
+    if FEW in wanted and tokens <= moe_gate_up_few.MAX_TOKENS:
         few = (moe_gate_up_few, moe_down_few)
-        found[FEW, 0] = tuple(list(module.search_space(problem, tokens, gpu)) for module in few)
-    if tokens >= 32:
-        for block in BLOCKS:
-            if block <= 4 * tokens * problem.top_k / problem.experts + 16:
-                many = (moe_gate_up, moe_down)
-                found[SORTED, block] = tuple(list(m.search_space(problem, block, gpu)) for m in many)
+        found[FEW] = tuple(list(module.search_space(problem, tokens, gpu)) for module in few)
+    if SORTED in wanted and tokens >= 8:
+        each = tokens * problem.top_k / problem.experts  # choices of an expert
+        blocks = [block for block in BLOCKS if each / 4 <= block <= 4 * each + 16]
+        found[SORTED] = tuple(
+            [tile for block in blocks for tile in module.search_space(problem, block, gpu)]
+            for module in (moe_gate_up, moe_down)
+        )
     return found
 
 
@@ -232,13 +236,13 @@ def warm(job: tuple[Problem, int, Path, Gpu]) -> list[int]:
     return sizes
 
 
-def sweep(names: list[str], all_tokens: list[int], gpu: Gpu, folder: FilePath) -> None:
+def sweep(names: list[str], all_tokens: list[int], gpu: Gpu, folder: FilePath, wanted: Sequence[str]) -> None:
     """Times every tile of one half beside a middling tile of the other, then the best of each together."""
     jobs: dict[tuple[Problem, int, Path, Gpu], None] = {}
     for name in names:
         problem = SHAPES[name][1]
         for tokens in all_tokens:
-            for (path, _), (ups, downs) in candidates(problem, tokens, gpu).items():
+            for path, (ups, downs) in candidates(problem, tokens, gpu, wanted).items():
                 for up, down in _paired(ups, downs):
                     jobs[problem, tokens, Path(path, up, down, "sweep"), gpu] = None
     began, most = time.monotonic(), limit_bytes(gpu)
@@ -254,7 +258,7 @@ def sweep(names: list[str], all_tokens: list[int], gpu: Gpu, folder: FilePath) -
         bench = Bench(name, gpu, max(all_tokens))
         for tokens in all_tokens:
             calls, ranked = bench.inputs(tokens), []
-            for (path, _), (ups, downs) in candidates(bench.problem, tokens, gpu).items():
+            for path, (ups, downs) in candidates(bench.problem, tokens, gpu, wanted).items():
                 fitting = [
                     Path(path, up, down, "sweep")
                     for up, down in _paired(ups, downs)
@@ -366,6 +370,7 @@ def main() -> int:
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--sweep", type=FilePath)
+    parser.add_argument("--paths", default=f"{FEW},{SORTED}", help="which the sweep looks at")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     gpu = probe_gpu()
@@ -379,7 +384,7 @@ def main() -> int:
         flush=True,
     )
     if arguments.sweep:
-        sweep(names, all_tokens, gpu, arguments.sweep)
+        sweep(names, all_tokens, gpu, arguments.sweep, arguments.paths.split(","))
         return 0
     rows = table(names, all_tokens, gpu)
     with_goal = [row for row in rows if row.get("goal_us") and row["us"]]

@@ -12,8 +12,10 @@ import sys
 
 import torch
 
+from firebox.formats import layouts
 from firebox.hardware.base import find_gpu
 from firebox.kernels import (
+    moe_arrange,
     moe_combine,
     moe_down,
     moe_down_few,
@@ -91,11 +93,19 @@ def sorted_(
         )
         h_scale = torch.full((ids.numel(), p.inter // group), NAN)
         x = q
+    if p.group:
+        columns = moe_arrange.Problem(p.hidden, p.group, "f16")
+        arranged = torch.full_like(x, NAN)
+        moe_arrange.run(Launcher(moe_arrange.request(columns, GPU, interpreted=True)), x, arranged)
+        assert torch.equal(arranged, moe_arrange.reference(columns, x))
+        x = arranged
     h = torch.empty(ids.numel(), p.inter, dtype=x.dtype)
     config = moe_gate_up.default(p, BLOCK, GPU)
     launcher = Launcher(moe_gate_up.request(p, config, GPU, interpreted=True))
     moe_gate_up.run(launcher, p, x, x_scale, gate_up, order, blocks, h, h_scale)
     inner = h.float()
+    if p.group:
+        inner = torch.empty_like(inner).index_copy_(1, layouts.arranged_columns(p.inter, p.group), inner)
     if h_scale is not None:
         inner = (h.float().unflatten(-1, (-1, group)) * h_scale.unsqueeze(-1)).flatten(-2)
     found = {

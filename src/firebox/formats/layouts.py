@@ -14,6 +14,8 @@ numbers next to each other, so weights are arranged once, when they are loaded.
               1   12      5  4  3
               2    9      2  1  0
               3   14     13 11 10
+    activations                         for many tokens: of 64 columns first all that code 0 stands for, then
+                                        those of code 1, …, so that each code's are 16 in a row
     group scales [rows, groups]         rows padded to a multiple of 16 groups, so that they load in one piece
 """
 
@@ -24,6 +26,7 @@ import torch
 RUN = 8  # gate rows, or up rows, one behind the other
 PER_WORD = 4
 GROUPS_PADDED = 16
+ARRANGED = 64  # columns of activations that are put in another order together
 INT4_BITS = tuple(tuple(range(4 * j + 3, 4 * j - 1, -1)) for j in range(PER_WORD))
 E2M1_BITS = ((15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (14, 13, 11, 10))
 
@@ -61,6 +64,13 @@ def unpack_words(words: torch.Tensor, group: int, bits: tuple[tuple[int, ...], .
             code |= (of_group >> place & 1) << bit
         codes.append(code)
     return torch.stack(codes, dim=-2).flatten(-3)
+
+
+def arranged_columns(columns: int, group: int) -> torch.Tensor:
+    """For 4-bit weights in groups of `group`: which column of activations lies at each place [columns]
+    int64."""
+    places = torch.arange(columns).view(-1, ARRANGED // group, PER_WORD, group // PER_WORD)
+    return places.transpose(1, 2).flatten()
 
 
 def pad_groups(scales: torch.Tensor) -> torch.Tensor:

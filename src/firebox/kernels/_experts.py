@@ -347,12 +347,14 @@ def four_products(
     acc, words, wide_scale, x, token_live, first, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
     FORMAT: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr, MASKED: tl.constexpr,
+    X_RUN: tl.constexpr = None,
 ):  # fmt: skip
-    """acc + Σ over the four codes of a word. `x` points at rows [TOKENS, 1]. MASKED: columns from COLUMNS on
-    are not there."""
-    RUN: tl.constexpr = GROUP // 4
+    """acc + Σ over the four codes of a word. `x` points at rows [TOKENS, 1], whose columns lie in order, or,
+    with X_RUN columns to a code, as layouts.arranged_columns says. MASKED: columns from COLUMNS on are not
+    there."""
+    RUN: tl.constexpr = GROUP // 4 if X_RUN is None else X_RUN
     i = tl.arange(0, DEPTH // 4)
-    column = first + (i // RUN) * GROUP + i % RUN
+    column = first + (i // RUN) * (4 * RUN) + i % RUN
     live = token_live[:, None]
     if MASKED:
         live = live & (column < COLUMNS)[None, :]

@@ -11,8 +11,8 @@ Source: own. Measured: H200, 2026-11-21, docs/log/2026-11-21-gpu-kernels.md.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,12 +26,12 @@ from firebox.kernels._experts import (
     Weights,
     let_next_launch_begin,
     row_factors,
-    tile,
     wait_for_launch_before,
 )
+from firebox.kernels._sorted import add_chunk, biased, empty_tile, scaled, store_tile
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
-from firebox.kernels.moe_gate_up import Config, inner_group, quantised
+from firebox.kernels.moe_gate_up import FLIPPED_FROM, Config, inner_group, quantised
 from firebox.kernels.moe_gate_up_few import accepts
 
 __all__ = ["Config", "accepts"]
@@ -39,13 +39,15 @@ __all__ = ["Config", "accepts"]
 # ---- 1. the problem
 
 OP = "moe_down"
+LONG = 1024  # columns from which a tile is long enough for itself
 
 
 def depths(problem: Problem) -> tuple[int, ...]:
     """Columns of a pipeline step: in FP8 as many as share a scale."""
     if quantised(problem):
         return (inner_group(problem),)
-    return tuple(d for d in _experts.pipeline_depths(problem.inter, problem, remainder=False) if d <= 128)
+    fitting = _experts.pipeline_depths(problem.inter, problem, remainder=False)
+    return tuple(d for d in fitting if 64 <= d <= 128) or fitting[-1:]
 
 
 def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
@@ -53,20 +55,22 @@ def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
     for rows in (64, 128, 256):
         for depth in depths(problem):
             for warps in (4, 8):
-                if problem.hidden % rows or not 16 <= rows * tokens / (32 * warps) <= 160:
+                if not 16 <= rows * tokens / (32 * warps) <= 160:
                     continue
-                for stages in (3, 4):
-                    config = Config(rows, tokens, depth, warps, stages)
-                    yield config
-                    if "tma" in gpu.facts:
-                        yield replace(config, tma=True)
+                flip = quantised(problem) and tokens >= FLIPPED_FROM
+                all_tiles = (1, 2, 4) if tokens < FLIPPED_FROM else (1, 4, 10)
+                for stages, tiles in itertools.product((3, 4), all_tiles):
+                    if rows * tiles > problem.hidden or (tiles > 1 and problem.inter > LONG):
+                        continue
+                    yield Config(rows, tokens, depth, warps, stages, "tma" in gpu.facts, flip, tiles)
 
 
 def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
     """A tile that fits everywhere, for want of a tuned one."""
     rows = next(rows for rows in (128, 64, 32, 16) if problem.hidden % rows == 0)
     depth = max(depths(problem))
-    return Config(rows, tokens, min(depth, 64 if problem.format == "bf16" else 128), 4, 3)
+    flip = quantised(problem) and tokens >= FLIPPED_FROM
+    return Config(rows, tokens, min(depth, 64 if problem.format == "bf16" else 128), 4, 3, flip=flip)
 
 
 # ---- 2. the device code
@@ -76,59 +80,77 @@ def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
 def down_sorted(
     h, h_scale, w, tiles, scale, row_scale, bias, order, blocks, routing_weights, y,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-    DEPTH: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr,
-    H_GROUP: tl.constexpr,
+    PARTS: tl.constexpr, DEPTH: tl.constexpr, TILES: tl.constexpr, FLIP: tl.constexpr, FORMAT: tl.constexpr,
+    DTYPE: tl.constexpr, GROUP: tl.constexpr, H_GROUP: tl.constexpr,
     STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """A block of choices is PARTS programs' work. A program does TILES tiles of ROWS, their steps in one
+    loop, so that a tile's weights are on their way while the one before is stored."""
     wait_for_launch_before(PDL)
     let_next_launch_begin(PDL)
-    n = tl.program_id(0)
-    entry = blocks + tl.program_id(1) * 3
-    count = tl.load(entry + 2)
-    if count == 0:
+    part = tl.program_id(1) % PARTS
+    entry = blocks + tl.program_id(1) // PARTS * 3
+    count = tl.load(entry + 2) - part * TOKENS
+    if count <= 0:
         return
     expert = tl.load(entry)
-    first = tl.load(entry + 1)
+    first = tl.load(entry + 1) + part * TOKENS
     i = tl.arange(0, TOKENS)
     live = i < count
     place = tl.load(order + first + i, mask=live, other=0)
     weight = tl.load(routing_weights + place, mask=live, other=0.0)
+    row_of_y = place.to(tl.int64) * HIDDEN
     e = expert.to(tl.int64)
-    rows = n * ROWS + tl.arange(0, ROWS)
-    scale_of_row = None
-    if GROUP > 0:
-        matrix = w + e * (HIDDEN * (INTER // 4))
-        scale_of_row = scale + e * (HIDDEN * GROUPS) + rows[:, None] * GROUPS
-    else:
-        matrix = w + e * (HIDDEN * INTER)
-        if scale is not None:
-            scale_of_row = scale + (e * (HIDDEN // 128) + rows // 128)[:, None] * (INTER // 128)
     at = (first + i).to(tl.int64)
+    row_of_h = h + at[:, None] * INTER
     scale_of_choice = None
     if h_scale is not None:
         scale_of_choice = h_scale + at * (INTER // H_GROUP)
-    acc = tile(
-        matrix, tiles, expert * HIDDEN + n * ROWS, rows, scale_of_row, h + at[:, None] * INTER,
-        scale_of_choice, live,
-        INTER, ROWS, TOKENS, DEPTH, FORMAT, DTYPE, GROUP, H_GROUP, STAGES, ASM,
-    )  # fmt: skip
-    if row_scale is not None:
-        acc *= row_factors(row_scale, e * HIDDEN + rows, FORMAT, ASM)[:, None]
-    if bias is not None:
-        acc += tl.load(bias + e * HIDDEN + rows)[:, None]
-    acc *= weight[None, :]
-    tl.store(
-        y + place[None, :].to(tl.int64) * HIDDEN + rows[:, None],
-        acc.to(y.dtype.element_ty),
-        mask=live[None, :],
-    )
+    matrix = w + e * (HIDDEN * (INTER // 4 if GROUP > 0 else INTER))
+    STEPS: tl.constexpr = INTER // DEPTH
+    ROW_TILES: tl.constexpr = (HIDDEN + ROWS - 1) // ROWS
+    RAGGED: tl.constexpr = HIDDEN % ROWS != 0
+    first_tile = tl.program_id(0) * TILES
+    steps = tl.minimum(TILES, ROW_TILES - first_tile) * STEPS
+    acc = empty_tile(ROWS, TOKENS, FLIP)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        n = first_tile + step // STEPS
+        k = step % STEPS
+        column = n * ROWS + tl.arange(0, ROWS)
+        there = column < HIDDEN
+        rows = column
+        if RAGGED:
+            rows = tl.minimum(column, HIDDEN - 1)
+        scale_of_row = None
+        other_scale = None
+        if GROUP > 0:
+            scale_of_row = scale + e * (HIDDEN * GROUPS) + rows[:, None] * GROUPS
+        elif scale is not None:
+            scale_of_row = scale + (e * (HIDDEN // 128) + n * ROWS // 128) * (INTER // 128)
+            other_scale = scale_of_row + (INTER // 128 if ROWS == 256 else 0)
+        acc = add_chunk(
+            acc, matrix, tiles, expert * HIDDEN + n * ROWS, rows, scale_of_row, other_scale,
+            tl.arange(0, ROWS) >= 128, row_of_h, scale_of_choice, live, k * DEPTH,
+            INTER, ROWS, DEPTH, FORMAT, DTYPE, GROUP, H_GROUP, ASM, FLIP,
+        )  # fmt: skip
+        if k == STEPS - 1:
+            of_row = None
+            if row_scale is not None:
+                of_row = row_factors(row_scale, e * HIDDEN + rows, FORMAT, ASM)
+            acc = scaled(acc, of_row, None, FLIP)
+            if bias is not None:
+                acc = biased(acc, tl.load(bias + e * HIDDEN + rows), FLIP)
+            store_tile(y, scaled(acc, None, weight, FLIP), row_of_y, column, live, there, FLIP, RAGGED)
+            acc = empty_tile(ROWS, TOKENS, FLIP)
 
 
 # ---- 3. the launch
 
 
-def request(problem: Problem, config: Config, gpu: Gpu, *, interpreted: bool = False) -> CompileRequest:
-    """One compile for any number of tokens."""
+def request(
+    problem: Problem, config: Config, gpu: Gpu, *, block: int = 0, interpreted: bool = False
+) -> CompileRequest:
+    """One compile for any number of tokens. `block` as in moe_gate_up."""
     types, absent = _experts.weight_arguments(problem, config.rows, config.depth, tma=config.tma)
     native = quantised(problem)
     plain = f"*{_experts.POINTER_NAMES[problem.dtype]}"
@@ -142,7 +164,10 @@ def request(problem: Problem, config: Config, gpu: Gpu, *, interpreted: bool = F
         "DTYPE": None if native else constants["DTYPE"],
         "ROWS": config.rows,
         "TOKENS": config.tokens,
+        "PARTS": (block or config.tokens) // config.tokens,
         "DEPTH": config.depth,
+        "TILES": config.tiles,
+        "FLIP": config.flip,
         "H_GROUP": inner_group(problem),
         "STAGES": config.stages,
     }
@@ -174,7 +199,8 @@ def run(
     arguments = _experts.bound(launcher, weights)
     if h_scale is not None:
         arguments["h_scale"] = h_scale
-    grid = (problem.hidden // launcher.request.constexprs["ROWS"], blocks.shape[0], 1)
+    sizes = launcher.request.constexprs
+    grid = (-(-problem.hidden // (sizes["ROWS"] * sizes["TILES"])), blocks.shape[0] * sizes["PARTS"], 1)
     launcher(grid, **arguments, h=h, order=order, blocks=blocks, routing_weights=routing_weights, y=y)
 
 

@@ -13,8 +13,9 @@ Source: own. Measured: H200, 2026-11-21, docs/log/2026-11-21-gpu-kernels.md.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,13 +27,11 @@ from firebox.kernels import _experts
 from firebox.kernels._experts import (
     Problem,
     Weights,
-    activation,
-    block_of_row,
     let_next_launch_begin,
     row_factors,
-    tile,
     wait_for_launch_before,
 )
+from firebox.kernels._sorted import activated, add_chunk, arranged, biased, empty_tile, scaled, store_tile
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
 from firebox.kernels.moe_gate_up_few import accepts
@@ -42,11 +41,14 @@ __all__ = ["accepts"]
 # ---- 1. the problem
 
 OP = "moe_gate_up"
+FLIPPED_FROM = 64  # tokens of a tile: wgmma's first operand has 64 rows
 
 
 @dataclass(frozen=True)
 class Config:
-    """`rows` of weights and `tokens` of a tile, `depth` columns a step."""
+    """`rows` of weights and `tokens` of a tile, `depth` columns a step. `flip`: tokens are the product's
+    first operand (kernels/_sorted.py); `tiles`: of rows, one after the other in a program (second half of the
+    layer only)."""
 
     rows: int
     tokens: int
@@ -54,6 +56,8 @@ class Config:
     warps: int = 4
     stages: int = 3
     tma: bool = False
+    flip: bool = False
+    tiles: int = 1
 
 
 def quantised(problem: Problem) -> bool:
@@ -75,25 +79,32 @@ def x_group(problem: Problem) -> int:
 
 def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
     """Tiles of `tokens` choices that are worth compiling."""
-    all_rows = (2 * inner_group(problem),) if quantised(problem) else (64, 128, 256)
-    for rows in all_rows:
+    native = quantised(problem)
+    for rows in (2 * inner_group(problem),) if native else (64, 128, 256):
         for depth in _experts.pipeline_depths(problem.hidden, problem, remainder=False):
             for warps in (4, 8):
-                if 2 * problem.inter % rows or depth > 128 or not 16 <= rows * tokens / (32 * warps) <= 160:
+                numbers = rows * tokens / (32 * warps)
+                if rows > 2 * problem.inter or not 64 <= depth <= 128 or not 16 <= numbers <= 160:
                     continue
-                for stages in (3, 4):
-                    config = Config(rows, tokens, depth, warps, stages)
-                    yield config
-                    if "tma" in gpu.facts:
-                        yield replace(config, tma=True)
+                for stages, flip in itertools.product((3, 4), _flips(problem, rows, tokens)):
+                    yield Config(rows, tokens, depth, warps, stages, "tma" in gpu.facts, flip)
+
+
+def _flips(problem: Problem, rows: int, tokens: int) -> tuple[bool, ...]:
+    """FP8 always with tokens first where they are enough, 4-bit never, bf16 perhaps."""
+    if tokens < FLIPPED_FROM or problem.group:
+        return (False,)
+    return (True,) if quantised(problem) or rows < 256 else (False, True)
 
 
 def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
     """A tile that fits everywhere, for want of a tuned one."""
     fitting = (rows for rows in (128, 64, 32, 16) if 2 * problem.inter % rows == 0)
-    rows = 2 * inner_group(problem) if quantised(problem) else next(fitting)
+    native = quantised(problem)
+    rows = 2 * inner_group(problem) if native else next(fitting)
     depth = max(d for d in _experts.pipeline_depths(problem.hidden, problem, remainder=False) if d <= 128)
-    return Config(rows, tokens, min(depth, 64 if problem.format == "bf16" else 128), 4, 3)
+    flip = native and tokens >= FLIPPED_FROM
+    return Config(rows, tokens, min(depth, 64 if problem.format == "bf16" else 128), 4, 3, flip=flip)
 
 
 # ---- 2. the device code
@@ -103,63 +114,94 @@ def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
 def gate_up_sorted(
     x, x_scale, w, tiles, scale, row_scale, bias, order, blocks, h, h_scale,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr,
-    TOKENS: tl.constexpr, DEPTH: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr,
+    TOKENS: tl.constexpr, PARTS: tl.constexpr, DEPTH: tl.constexpr,
+    FLIP: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr,
     X_GROUP: tl.constexpr, STAGES: tl.constexpr, CLAMPED: tl.constexpr, LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
     ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """A block of choices is PARTS programs' work."""
     wait_for_launch_before(PDL)
     let_next_launch_begin(PDL)
     n = tl.program_id(0)
-    entry = blocks + tl.program_id(1) * 3
-    count = tl.load(entry + 2)
-    if count == 0:
+    part = tl.program_id(1) % PARTS
+    entry = blocks + tl.program_id(1) // PARTS * 3
+    count = tl.load(entry + 2) - part * TOKENS
+    if count <= 0:
         return
     expert = tl.load(entry)
-    first = tl.load(entry + 1)
+    first = tl.load(entry + 1) + part * TOKENS
     i = tl.arange(0, TOKENS)
     live = i < count
     token = tl.load(order + first + i, mask=live, other=0) // TOP_K
     e = expert.to(tl.int64)
+    RAGGED: tl.constexpr = 2 * INTER % ROWS != 0
     rows = n * ROWS + tl.arange(0, ROWS)
+    if RAGGED:
+        rows = tl.minimum(rows, 2 * INTER - 1)
+    first_row = expert * (2 * INTER) + n * ROWS
     scale_of_row = None
+    up_scale = None
+    is_up = rows // 8 % 2 == 1
     if GROUP > 0:
         matrix = w + e * (2 * INTER * (HIDDEN // 4))
         scale_of_row = scale + e * (2 * INTER * GROUPS) + rows[:, None] * GROUPS
     else:
         matrix = w + e * (2 * INTER * HIDDEN)
         if scale is not None:
-            block = block_of_row(rows, INTER)
-            scale_of_row = scale + (e * (2 * INTER // 128) + block)[:, None] * (HIDDEN // 128)
+            block = e * (2 * INTER // 128) + n * ROWS // 256
+            scale_of_row = scale + block * (HIDDEN // 128)
+            up_scale = scale + (block + INTER // 128) * (HIDDEN // 128)
     row_of_x = x + token[:, None].to(tl.int64) * HIDDEN
     scale_of_token = None
     if x_scale is not None:
         scale_of_token = x_scale + token * (HIDDEN // X_GROUP if X_GROUP > 0 else 1)
-    acc = tile(
-        matrix, tiles, expert * (2 * INTER) + n * ROWS, rows, scale_of_row, row_of_x, scale_of_token, live,
-        HIDDEN, ROWS, TOKENS, DEPTH, FORMAT, DTYPE, GROUP, X_GROUP, STAGES, ASM,
-    )  # fmt: skip
-    if row_scale is not None:
-        acc *= row_factors(row_scale, e * (2 * INTER) + rows, FORMAT, ASM)[:, None]
+    acc = empty_tile(ROWS, TOKENS, FLIP)
+    for column in tl.range(0, HIDDEN, DEPTH, num_stages=STAGES):
+        acc = add_chunk(
+            acc, matrix, tiles, first_row, rows, scale_of_row, up_scale, is_up, row_of_x, scale_of_token,
+            live, column, HIDDEN, ROWS, DEPTH, FORMAT, DTYPE, GROUP, X_GROUP, ASM, FLIP,
+        )  # fmt: skip
+    of_token = None
     if x_scale is not None and X_GROUP == 0:
-        acc *= tl.load(scale_of_token, mask=live, other=0.0)[None, :]
-    if bias is not None:
-        acc += tl.load(bias + e * (2 * INTER) + rows)[:, None]
-    y = activation(acc, ROWS, TOKENS, CLAMPED, LIMIT, ALPHA)
+        of_token = tl.load(scale_of_token, mask=live, other=0.0)
     at = (first + i).to(tl.int64)
-    column = n * (ROWS // 2) + tl.arange(0, ROWS // 2)
+    y = _finished(
+        acc, row_scale, bias, of_token, e * (2 * INTER) + rows,
+        ROWS, TOKENS, FORMAT, CLAMPED, LIMIT, ALPHA, ASM, FLIP,
+    )  # fmt: skip
+    place = n * (ROWS // 2) + tl.arange(0, ROWS // 2)
+    there = place < INTER
     if h_scale is not None:
-        largest = tl.maximum(tl.max(tl.abs(y), axis=0) / 448.0, 1e-12)
+        largest = tl.maximum(tl.max(tl.abs(y), axis=1 if FLIP else 0) / 448.0, 1e-12)
         tl.store(h_scale + at * (2 * INTER // ROWS) + n, largest, mask=live)
-        y = y / largest[None, :]
-    tl.store(h + at[None, :] * INTER + column[:, None], y.to(h.dtype.element_ty), mask=live[None, :])
+        y = scaled(y, None, 1 / largest, FLIP)
+    store_tile(h, y, at * INTER, arranged(place, GROUP), live, there, FLIP, RAGGED)
+
+
+@triton.jit
+def _finished(
+    acc, row_scale, bias, of_token, at, ROWS: tl.constexpr, TOKENS: tl.constexpr, FORMAT: tl.constexpr,
+    CLAMPED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, ASM: tl.constexpr, FLIP: tl.constexpr,
+):  # fmt: skip
+    """Scales, biases, activation."""
+    of_row = None
+    if row_scale is not None:
+        of_row = row_factors(row_scale, at, FORMAT, ASM)
+    acc = scaled(acc, of_row, of_token, FLIP)
+    if bias is not None:
+        acc = biased(acc, tl.load(bias + at), FLIP)
+    return activated(acc, ROWS, TOKENS, CLAMPED, LIMIT, ALPHA, FLIP)
 
 
 # ---- 3. the launch
 
 
-def request(problem: Problem, config: Config, gpu: Gpu, *, interpreted: bool = False) -> CompileRequest:
-    """One compile for any number of tokens."""
+def request(
+    problem: Problem, config: Config, gpu: Gpu, *, block: int = 0, interpreted: bool = False
+) -> CompileRequest:
+    """One compile for any number of tokens. `block`: choices of a block, a multiple of the tile's tokens (0:
+    as many as these)."""
     types, absent = _experts.weight_arguments(problem, config.rows, config.depth, tma=config.tma)
     native = quantised(problem)
     values = "*fp8e4nv" if native else f"*{_experts.POINTER_NAMES[problem.dtype]}"
@@ -175,7 +217,9 @@ def request(problem: Problem, config: Config, gpu: Gpu, *, interpreted: bool = F
         "TOP_K": problem.top_k,
         "ROWS": config.rows,
         "TOKENS": config.tokens,
+        "PARTS": (block or config.tokens) // config.tokens,
         "DEPTH": config.depth,
+        "FLIP": config.flip,
         "X_GROUP": x_group(problem),
         "STAGES": config.stages,
         "CLAMPED": problem.activation == "clamped_swiglu",
@@ -210,7 +254,8 @@ def run(
     arguments = _experts.bound(launcher, weights)
     if x_scale is not None:
         arguments |= {"x_scale": x_scale, "h_scale": h_scale}
-    grid = (2 * problem.inter // launcher.request.constexprs["ROWS"], blocks.shape[0], 1)
+    sizes = launcher.request.constexprs
+    grid = (-(-2 * problem.inter // sizes["ROWS"]), blocks.shape[0] * sizes["PARTS"], 1)
     launcher(grid, **arguments, x=x, order=order, blocks=blocks, h=h)
 
 

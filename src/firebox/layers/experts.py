@@ -2,7 +2,8 @@
 choices to the summed output, over the kernels of few tokens and those of many.
 
     few      two launches: moe_gate_up_few, moe_down_few
-    sorted   moe_sort (two), with FP8 weights quantise_fp8, then moe_gate_up, moe_down, moe_combine
+    sorted   moe_sort (two), with FP8 weights quantise_fp8, with 4-bit weights moe_arrange, then moe_gate_up,
+             moe_down, moe_combine
 
 Which path and which tiles a number of tokens takes is measured (kernels/_tuned.py); without a measurement it
 is few up to
@@ -20,6 +21,7 @@ import torch
 from firebox.hardware.base import Gpu
 from firebox.kernels import (
     _tuned,
+    moe_arrange,
     moe_combine,
     moe_down,
     moe_down_few,
@@ -45,6 +47,11 @@ class Path:
     gate_up: Any
     down: Any
     why: str
+
+    @property
+    def block(self) -> int:
+        """Choices that are sorted into one block: the larger tile's."""
+        return max(int(self.gate_up.tokens), int(self.down.tokens))
 
 
 def path_of(problem: Problem, tokens: int, gpu: Gpu) -> Path:
@@ -77,16 +84,21 @@ def requests(problem: Problem, tokens: int, path: Path, gpu: Gpu) -> dict[str, C
             op: module.request(problem, tokens, configs[op], gpu, interpreted=INTERPRETED)
             for op, module in few.items()
         }
-    sort = moe_sort.Problem(problem.experts, path.gate_up.tokens)
+    sort = moe_sort.Problem(problem.experts, path.block)
     count, place = moe_sort.requests(sort, gpu, interpreted=INTERPRETED)
     found = {"moe_count": count, "moe_place": place}
     if moe_gate_up.quantised(problem):
         rows = quantise_fp8.Problem(problem.hidden, moe_gate_up.x_group(problem), problem.dtype)
         found["quantise_fp8"] = quantise_fp8.request(rows, gpu, interpreted=INTERPRETED)
+    if problem.group:
+        columns = moe_arrange.Problem(problem.hidden, problem.group, problem.dtype)
+        found["moe_arrange"] = moe_arrange.request(columns, gpu, interpreted=INTERPRETED)
     sums = moe_combine.Problem(problem.hidden, problem.top_k, problem.dtype)
     return found | {
-        "moe_gate_up": moe_gate_up.request(problem, path.gate_up, gpu, interpreted=INTERPRETED),
-        "moe_down": moe_down.request(problem, path.down, gpu, interpreted=INTERPRETED),
+        "moe_gate_up": moe_gate_up.request(
+            problem, path.gate_up, gpu, block=path.block, interpreted=INTERPRETED
+        ),
+        "moe_down": moe_down.request(problem, path.down, gpu, block=path.block, interpreted=INTERPRETED),
         "moe_combine": moe_combine.request(sums, gpu, interpreted=INTERPRETED),
     }
 
@@ -114,8 +126,9 @@ class Workspace:
         self.blocks = empty(min(choices, choices // 16 + p.experts), 3, dtype=torch.int32)
         self.sort = moe_sort.scratch(moe_sort.Problem(p.experts, 16), device)
         self.x = self.x_scale = self.h_scale = None
-        if native:
+        if native or p.group:
             self.x = empty(max_tokens, p.hidden, dtype=inner)
+        if native:
             self.x_scale = empty(max_tokens, p.hidden // group, dtype=torch.float32)
             self.h_scale = empty(choices, p.inter // moe_gate_up.inner_group(p), dtype=torch.float32)
 
@@ -188,14 +201,18 @@ class Experts:
         out: torch.Tensor,
     ) -> None:
         p, space = self.problem, self.workspace
-        sort = moe_sort.Problem(p.experts, path.gate_up.tokens)
+        sort = moe_sort.Problem(p.experts, path.block)
         blocks = space.blocks[: moe_sort.most_blocks(sort, expert_ids.numel())]
         moe_sort.run(
             (launchers["moe_count"], launchers["moe_place"]), expert_ids, space.sort, space.order, blocks
         )
-        if space.x is not None and space.x_scale is not None:
-            quantise_fp8.run(launchers["quantise_fp8"], x, space.x, space.x_scale)
-            x = space.x
+        if space.x is not None:
+            changed = space.x[: x.shape[0]]
+            if space.x_scale is not None:
+                quantise_fp8.run(launchers["quantise_fp8"], x, changed, space.x_scale)
+            else:
+                moe_arrange.run(launchers["moe_arrange"], x, changed)
+            x = changed
         moe_gate_up.run(
             launchers["moe_gate_up"],
             p,

@@ -1,0 +1,157 @@
+"""Device code that the two sorted expert kernels share: what one pipeline step adds to a tile of many tokens.
+
+    flip   acc [TOKENS, ROWS] += x [TOKENS, DEPTH] · w [ROWS, DEPTH]ᵀ
+    else   acc [ROWS, TOKENS] += w [ROWS, DEPTH] · x [TOKENS, DEPTH]ᵀ
+
+4-bit weights are the first operand, because decoded numbers can be handed over in registers; FP8 with a scale
+per token and 128 columns goes the other way, because a thread then holds few tokens and needs few scales. A
+4-bit product reads activations whose columns lie as layouts.arranged_columns says: each of a word's four
+codes then meets whole 32-byte sectors. Without that, moving activations took twice the L2's time.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from firebox.formats.layouts import ARRANGED, PER_WORD
+from firebox.kernels._experts import activation, four_products, group_scales
+
+X_RUN = tl.constexpr(ARRANGED // PER_WORD)
+
+
+@triton.jit
+def empty_tile(ROWS: tl.constexpr, TOKENS: tl.constexpr, FLIP: tl.constexpr):
+    if FLIP:
+        return tl.zeros((TOKENS, ROWS), tl.float32)
+    else:
+        return tl.zeros((ROWS, TOKENS), tl.float32)
+
+
+@triton.jit
+def add_chunk(
+    acc, w, tiles, first_row, rows, scale, other_scale, of_other, x, x_scale, live, first,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr,
+    GROUP: tl.constexpr, X_GROUP: tl.constexpr, ASM: tl.constexpr, FLIP: tl.constexpr,
+):  # fmt: skip
+    """`acc` with the columns `first` … first + DEPTH. `w` points at the expert's matrix, `rows` [ROWS] are
+    its rows, none beyond the last; `tiles` is a tensor descriptor of all experts' matrices or None. `scale`:
+    with groups, points at the rows' [ROWS, 1]; with blocks, at the block of the rows that are not `of_other`
+    [ROWS], and `other_scale` at that of those that are. X_GROUP: columns of x that share an `x_scale`
+    [TOKENS] (0: nothing to apply here)."""
+    if GROUP > 0:
+        if tiles is None:
+            i = first // 4 + tl.arange(0, DEPTH // 4)
+            words = tl.load(w + rows[:, None] * (COLUMNS // 4) + i[None, :])
+        else:
+            words = tiles.load([first_row, first // 4])
+        wide = group_scales(scale, first, None, ROWS, DEPTH, GROUP, FORMAT, DTYPE, ASM)
+        return four_products(
+            acc, words, wide, x, live, first, COLUMNS, DEPTH, GROUP, FORMAT, DTYPE, ASM, False, X_RUN
+        )
+    else:
+        i = first + tl.arange(0, DEPTH)
+        if tiles is None:
+            wt = tl.load(w + rows[:, None] * COLUMNS + i[None, :])
+        else:
+            wt = tiles.load([first_row, first])
+        xt = tl.load(x + i[None, :], mask=live[:, None], other=0.0)
+        if X_GROUP > 0 or scale is not None:
+            if FLIP:
+                part = tl.dot(xt, tl.trans(wt))
+            else:
+                part = tl.dot(wt, tl.trans(xt))
+            if X_GROUP > 0:
+                of_token = tl.load(x_scale + first // X_GROUP, mask=live, other=0.0)
+            if scale is not None:
+                of_row = tl.where(
+                    of_other, tl.load(other_scale + first // 128), tl.load(scale + first // 128)
+                )
+                if FLIP:
+                    part *= of_row[None, :]
+                else:
+                    part *= of_row[:, None]
+            if X_GROUP > 0:
+                if FLIP:
+                    part *= of_token[:, None]
+                else:
+                    part *= of_token[None, :]
+            return acc + part
+        else:
+            if FLIP:
+                return tl.dot(xt, tl.trans(wt), acc)
+            else:
+                return tl.dot(wt, tl.trans(xt), acc)
+
+
+@triton.jit
+def scaled(acc, of_row, of_token, FLIP: tl.constexpr):
+    """`acc` times a number per row and one per token, either of which may be None."""
+    if of_row is not None:
+        if FLIP:
+            acc *= of_row[None, :]
+        else:
+            acc *= of_row[:, None]
+    if of_token is not None:
+        if FLIP:
+            acc *= of_token[:, None]
+        else:
+            acc *= of_token[None, :]
+    return acc
+
+
+@triton.jit
+def biased(acc, bias, FLIP: tl.constexpr):
+    if bias is not None:
+        if FLIP:
+            acc += bias[None, :]
+        else:
+            acc += bias[:, None]
+    return acc
+
+
+@triton.jit
+def activated(
+    acc, ROWS: tl.constexpr, TOKENS: tl.constexpr, CLAMPED: tl.constexpr, LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr, FLIP: tl.constexpr,
+):  # fmt: skip
+    """Interleaved gate and up → [TOKENS, ROWS / 2] if FLIP, else [ROWS / 2, TOKENS]."""
+    if FLIP:
+        runs = tl.permute(tl.reshape(acc, (TOKENS, ROWS // 16, 2, 8)), (0, 1, 3, 2))
+        gate, up = tl.split(runs)
+        gate = tl.reshape(gate, (TOKENS, ROWS // 2))
+        up = tl.reshape(up, (TOKENS, ROWS // 2))
+        if CLAMPED:
+            gate = tl.minimum(gate, LIMIT)
+            up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+            return (up + 1) * gate * tl.sigmoid(ALPHA * gate)
+        else:
+            return gate * tl.sigmoid(gate) * up
+    else:
+        return activation(acc, ROWS, TOKENS, CLAMPED, LIMIT, ALPHA)
+
+
+@triton.jit
+def arranged(column, GROUP: tl.constexpr):
+    """Where a column of activations lies for 4-bit weights in groups of GROUP; itself for others."""
+    if GROUP == 0:
+        return column
+    else:
+        RUN: tl.constexpr = GROUP // 4
+        in_group = column % GROUP
+        run = in_group // RUN * (4 * X_RUN // GROUP) + column % (4 * X_RUN) // GROUP
+        return column // (4 * X_RUN) * (4 * X_RUN) + run * RUN + column % RUN
+
+
+@triton.jit
+def store_tile(
+    out, acc, first_of_token, column, live, there, FLIP: tl.constexpr, RAGGED: tl.constexpr
+):  # fmt: skip
+    """`acc` to out[first_of_token + column]; RAGGED: only columns that are `there`."""
+    values = acc.to(out.dtype.element_ty)
+    if FLIP:
+        mask = live[:, None] & there[None, :] if RAGGED else live[:, None]
+        tl.store(out + first_of_token[:, None] + column[None, :], values, mask=mask)
+    else:
+        mask = live[None, :] & there[:, None] if RAGGED else live[None, :]
+        tl.store(out + first_of_token[None, :] + column[:, None], values, mask=mask)
