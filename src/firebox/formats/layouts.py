@@ -17,6 +17,8 @@ numbers next to each other, so weights are arranged once, when they are loaded.
     activations                         for many tokens: of 64 columns first all that code 0 stands for, then
                                         those of code 1, …, so that each code's are 16 in a row
     group scales [rows, groups]         rows padded to a multiple of 16 groups, so that they load in one piece
+    scales with zero points             one int32 a group: the scale as bf16 in the low half, −(128 + zero) as
+                                        bf16 in the high half, which is exact
 """
 
 from __future__ import annotations
@@ -78,5 +80,20 @@ def pad_groups(scales: torch.Tensor) -> torch.Tensor:
     missing = -scales.shape[-1] % GROUPS_PADDED
     if missing == 0:
         return scales.contiguous()
-    padding = scales.new_zeros(*scales.shape[:-1], missing)
-    return torch.cat((scales, padding), dim=-1)
+    # As bytes: not every type can be joined on every device.
+    bytes_of = scales.contiguous().view(torch.uint8)
+    padding = bytes_of.new_zeros(*scales.shape[:-1], missing * scales.itemsize)
+    return torch.cat((bytes_of, padding), dim=-1).view(scales.dtype)
+
+
+def pack_zeros(scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """`scales` [..., groups], rounded to bf16, and integer `zeros` of 0 … 127, the same shape → int32 of
+    both, the same shape."""
+    halves = torch.stack((scales.bfloat16(), (-128 - zeros).bfloat16()), dim=-1)
+    return halves.view(torch.int32).squeeze(-1)
+
+
+def unpack_zeros(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of `pack_zeros`, both in float32."""
+    halves = packed.contiguous().view(torch.bfloat16).unflatten(-1, (-1, 2)).float()
+    return halves[..., 0], -128 - halves[..., 1]

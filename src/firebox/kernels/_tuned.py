@@ -1,9 +1,11 @@
-"""Configurations found by measuring, as data: tuned/<gpu>/experts.json. Kernels read it; who measures writes
-it.
+"""Configurations found by measuring, as data: tuned/<gpu>/experts.json, tuned/<gpu>/linear.json. Kernels read
+them; who measures writes them.
 
     {"fp8_channel hidden=5120 inter=384 experts=160 top_k=8":
         {"16": {"path": "few", "gate_up": {…Config…}, "down": {…Config…}},
          "256": {"path": "sorted", "gate_up": …, "down": …}, …}, …}
+    {"fp8_channel rows=3584 columns=5120":
+        {"16": {"path": "few", "config": {…Config…}}, "512": {"path": "many", "config": …}, …}, …}
 
 A number of tokens takes the entry of the nearest measured number, by ratio.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Callable
 from importlib import resources
 from typing import Any
 
@@ -26,17 +29,29 @@ def key(problem: Problem) -> str:
 
 
 def nearest(gpu_name: str, problem: Problem, tokens: int, path: str | None = None) -> dict[str, Any] | None:
-    """The measured entry for so many tokens, of one path if one is named; None where nothing was measured."""
-    entries = _file(gpu_name).get(key(problem), {})
-    fitting = {int(n): entry for n, entry in entries.items() if path in (None, entry["path"])}
+    """The measured entry of experts.json for so many tokens, of one path if one is named; None where nothing
+    was measured."""
+    return _nearest(_file(gpu_name).get(key(problem), {}), tokens, lambda found: path in (None, found))
+
+
+def measured(
+    gpu_name: str, file: str, key: str, tokens: int, but: str | None = None
+) -> dict[str, Any] | None:
+    """The same of another `file`, under `key`; of any path but one."""
+    return _nearest(_file(gpu_name, file).get(key, {}), tokens, lambda found: found != but)
+
+
+def _nearest(entries: dict[str, Any], tokens: int, wanted: Callable[[str], bool]) -> dict[str, Any] | None:
+    fitting = {int(n): entry for n, entry in entries.items() if wanted(entry["path"])}
     if not fitting:
         return None
-    return fitting[min(fitting, key=lambda n: abs(math.log(n / tokens)))]
+    found: dict[str, Any] = fitting[min(fitting, key=lambda n: abs(math.log(n / tokens)))]
+    return found
 
 
 @functools.cache
-def _file(gpu_name: str) -> dict[str, dict[str, Any]]:
-    path = resources.files("firebox") / "tuned" / gpu_name.replace("-", "_") / "experts.json"
+def _file(gpu_name: str, name: str = "experts") -> dict[str, dict[str, Any]]:
+    path = resources.files("firebox") / "tuned" / gpu_name.replace("-", "_") / f"{name}.json"
     if not path.is_file():
         return {}
     found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))

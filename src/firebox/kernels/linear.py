@@ -1,0 +1,219 @@
+"""A dense linear layer for many tokens.
+
+    y_t = W · x_t (+ bias) (+ residual_t)
+
+x [tokens, columns]: for FP8 weights float8_e4m3fn with x_scale float32 [tokens] (fp8_tensor, fp8_channel) or
+[tokens, columns / 128] (fp8_block), from kernels/quantise_fp8.py, multiplied FP8 by FP8; bf16 for 4-bit
+weights, which are rounded to bf16 after their group scale. W in the formats of kernels/_linear.py, but bf16:
+those products are cuBLAS's. residual [tokens, rows] bf16, which may be the same memory as y; y [tokens, rows]
+bf16 or float32. Sums, scales, bias and residual in float32, one rounding at the end.
+
+A program takes ROWS rows of W and TOKENS tokens. Programs go through BAND row tiles for each tile of tokens
+before they take the next, so that those that run together share rows and tokens in the L2.
+
+Source: own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+
+from firebox.hardware.base import Gpu
+from firebox.kernels import _linear
+from firebox.kernels._experts import (
+    BLOCK,
+    FP8,
+    let_next_launch_begin,
+    row_factors,
+    wait_for_launch_before,
+)
+from firebox.kernels._linear import Problem, Weights, finish, step
+from firebox.kernels.compile import CompileRequest
+from firebox.kernels.launch import Launcher
+
+# ---- 1. the problem
+
+OP = "linear"
+
+
+@dataclass(frozen=True)
+class Config:
+    """`rows` of weights and `tokens` of a tile, `depth` columns a step, `band`: row tiles that are taken
+    together."""
+
+    rows: int = 128
+    tokens: int = 128
+    depth: int = 128
+    warps: int = 8
+    stages: int = 3
+    band: int = 8
+    tma: bool = False
+
+
+def accepts(problem: Problem, gpu: Gpu) -> str | None:
+    """As linear_few, but for unquantised weights."""
+    if problem.format == "bf16":
+        return "leaves unquantised products to cuBLAS"
+    return _linear.refuse(problem, gpu)
+
+
+def quantised(problem: Problem) -> bool:
+    """Are activations FP8 too?"""
+    return problem.format in FP8
+
+
+def x_group(problem: Problem) -> int:
+    """Columns of x that share a scale, 0 for all of a token's."""
+    return BLOCK if problem.format == "fp8_block" else 0
+
+
+def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
+    """Tiles that are worth compiling; whether they fit is the compiler's to say."""
+    tiles = (
+        (64, 64, 4),
+        (128, 64, 4),
+        (64, 128, 4),
+        (128, 128, 4),
+        (128, 128, 8),
+        (256, 128, 8),
+        (128, 256, 8),
+    )
+    for rows, wide, warps in tiles:
+        for stages in (3, 4):
+            if wide <= 2 * tokens:
+                depth = 128 if problem.group in (0, 128) else 64
+                config = Config(rows, wide, depth, warps, stages)
+                yield config
+                if "tma" in gpu.facts:
+                    yield replace(config, tma=True)
+                if problem.group and depth == 64:
+                    yield replace(config, depth=128)
+
+
+def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
+    """A tile that fits everywhere, for want of a tuned one: large ones where they fill the GPU."""
+    depth = 128 if problem.group == 0 else max(64, 2 * problem.group if problem.group < 128 else 128)
+    if -(-problem.rows // 128) * -(-tokens // 128) >= max(gpu.sms, 1) and problem.group == 0:
+        return Config(128, 128, depth, 8, 3)
+    if tokens > 64 and problem.group > 0:
+        return Config(64, 128, depth, 4, 2)
+    return Config(64, 64, depth, 4, 3)
+
+
+# ---- 2. the device code
+
+
+@triton.jit
+def linear_tiles(
+    x, x_tiles, x_scale, w, tiles, scale, row_scale, bias, residual, out, tokens,
+    R: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    DEPTH: tl.constexpr, BAND: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr,
+    X_GROUP: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    let_next_launch_begin(PDL)
+    program = tl.program_id(0)
+    row_tiles: tl.constexpr = (R + ROWS - 1) // ROWS
+    in_band = tl.cdiv(tokens, TOKENS) * BAND
+    first_tile = program // in_band * BAND
+    width = tl.minimum(row_tiles - first_tile, BAND)
+    n = first_tile + program % in_band % width
+    first_token = program % in_band // width * TOKENS
+    rows = n * ROWS + tl.arange(0, ROWS)  # of the result
+    mine = rows  # of W: those behind the last read the last one
+    if R % ROWS != 0:
+        mine = tl.minimum(rows, R - 1)
+    t = first_token + tl.arange(0, TOKENS)
+    live = t < tokens
+    scale_of_row = None
+    if GROUP > 0:
+        scale_of_row = scale + mine[:, None].to(tl.int64) * GROUPS
+    elif scale is not None:
+        scale_of_row = scale + (mine // 128)[:, None] * (COLUMNS // 128)
+    wait_for_launch_before(PDL)
+    row_of_x = x + t[:, None].to(tl.int64) * COLUMNS
+    scale_of_token = None
+    if x_scale is not None:
+        scale_of_token = x_scale + t * (COLUMNS // X_GROUP if X_GROUP > 0 else 1)
+    acc = tl.zeros((ROWS, TOKENS), tl.float32)
+    for first in tl.range(0, COLUMNS, DEPTH, num_stages=STAGES):
+        acc = step(
+            acc, w, tiles, n * ROWS, mine, scale_of_row, row_of_x, x_tiles, first_token, scale_of_token, live,
+            first, COLUMNS, ROWS, DEPTH, FORMAT, DTYPE, GROUP, X_GROUP, ASM, MASKED,
+        )  # fmt: skip
+    if row_scale is not None:
+        acc *= row_factors(row_scale, mine, FORMAT, ASM)[:, None]
+    if x_scale is not None and X_GROUP == 0:
+        acc *= tl.load(scale_of_token, mask=live, other=0.0)[None, :]
+    bias_of_row = None
+    if bias is not None:
+        bias_of_row = tl.load(bias + mine)[:, None]
+    at = t[None, :].to(tl.int64) * R + rows[:, None]
+    finish(acc, bias_of_row, residual, out, at, live[None, :] & (rows < R)[:, None])
+
+
+# ---- 3. the launch
+
+
+def request(problem: Problem, config: Config, gpu: Gpu, *, interpreted: bool = False) -> CompileRequest:
+    """One compile for any number of tokens."""
+    types, absent = _linear.arguments(problem, config.rows, config.depth, tma=config.tma)
+    native = quantised(problem)
+    types |= {"x": "*fp8e4nv" if native else f"*{_linear.OUT_TYPES[problem.dtype]}"}
+    of_x = {
+        "x_scale": "*fp32" if native else "",
+        "x_tiles": f"tensordesc<fp8e4nv[{config.tokens}, {config.depth}]>" if config.tma and native else "",
+    }
+    types |= {name: type for name, type in of_x.items() if type}
+    absent |= {name: None for name, type in of_x.items() if not type}
+    constants = _linear.constants(problem, gpu, interpreted=interpreted)
+    constants |= {
+        "DTYPE": None if native else constants["DTYPE"],
+        "ROWS": config.rows,
+        "TOKENS": config.tokens,
+        "DEPTH": config.depth,
+        "BAND": config.band,
+        "X_GROUP": x_group(problem),
+        "STAGES": config.stages,
+        "MASKED": problem.columns % config.depth != 0,
+    }
+    return CompileRequest(
+        linear_tiles,
+        types | {"tokens": "i32"},
+        absent | constants,
+        gpu,
+        _linear.aligned(types),
+        num_warps=config.warps,
+        num_stages=config.stages,
+        options={"launch_pdl": True} if constants["PDL"] else {},
+        declares=("fp8",) if native else (problem.dtype,),
+    )
+
+
+def run(
+    launcher: Launcher,
+    problem: Problem,
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    weights: Weights,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """Launches `request(...)` for as many tokens as `x` [tokens, columns] has. Writes `out`. All
+    contiguous."""
+    constants, tokens = launcher.request.constexprs, x.shape[0]
+    given = _linear.bound(launcher, weights, residual)
+    if x_scale is not None:
+        given["x_scale"] = x_scale
+    if "x_tiles" in launcher.request.signature:
+        given["x_tiles"] = _linear.descriptor(x, launcher.request.signature["x_tiles"])
+    programs = -(-problem.rows // constants["ROWS"]) * -(-tokens // constants["TOKENS"])
+    launcher((programs, 1, 1), **given, x=x, out=out, tokens=tokens)
+
+
+# ---- 4. the reference: _linear.reference; `x` dequantised, if it was quantised
+reference = _linear.reference

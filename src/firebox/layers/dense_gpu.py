@@ -1,0 +1,204 @@
+"""A dense linear layer on an NVIDIA GPU: y = x · Wᵀ (+ bias) (+ residual) in every weight format, over the
+kernel of few tokens, that of many, and cuBLAS.
+
+    few      one launch: linear_few, up to 64 tokens
+    many     with FP8 weights quantise_fp8 first, then linear
+    cublas   unquantised weights and many tokens
+
+Which path and which tiles a number of tokens takes is measured (kernels/_tuned.py, linear.json); without a
+measurement it is few up to 64 tokens, and tiles that fit everywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from firebox.hardware.base import Gpu
+from firebox.kernels import _tuned, linear, linear_few, quantise_fp8
+from firebox.kernels._linear import Problem, Weights
+from firebox.kernels.compile import CompileRequest
+from firebox.kernels.launch import INTERPRETED, Launcher
+
+FEW, MANY, CUBLAS = "few", "many", "cublas"
+TUNED = "linear"  # the file in tuned/<gpu>/
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Path:
+    """How a number of tokens is computed. `config`: the tile, None for cuBLAS. `why`: "measured", "default"
+    for want of a measurement, or why no kernel here runs it."""
+
+    name: str
+    config: Any
+    why: str
+
+
+def key(problem: Problem) -> str:
+    """How linear.json calls a problem."""
+    group = f" group={problem.group}" if problem.group else ""
+    return f"{problem.format}{group} rows={problem.rows} columns={problem.columns}"
+
+
+def path_of(problem: Problem, tokens: int, gpu: Gpu) -> Path:
+    """The path and tiles for so many tokens."""
+    entry = _tuned.measured(gpu.name, TUNED, key(problem), tokens)
+    if entry is not None and entry["path"] == FEW and tokens > linear_few.MAX_TOKENS:
+        entry = _tuned.measured(gpu.name, TUNED, key(problem), tokens, but=FEW)
+    if entry is not None:
+        return Path(entry["path"], _config(entry), "measured")
+    if tokens <= linear_few.MAX_TOKENS:
+        return Path(FEW, linear_few.default(problem, tokens, gpu), "default")
+    refusal = linear.accepts(problem, gpu)
+    if refusal is not None:
+        return Path(CUBLAS, None, f"kernels/linear.py {refusal}")
+    return Path(MANY, linear.default(problem, tokens, gpu), "default")
+
+
+def _config(entry: dict[str, Any]) -> Any:
+    if entry["path"] == CUBLAS:
+        return None
+    return (linear_few if entry["path"] == FEW else linear).Config(**entry["config"])
+
+
+def requests(problem: Problem, tokens: int, gpu: Gpu, path: Path | None = None) -> dict[str, CompileRequest]:
+    """Every compile that so many tokens launch, by the name of its operation; none for cuBLAS. `path`:
+    instead of the one that `path_of` names."""
+    path = path or _path_of(problem, tokens, gpu)
+    if path.name == FEW:
+        request = linear_few.request(problem, tokens, path.config, gpu, interpreted=INTERPRETED)
+        return {linear_few.OP: request}
+    if path.name == CUBLAS:
+        return {}
+    found = {}
+    if linear.quantised(problem):
+        rows = quantise_fp8.Problem(problem.columns, linear.x_group(problem), problem.dtype)
+        found[quantise_fp8.OP] = quantise_fp8.request(rows, gpu, interpreted=INTERPRETED)
+    return found | {linear.OP: linear.request(problem, path.config, gpu, interpreted=INTERPRETED)}
+
+
+def like(tokens: int, path: Path) -> int:
+    """The number of tokens whose compiles these share, so that each is made once."""
+    return linear_few.padded(tokens) if path.name == FEW else 1
+
+
+class Workspace:
+    """The memory between the launches of all of `problems` for up to `max_tokens`; layers that run one after
+    the other share it. `partial` and `counters` are linear_few's, `x` and `x_scale` linear's in FP8."""
+
+    def __init__(
+        self, problems: Iterable[Problem], max_tokens: int, gpu: Gpu, device: torch.device | str
+    ) -> None:
+        sums = tiles = codes = scales = 1
+        few = min(max_tokens, linear_few.MAX_TOKENS)
+        for p in dict.fromkeys(problems):
+            for tokens in range(1, few + 1):
+                path = _path_of(p, tokens, gpu)
+                if path.name == FEW:
+                    needed = linear_few.scratch(p, tokens, path.config)
+                    sums, tiles = max(sums, needed[0]), max(tiles, needed[1])
+            if linear.quantised(p):
+                groups = p.columns // (linear.x_group(p) or p.columns)
+                codes, scales = max(codes, max_tokens * p.columns), max(scales, max_tokens * groups)
+        self.partial = torch.empty(sums, dtype=torch.float32, device=device)
+        self.counters = torch.zeros(tiles, dtype=torch.int32, device=device)
+        self.x = torch.empty(codes, dtype=torch.float8_e4m3fn, device=device)
+        self.x_scale = torch.empty(scales, dtype=torch.float32, device=device)
+
+
+class LinearKernels:
+    """One linear layer; see above. `workspace` was made for this problem among others. `paths`: tokens →
+    path, instead of what was measured; their scratch must fit the workspace."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        weights: Weights,
+        gpu: Gpu,
+        workspace: Workspace,
+        paths: dict[int, Path] | None = None,
+    ) -> None:
+        self.problem, self.weights, self.gpu, self.workspace = problem, weights, gpu, workspace
+        self.paths = paths or {}
+        self._bias = None if weights.bias is None else weights.bias.to(DTYPES[problem.dtype])
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None = None) -> None:
+        """`x` [tokens, columns] → `out` [tokens, rows], plus `residual`, the same shape, where the problem
+        has one; `out` may be `residual`. All contiguous."""
+        tokens = x.shape[0]
+        if tokens == 0:
+            return
+        assert (residual is not None) == self.problem.residual, f"a residual, or none: {self.problem}"
+        path = self.paths.get(tokens) or _path_of(self.problem, tokens, self.gpu)
+        if path.name == CUBLAS:
+            self._cublas(x, out, residual)
+            return
+        launchers = _launchers(self.problem, like(tokens, path), path, self.gpu)
+        run = self._few if path.name == FEW else self._many
+        run(path, launchers, x, out, residual)
+
+    def _few(
+        self,
+        path: Path,
+        launchers: dict[str, Launcher],
+        x: torch.Tensor,
+        out: torch.Tensor,
+        residual: torch.Tensor | None,
+    ) -> None:
+        p, space = self.problem, self.workspace
+        sums, tiles = linear_few.scratch(p, x.shape[0], path.config)
+        assert sums <= space.partial.numel() and tiles <= space.counters.numel(), (p, path)
+        linear_few.run(
+            launchers[linear_few.OP], p, x, self.weights, residual, space.partial, out, space.counters
+        )
+
+    def _many(
+        self,
+        path: Path,
+        launchers: dict[str, Launcher],
+        x: torch.Tensor,
+        out: torch.Tensor,
+        residual: torch.Tensor | None,
+    ) -> None:
+        p, space, x_scale = self.problem, self.workspace, None
+        if linear.quantised(p):
+            groups = p.columns // (linear.x_group(p) or p.columns)
+            codes = space.x[: x.numel()].view(x.shape)
+            x_scale = space.x_scale[: x.shape[0] * groups]
+            quantise_fp8.run(launchers[quantise_fp8.OP], x, codes, x_scale)
+            x = codes
+        linear.run(launchers[linear.OP], p, x, x_scale, self.weights, residual, out)
+
+    def _cublas(self, x: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None) -> None:
+        """Bias and residual in the product's own rounding where there is one of them."""
+        matrix = self.weights.w.T
+        if out.dtype == torch.float32:
+            torch.mm(x, matrix, out_dtype=torch.float32, out=out)
+            added = [self.weights.bias, residual]
+        elif residual is not None:
+            torch.addmm(residual, x, matrix, out=out)
+            added = [self._bias]
+        elif self._bias is not None:
+            torch.addmm(self._bias, x, matrix, out=out)
+            added = []
+        else:
+            torch.mm(x, matrix, out=out)
+            added = []
+        for term in added:
+            if term is not None:
+                out.add_(term)
+
+
+@functools.cache
+def _path_of(problem: Problem, tokens: int, gpu: Gpu) -> Path:
+    return path_of(problem, tokens, gpu)
+
+
+@functools.cache
+def _launchers(problem: Problem, tokens: int, path: Path, gpu: Gpu) -> dict[str, Launcher]:
+    return {op: Launcher(request) for op, request in requests(problem, tokens, gpu, path).items()}

@@ -1,0 +1,128 @@
+"""The kernels of dense linear layers without a GPU: under Triton's interpreter against their references, and
+compiled for GPUs that are not here. On a GPU: tests/gpu/test_linear.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path as FilePath
+
+import pytest
+
+from firebox.hardware.base import Gpu, find_gpu
+from firebox.kernels import linear, linear_few
+from firebox.kernels._linear import FORMATS, GROUPS, INT4_ZERO, Problem
+from firebox.kernels.compile import CompileRequest, compile_all
+from firebox.layers.dense_gpu import requests
+
+ROOT = FilePath(__file__).resolve().parents[3]
+KINDS = [(format, group) for format in FORMATS for group in GROUPS.get(format, (0,))]
+# One rounding of the output to float16 (2⁻¹² at most, 1.4 · 10⁻⁴ RMS of it); a 4-bit weight times its scale
+# once more. Outputs in float32 have only the latter, and block scales that are moved to x, in float16.
+LIMIT = 3e-4
+F32_LIMIT = 2e-6
+ROUNDED_TWICE = (("int4_zero", "few"), ("int4_zero", "many"), ("fp8_block", "whole slices"))
+
+
+@pytest.mark.parametrize(("format", "group"), KINDS)
+def test_kernels_equal_their_references_under_the_interpreter(format: str, group: int) -> None:
+    """Odd numbers of rows and columns, one slice and several, heads and none, bias and residual. FP8
+    activations are compared as the kernel quantised them, so the interpreter's truncation does not show."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.support.interpreted_linear", format, str(group)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    errors = json.loads(done.stdout.splitlines()[-1])
+    assert len(errors) == 16 + (0 if format == "bf16" else 2)
+    for case, error in errors.items():
+        exact = "192 ×" in case and not any(format == f and part in case for f, part in ROUNDED_TWICE)
+        assert error < (F32_LIMIT if exact else LIMIT), (case, error)
+
+
+def launches(problem: Problem, gpu: Gpu, all_tokens: tuple[int, ...]) -> dict[str, CompileRequest]:
+    return {
+        f"{gpu.name} {problem} {tokens} {op}": request
+        for tokens in all_tokens
+        for op, request in requests(problem, tokens, gpu).items()
+    }
+
+
+def test_every_launch_fits_and_is_native_where_it_is_for() -> None:
+    """GLM-4.7's o_proj under TP 4 in every format, and gpt-oss's qkv, on GPUs with 99 KiB and a large one."""
+    wanted: dict[str, CompileRequest] = {}
+    for format, group in KINDS:
+        if (format, group) not in ((INT4_ZERO, 32), ("int4_group", 64), ("fp8_tensor", 0)):
+            glm = Problem(5120, 3072, format, group, residual=True)
+            wanted |= launches(glm, find_gpu("gb10"), (1, 16, 64, 100, 4096))
+    for format, group in (("fp8_channel", 0), ("fp8_block", 0), (INT4_ZERO, 128)):
+        glm = Problem(5120, 3072, format, group, residual=True)
+        wanted |= launches(glm, find_gpu("h200"), (1, 64, 4096)) | launches(glm, find_gpu("rtx-5090"), (100,))
+    gpt_oss = Problem(5120, 2880, "bf16", bias=True)
+    wanted |= launches(gpt_oss, find_gpu("h200"), (1, 64)) | launches(gpt_oss, find_gpu("gb10"), (1, 64))
+    for name, compiled in zip(wanted, compile_all(list(wanted.values())), strict=True):
+        assert compiled.fits, (name, compiled.error, compiled.shared_bytes, compiled.limit_bytes)
+        assert compiled.native, (name, compiled.instructions)
+        assert compiled.spill_bytes <= 64, (name, compiled.spill_bytes)
+
+
+def test_fp8_products_of_many_tokens_are_fp8_on_sm_121() -> None:
+    found = launches(Problem(3584, 5120, "fp8_channel"), find_gpu("gb10"), (100, 4096))
+    compiled = compile_all([request for name, request in found.items() if name.endswith("linear")])
+    assert [result.instruction for result in compiled] == ["mma.fp8", "mma.fp8"]
+
+
+@pytest.mark.parametrize(("format", "group"), KINDS)
+@pytest.mark.parametrize(("rows", "columns"), [(80, 2944), (5120, 3072), (37_888, 5120), (64, 128)])
+@pytest.mark.parametrize("name", ["gb10", "h200"])
+def test_slices_cover_every_column_once(name: str, rows: int, columns: int, format: str, group: int) -> None:
+    """Of every tile of the search space, and of the default: the last slice begins within the matrix and ends
+    at or behind its end, and what it does not fill is masked."""
+    p, gpu = Problem(rows, columns, format, group), find_gpu(name)
+    for tokens in (1, 16, 64):
+        for config in (linear_few.default(p, tokens, gpu), *linear_few.search_space(p, tokens, gpu)):
+            steps, slices = linear_few.division(p, config)
+            width = config.head + steps * config.depth
+            assert (slices - 1) * width < columns <= slices * width, config
+            constants = linear_few.request(p, tokens, config, gpu).constexprs
+            last = columns - (slices - 1) * width
+            assert last >= config.head or constants["HEAD_MASKED"], config
+            assert last <= config.head or (last - config.head) % config.depth == 0 or constants["MASKED"]
+            assert 128 % config.rows == 0  # a head's rows lie in one row of blocks
+
+
+def test_the_default_fills_the_gpu() -> None:
+    """Few rows are cut into slices, many are not; slices keep four steps at least."""
+    gpu = find_gpu("h200")
+    for rows, columns in ((576, 7168), (3584, 5120), (201_088, 2880)):
+        p = Problem(rows, columns, "bf16")
+        config = linear_few.default(p, 1, gpu)
+        steps, slices = linear_few.division(p, config)
+        programs = -(-rows // config.rows) * slices
+        assert programs >= 0.8 * linear_few.RESIDENT * gpu.sms or columns // config.depth // slices == 4, (
+            rows,
+            slices,
+        )
+        assert slices == 1 or steps >= 3
+        assert (slices == 1) == (rows == 201_088), (rows, slices)
+
+
+def test_what_no_kernel_runs_is_said() -> None:
+    gpu = find_gpu("h200")
+    good = Problem(512, 512, "int4_group", 128)
+    assert linear_few.accepts(good, gpu) is None and linear.accepts(good, gpu) is None
+    assert linear_few.accepts(good, replace(gpu, kind="cpu")) == "is made for NVIDIA GPUs"
+    assert linear_few.accepts(replace(good, format="q4_k"), gpu) == "knows no q4_k weights"
+    assert "groups of 0" in str(linear_few.accepts(replace(good, group=0), gpu))
+    assert "multiple of 128" in str(linear_few.accepts(replace(good, columns=448), gpu))
+    assert "no FP8 type" in str(linear_few.accepts(Problem(512, 512, "fp8_channel"), find_gpu("a100")))
+    assert "f32" in str(linear_few.accepts(replace(good, out_dtype="f16"), gpu))
+    assert linear.accepts(Problem(512, 512, "bf16"), gpu) == "leaves unquantised products to cuBLAS"

@@ -1,0 +1,252 @@
+"""Dense linear layers on a real GPU: every format, every number of few tokens, many tokens, odd sizes,
+against float32 on dequantised weights. Needs torch, Triton and pytest, nothing of the engine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import triton
+
+from firebox.hardware.base import Gpu
+from firebox.hardware.probe import probe_gpu
+from firebox.kernels import _linear, linear, linear_few
+from firebox.kernels._linear import FORMATS, GROUPS, INT4_ZERO, Problem
+from firebox.layers.dense_gpu import CUBLAS, FEW, MANY, LinearKernels, Path, Workspace, path_of
+from tests.support.experts import relative_error
+from tests.support.linear import DTYPES, random_weights
+
+pytestmark = pytest.mark.gpu
+
+KINDS = [(format, group) for format in FORMATS for group in GROUPS.get(format, (0,))]
+MAX_TOKENS = 300
+# The output is rounded to bf16 (2⁻⁸ at most, 0.0017 RMS); a 4-bit integer or NVFP4 weight times its scale
+# once more. FP8 activations of many tokens are rounded to E4M3 (0.026 RMS).
+FEW_LIMIT, INTEGER_LIMIT, FP8_LIMIT = 2.5e-3, 4e-3, 4e-2
+
+
+@pytest.fixture(scope="module")
+def gpu() -> Gpu:
+    found = probe_gpu()
+    assert found is not None, "these tests need a GPU"
+    return found
+
+
+class Layer:
+    """A linear layer with random weights, its inputs and its oracle."""
+
+    def __init__(self, problem: Problem, gpu: Gpu, max_tokens: int = MAX_TOKENS) -> None:
+        self.problem, self.gpu = problem, gpu
+        self.generator = torch.Generator("cuda").manual_seed(0)
+        self.weights = random_weights(problem, self.generator, "cuda")
+        self.matrix = _linear.dequantised(problem, self.weights)
+        self.workspace = Workspace([problem], max_tokens, gpu, "cuda")
+        self.workspace.partial = torch.empty(64 * 64 * problem.rows, device="cuda")  # enough for any tile
+        self.workspace.counters = torch.zeros(problem.rows, dtype=torch.int32, device="cuda")
+
+    def error(self, tokens: int, path: Path | None = None, *, in_place: bool = False) -> float:
+        """Of one run with fresh inputs, a NaN-filled workspace and guarded output rows."""
+        p, space = self.problem, self.workspace
+        space.partial.fill_(float("nan"))
+        space.x_scale.fill_(float("nan"))
+        layer = LinearKernels(p, self.weights, self.gpu, space, {tokens: path} if path else None)
+        x = torch.randn(tokens, p.columns, generator=self.generator, device="cuda").bfloat16()
+        out = torch.full((tokens + 2, p.rows), float("nan"), dtype=DTYPES[p.out_dtype], device="cuda")
+        out[tokens:] = 7.0
+        residual, wanted = None, x.float() @ self.matrix.T
+        if p.residual:
+            residual = torch.randn(tokens, p.rows, generator=self.generator, device="cuda").bfloat16()
+            wanted += residual.float()
+            if in_place:
+                out[:tokens] = residual
+                residual = out[:tokens]
+        if self.weights.bias is not None:
+            wanted += self.weights.bias
+        layer(x, out[:tokens], residual)
+        assert (out[tokens:] == 7.0).all(), "rows behind the output were written"
+        assert not space.counters.any(), "counters are not zero again"
+        return relative_error(out[:tokens], wanted)
+
+    def limit(self, path: Path) -> float:
+        if path.name == MANY and linear.quantised(self.problem):
+            return FP8_LIMIT
+        return INTEGER_LIMIT if self.problem.format in ("int4_group", INT4_ZERO, "nvfp4") else FEW_LIMIT
+
+    def check(self, tokens: int, path: Path | None = None, **how: bool) -> None:
+        used = path or path_of(self.problem, tokens, self.gpu)
+        found = self.error(tokens, path, **how)
+        assert found < self.limit(used), (self.problem, tokens, used, found)
+
+
+@pytest.fixture(autouse=True)
+def exact_oracle() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize(("format", "group"), KINDS)
+def test_every_number_of_tokens_from_1_to_64_and_some_to_300(format: str, group: int, gpu: Gpu) -> None:
+    layer = Layer(Problem(768, 1024, format, group, bias=True, residual=True), gpu)
+    for tokens in (*range(1, 65), 65, 66, 100, 127, 128, 129, 200, 255, 300):
+        layer.check(tokens)
+
+
+@pytest.mark.parametrize(("format", "group"), KINDS)
+def test_odd_rows_and_columns(format: str, group: int, gpu: Gpu) -> None:
+    """Parts of a tile, of a step, of a head and of a slice are left over."""
+    unit = 128 if format == "fp8_block" else max(group, 16)
+    odd = -(-720 // unit) * unit
+    for rows, columns, bias, residual in (
+        (576, 1152, False, False),
+        (200, odd, True, False),
+        (8, 7 * unit, False, True),
+    ):
+        layer = Layer(Problem(rows, columns, format, group, bias, residual), gpu)
+        for tokens in (1, 6, 16, 64, 70, 200):
+            layer.check(tokens)
+
+
+@pytest.mark.parametrize(("format", "group"), KINDS)
+def test_some_tiles_of_the_search_spaces(format: str, group: int, gpu: Gpu) -> None:
+    """Every eleventh for few tokens, every fifth for many; a tile that does not fit this GPU is no fault."""
+    layer = Layer(Problem(320, 1408, format, group), gpu)
+    p, right = layer.problem, 0
+    paths = [(3, FEW, config) for config in list(linear_few.search_space(p, 3, gpu))[::11]]
+    paths += [(50, FEW, config) for config in list(linear_few.search_space(p, 50, gpu))[5::11]]
+    if linear.accepts(p, gpu) is None:
+        paths += [(150, MANY, config) for config in list(linear.search_space(p, 150, gpu))[::5]]
+    for tokens, name, config in paths:
+        try:
+            layer.check(tokens, Path(name, config, "test"))
+            right += 1
+        except triton.runtime.errors.OutOfResources:
+            continue
+    assert right > len(paths) // 2
+
+
+@pytest.mark.parametrize("tokens", [1, 20, 64, 90, 300])
+@pytest.mark.parametrize(
+    ("format", "group"), [("bf16", 0), ("fp8_channel", 0), ("fp8_block", 0), ("mxfp4", 32)]
+)
+def test_the_residual_may_be_the_output(format: str, group: int, tokens: int, gpu: Gpu) -> None:
+    for bias in (False, True):
+        layer = Layer(Problem(1024, 640, format, group, bias, True), gpu)
+        layer.check(tokens, in_place=True)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 64, 100])
+@pytest.mark.parametrize(("format", "group"), [("bf16", 0), ("fp8_channel", 0), (INT4_ZERO, 128)])
+def test_float32_outputs_are_not_rounded(format: str, group: int, tokens: int, gpu: Gpu) -> None:
+    layer = Layer(Problem(160, 2048, format, group, True, True, out_dtype="f32"), gpu)
+    path = path_of(layer.problem, tokens, gpu)
+    found = layer.error(tokens)
+    assert found < (layer.limit(path) if format == INT4_ZERO or path.name == MANY else 1e-3), (path, found)
+    if format == "bf16":
+        assert found < 1e-5, (path, found)
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 16, 64])
+def test_real_shapes(tokens: int, gpu: Gpu) -> None:
+    """Enough programs that the last one is another one at every run."""
+    for problem in (
+        Problem(3584, 5120, "fp8_channel"),
+        Problem(5120, 3072, "fp8_channel", residual=True),
+        Problem(5120, 2880, "bf16", bias=True),
+        Problem(37_888, 5120, "bf16", out_dtype="f32"),
+        Problem(7168, 4096, INT4_ZERO, 128),
+    ):
+        Layer(problem, gpu).check(tokens)
+
+
+def test_the_same_result_at_every_run_and_in_any_batch(gpu: Gpu) -> None:
+    """Atomics decide who works when, never what is added to what; and a token's row does not depend on the
+    others where the tile is the same."""
+    for format, group in (("bf16", 0), ("fp8_channel", 0), ("fp8_block", 0), (INT4_ZERO, 128)):
+        layer = Layer(Problem(1536, 5120, format, group), gpu)
+        kernels = LinearKernels(layer.problem, layer.weights, gpu, layer.workspace)
+        for tokens in (1, 8, 16, 64, 200):
+            x = torch.randn(tokens, 5120, generator=layer.generator, device="cuda").bfloat16()
+            outs = [torch.empty(tokens, 1536, dtype=torch.bfloat16, device="cuda") for _ in range(8)]
+            for out in outs:
+                kernels(x, out)
+            assert all(torch.equal(outs[0], out) for out in outs[1:]), (format, tokens)
+        few = outs[0][:3].clone()
+        eight, three = x[:8].contiguous(), x[:3].contiguous()
+        out = torch.empty(8, 1536, dtype=torch.bfloat16, device="cuda")
+        kernels(eight, out)
+        kernels(three, few)
+        assert torch.equal(out[:3], few), format
+
+
+def test_a_graph_of_layers_that_share_a_workspace(gpu: Gpu) -> None:
+    """Two layers in turn, each reading what the other wrote: dependent launches must wait."""
+    up, down = (Layer(Problem(*size, "fp8_channel"), gpu) for size in ((2048, 512), (512, 2048)))
+    space = up.workspace
+    layers = [LinearKernels(one.problem, one.weights, gpu, space) for one in (up, down)]
+    x = torch.randn(4, 512, generator=up.generator, device="cuda").bfloat16()
+    inner = torch.empty(4, 2048, dtype=torch.bfloat16, device="cuda")
+
+    def turns() -> None:
+        for _ in range(6):
+            layers[0](x, inner)
+            layers[1](inner, x)
+
+    start = x.clone()
+    turns()
+    wanted = x.clone()
+    x.copy_(start)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        turns()
+    for _ in range(20):
+        x.copy_(start)
+        graph.replay()
+        assert torch.equal(x, wanted)
+    one = start.float() @ up.matrix.T
+    layers[0](start, inner)
+    assert relative_error(inner, one) < FEW_LIMIT
+
+
+def test_fp8_weights_and_activations_beyond_float16(gpu: Gpu) -> None:
+    """x as float16 saturates at 65,504 where few tokens meet FP8 weights; NaN stays NaN."""
+    layer = Layer(Problem(256, 512, "fp8_channel"), gpu)
+    kernels = LinearKernels(layer.problem, layer.weights, gpu, layer.workspace)
+    x = torch.randn(4, 512, generator=layer.generator, device="cuda").bfloat16()
+    x[1, 77], x[2, 5], x[3, 9] = 1e6, -float("inf"), float("nan")
+    out = torch.empty(4, 256, dtype=torch.bfloat16, device="cuda")
+    kernels(x, out)
+    wanted = x.float().clamp(-65504, 65504) @ layer.matrix.T
+    assert relative_error(out[:3], wanted[:3]) < FEW_LIMIT
+    assert out[3].isnan().all()
+
+
+def test_no_tokens(gpu: Gpu) -> None:
+    layer = Layer(Problem(64, 128, "bf16"), gpu)
+    out = torch.full((1, 64), 7.0, dtype=torch.bfloat16, device="cuda")
+    LinearKernels(layer.problem, layer.weights, gpu, layer.workspace)(
+        torch.empty(0, 128, dtype=torch.bfloat16, device="cuda"), out[:0]
+    )
+    assert (out == 7.0).all()
+
+
+def test_unquantised_products_of_many_tokens_are_cublas_s(gpu: Gpu) -> None:
+    path = path_of(Problem(640, 512, "bf16"), 1000, gpu)
+    assert path.name in (CUBLAS, FEW) and (path.why == "measured" or "cuBLAS" in path.why)
+
+
+@pytest.mark.parametrize(("format", "group"), [k for k in KINDS if k[1] or k[0] == "fp8_block"])
+def test_a_broken_scale_is_seen(format: str, group: int, gpu: Gpu) -> None:
+    """The limits above can fail: one wrong scale in fifty is more than they allow."""
+    layer = Layer(Problem(512, 2048, format, group), gpu)
+    scale = layer.weights.scale
+    assert scale is not None
+    good = layer.error(4)
+    one_byte = scale.element_size() == 1
+    broken = (scale.view(torch.uint8) if one_byte else scale).clone()
+    some = broken.flatten()[::50]
+    some.copy_(some + 1 if one_byte else some + 2**7 if format == INT4_ZERO else some * 2)
+    layer.weights = replace(layer.weights, scale=broken.view(scale.dtype))
+    bad = layer.error(4)
+    limit = layer.limit(path_of(layer.problem, 4, gpu))
+    assert good < limit < bad, (good, limit, bad)
