@@ -1,0 +1,250 @@
+"""Routing, sampling and the gated delta net on one NVIDIA GPU, on the shapes of real models: microseconds of
+a launch in a captured graph, and for what streams memory the share of the bandwidth.
+
+    PYTHONPATH=src:. python benchmarks/route_sample_delta.py [--parts route,sample] [--json]
+
+Every line is checked against the kernel's reference first; what is wrong has no time. A call is timed as it
+runs in the engine: in a CUDA graph with others like it, each with inputs and states of its own; median of
+seven.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+
+from benchmarks.experts import graph_us
+from firebox.hardware.base import Gpu
+from firebox.hardware.probe import probe_gpu
+from firebox.kernels import gated_delta_chunk, gated_delta_decode, logprobs, moe_route, moe_router, sample
+from firebox.kernels._gated_delta import reference as gated_delta_reference
+from firebox.kernels.launch import Launcher
+from tests.support.experts import relative_error
+from tests.support.gated_delta import QWEN, QWEN_TP4, random_inputs, random_layer
+from tests.support.interpreted_route import compare, outputs
+from tests.support.route import CLOSE_PRODUCTS, ROUTINGS, decided
+from tests.support.route import random_logits as router_logits
+from tests.support.sampling import mixed_parameters, random_logits
+
+CALLS, SAMPLES = 8, 7
+# model → hidden size, type of the router's weights
+ROUTERS = {
+    "glm-4.7": (5120, "f32"),
+    "qwen3.5": (4096, "bf16"),
+    "kimi-k2": (7168, "bf16"),
+    "gpt-oss": (2880, "bf16"),
+}
+VOCABS = {"gpt-oss": 201_088, "glm-4.7": 151_552, "qwen3.5": 248_320}
+# temperature, top_k, top_p, min_p of all rows
+MODES = {
+    "greedy": (0.0, 0, 1.0, 0.0),
+    "temperature": (0.8, 0, 1.0, 0.0),
+    "top_k 50": (0.8, 50, 1.0, 0.0),
+    "top_p 0.95": (0.8, 0, 0.95, 0.0),
+    "top_k 50 top_p 0.95": (0.8, 50, 0.95, 0.0),
+    "min_p 0.05": (0.8, 0, 1.0, 0.05),
+}
+
+Row = dict[str, Any]
+Call = Callable[[], None]
+
+
+def timed(row: Row, right: bool, calls: list[Call], gpu: Gpu, bytes_: float = 0.0) -> Row:
+    """The row with its time, printed. `bytes_`: what a call has to read and write."""
+    us = graph_us(calls, SAMPLES) if right else None
+    row |= {"right": right, "us": None if us is None else round(us, 2)}
+    if us is not None and bytes_ and gpu.read_gb_s:
+        row["of_bandwidth"] = round(bytes_ / us / 1e3 / gpu.read_gb_s, 3)
+    print(" ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    return row
+
+
+def route(gpu: Gpu, generator: torch.Generator) -> Iterator[Row]:
+    for name in ("glm-4.7", "kimi-k2", "deepseek-v3", "qwen3.5", "gpt-oss"):
+        problem = ROUTINGS[name]
+        launcher = Launcher(moe_route.request(problem, gpu))
+        for tokens in (1, 16, 64, 4096):
+            made = [
+                (*router_logits(problem, tokens, generator, "cuda"), *outputs(problem, tokens, "cuda"))
+                for _ in range(CALLS)
+            ]
+            calls = [partial(moe_route.run, launcher, *m[:3], m[3][:-1], m[4][:-1]) for m in made]
+            calls[0]()
+            logits, bias, gate, ids, weights = made[0]
+            wanted = moe_route.reference(problem, logits, bias, gate)
+            found = compare(ids, weights, wanted, decided(problem, logits, bias))
+            right = found["wrong"] == 0 and found["error"] < 2e-6
+            yield timed({"part": "route", "model": name, "tokens": tokens}, right, calls, gpu)
+
+
+def router(gpu: Gpu, generator: torch.Generator) -> Iterator[Row]:
+    for name, (hidden, dtype) in ROUTERS.items():
+        p = moe_router.Problem(hidden, ROUTINGS[name], False, "bf16", dtype)
+        matrices = []
+        for _ in range(CALLS):
+            w = torch.randn(p.rows, hidden, generator=generator, device="cuda") * 3 * hidden**-0.5
+            matrices.append(w if dtype == "f32" else w.bfloat16())
+        for tokens in (1, 4, 16, 64):
+            x = torch.randn(tokens, hidden, generator=generator, device="cuda").bfloat16()
+            _, bias, _ = router_logits(p.route, tokens, generator, "cuda")
+            ids, weights = outputs(p.route, tokens, "cuda")
+            default = moe_router.default(p, tokens, gpu)
+            for config in dict.fromkeys((default, *moe_router.search_space(p, tokens, gpu))):
+                launcher = Launcher(moe_router.request(p, config, gpu))
+                space = moe_router.scratch(p, config, tokens, "cuda")
+
+                others = (None, bias, *space, ids[:-1], weights[:-1])
+                calls = [partial(moe_router.run, launcher, x, w, *others) for w in matrices]
+                calls[0]()
+                logits = (x.double() @ matrices[0].double()[: p.route.experts].T).float()
+                wanted = moe_router.reference(p, x, matrices[0], None, bias)
+                sure = decided(p.route, logits, bias, 2 * CLOSE_PRODUCTS)
+                found = compare(ids, weights, wanted, sure)
+                row = {"part": "router", "model": name, "tokens": tokens, **dataclasses.asdict(config)}
+                row["default"] = config == default
+                right = found["wrong"] == 0 and found["error"] < 2e-5
+                yield timed(row, right, calls, gpu, matrices[0].nbytes)
+
+
+def sampling(gpu: Gpu, generator: torch.Generator) -> Iterator[Row]:
+    for name, vocab in VOCABS.items():
+        for rows in (1, 8, 64, 256):
+            logits = random_logits(rows, vocab, generator, "cuda")
+            for mode, numbers in MODES.items():
+                for filters in (False, True) if mode in ("greedy", "temperature") else (True,):
+                    problem = sample.Problem(vocab, filters=filters)
+                    config = sample.default(problem, gpu)
+                    launcher = Launcher(sample.request(problem, config, gpu))
+                    space = sample.scratch(problem, config, rows, "cuda")
+                    given = mixed_parameters(rows, generator, "cuda")
+                    for field, value in zip(("temperature", "top_k", "top_p", "min_p"), numbers, strict=True):
+                        getattr(given, field).fill_(value)
+                    token_ids = torch.zeros(rows, dtype=torch.int64, device="cuda")
+                    call = partial(sample.run, launcher, logits, None, given, space, token_ids)
+                    call()
+                    few = slice(0, min(rows, 4))
+                    part = sample.Parameters(
+                        **{key: tensor[few].cpu() for key, tensor in vars(given).items()}
+                    )
+                    wanted, leads = sample.reference(problem, logits[few].cpu(), None, part)
+                    right = bool(((token_ids[few].cpu() == wanted) | (leads < 1e-5)).all())
+                    row = {"part": "sample", "model": name, "rows": rows, "mode": mode, "filters": filters}
+                    yield timed(row, right, [call] * CALLS, gpu, logits.nbytes)
+
+
+def log_probabilities(gpu: Gpu, generator: torch.Generator) -> Iterator[Row]:
+    for name, vocab in VOCABS.items():
+        for rows in (1, 8, 64):
+            for top in (0, 5, 20):
+                problem = logprobs.Problem(vocab, top)
+                config = logprobs.default(problem, gpu)
+                launcher = Launcher(logprobs.request(problem, config, gpu))
+                logits = random_logits(rows, vocab, generator, "cuda")
+                token_ids = torch.full((rows,), vocab // 2, device="cuda")
+                space = logprobs.scratch(problem, config, rows, "cuda")
+                values, ranks = torch.zeros(rows, device="cuda"), torch.zeros_like(token_ids).int()
+                ids = torch.zeros(rows, top, dtype=torch.int32, device="cuda")
+                given = (logits, token_ids, space, values, ranks, ids, ids.float())
+                call = partial(logprobs.run, launcher, *given)
+                call()
+                wanted = logprobs.reference(problem, logits, token_ids)
+                close = bool(((values - wanted[0]).abs() < 1e-5).all())
+                right = close and torch.equal(ids, wanted[2].int()) and torch.equal(ranks, wanted[1].int())
+                row = {"part": "logprobs", "model": name, "rows": rows, "top": top}
+                yield timed(row, right, [call] * CALLS, gpu, logits.nbytes)
+
+
+def decode(gpu: Gpu, generator: torch.Generator) -> Iterator[Row]:
+    for name, p in (("qwen3.5", QWEN), ("qwen3.5 tp4", QWEN_TP4)):
+        for requests, tokens in ((1, 1), (1, 4), (8, 1), (16, 1), (64, 1), (64, 4)):
+            slots = list(range(requests))
+            layers = [random_layer(p, requests, generator, "cuda") for _ in range(4)]
+            inputs = random_inputs(p, [tokens] * requests, slots, generator, "cuda")
+            y = torch.empty(len(inputs.mixed), p.heads * p.value_dim, dtype=torch.bfloat16, device="cuda")
+            counters = gated_delta_decode.counters(p, requests, "cuda")
+            for config in gated_delta_decode.search_space(p, gpu):
+                launcher = Launcher(gated_delta_decode.request(p, config, gpu))
+
+                calls = [
+                    partial(
+                        gated_delta_decode.run,
+                        launcher,
+                        inputs,
+                        m.weights,
+                        m.conv_state,
+                        m.state,
+                        counters,
+                        y,
+                    )
+                    for m in layers
+                ]
+                first = layers[0]
+                wanted = gated_delta_reference(p, first.weights, inputs, first.conv_state, first.state)
+                calls[0]()
+                right = relative_error(y, wanted[0]) < 2e-3 and relative_error(first.state, wanted[2]) < 3e-6
+                row = {"part": "decode", "model": name, "requests": requests, "tokens": tokens}
+                row |= dataclasses.asdict(config)
+                yield timed(row, right, calls, gpu, 2 * first.state.nbytes)
+
+
+def chunks(gpu: Gpu, generator: torch.Generator) -> Iterator[Row]:
+    p = QWEN_TP4
+    for lengths in ([512], [4096], [512] * 16, [8192]):
+        layer = random_layer(p, len(lengths), generator, "cuda")
+        inputs = random_inputs(p, lengths, list(range(len(lengths))), generator, "cuda")
+        y = torch.empty(sum(lengths), p.heads * p.value_dim, dtype=torch.bfloat16, device="cuda")
+        space = gated_delta_chunk.scratch(p, sum(lengths), torch.bfloat16, "cuda")
+        wanted = gated_delta_reference(p, layer.weights, inputs, layer.conv_state, layer.state)
+        before = layer.conv_state.clone(), layer.state.clone()
+        for columns in (16, 32, 64):
+            layer.conv_state.copy_(before[0])
+            layer.state.copy_(before[1])
+            config = gated_delta_chunk.Config(columns)
+            launchers = tuple(Launcher(r) for r in gated_delta_chunk.requests(p, config, gpu))
+            states = (layer.conv_state, layer.state)
+            call = partial(gated_delta_chunk.run, launchers, p, inputs, layer.weights, *states, space, y)
+            call()
+            errors = relative_error(y, wanted[0]), relative_error(layer.state, wanted[2])
+            row = {"part": "chunk", "requests": len(lengths), "tokens": sum(lengths), "columns": columns}
+            yield timed(row, max(errors) < 1.2e-2, [call] * 4, gpu)
+
+
+PARTS = {
+    "route": route,
+    "router": router,
+    "sample": sampling,
+    "logprobs": log_probabilities,
+    "decode": decode,
+    "chunk": chunks,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    gpu = probe_gpu()
+    if gpu is None:
+        print("this benchmark needs an NVIDIA GPU", file=sys.stderr)
+        return 2
+    print(f"{gpu.name}, torch {torch.__version__}, Triton {triton.__version__}", flush=True)
+    generator = torch.Generator("cuda").manual_seed(0)
+    rows = [row for part in arguments.parts.split(",") for row in PARTS[part](gpu, generator)]
+    if arguments.json:
+        print(json.dumps(rows))
+    return 0 if all(row["right"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
