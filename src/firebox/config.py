@@ -81,6 +81,16 @@ class EngineConfig:
         "auto", "an attention backend by name; auto: the fastest that accepts the model"
     )
     moe_backend: str = option("auto", "an expert kernel by name; auto: the fastest that accepts the model")
+    device: str = option(
+        "auto",
+        "cuda: an NVIDIA GPU; cpu; auto: a GPU if there is one",
+        choices=("auto", "cuda", "cpu"),
+    )
+    cuda_graph: str = option(
+        "decode",
+        "decode: decode steps are captured, one graph for each batch size; off: every step launch by launch",
+        choices=("decode", "off"),
+    )
     threads: int | None = option(
         None, "CPU threads of the engine process; default: one core is left to the server"
     )

@@ -14,7 +14,7 @@ def ledger_rows(choices: Sequence[Choice], max_tokens: int, dtype: str) -> list[
     """One row per distinct choice (layers of a kind choose alike), in the order the model met them."""
     rows: dict[tuple[str, str], LedgerRow] = {}
     for choice in choices:
-        is_fallback = choice.kernel is None and choice.why != "asked for"
+        is_fallback = choice.name == TORCH and choice.why != "asked for"
         row = LedgerRow(
             choice.op, (1, max_tokens), choice.name, dtype, choice.why, choice.losers, is_fallback
         )

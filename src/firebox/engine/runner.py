@@ -12,6 +12,7 @@ import torch
 from firebox.cache.pool import LayerStore, StateCache
 from firebox.cache.specs import RecurrentSpec, WindowSpec
 from firebox.engine.messages import TokenLogprobs
+from firebox.engine.request import Request
 from firebox.engine.sampler import sample, token_logprobs
 from firebox.engine.scheduler import Chunk, Plan, Sampled
 from firebox.models.base import Model
@@ -112,9 +113,13 @@ class Runner:
         token_ids: list[int] = []
         if sampling:
             rows = logits if len(sampling) == logits.shape[0] else logits[ends[sampling] - 1]
-            token_ids = sample(rows, [chunks[i].request for i in sampling], self._eos_token_ids)
+            token_ids = self._draw(rows, [chunks[i].request for i in sampling])
         chosen = dict(zip(sampling, token_ids, strict=True))
         return [self._sampled(chunk, chosen.get(i), logits, int(ends[i])) for i, chunk in enumerate(chunks)]
+
+    def _draw(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
+        """The next token of each request from `logits` [requests, vocab]."""
+        return sample(logits, requests, self._eos_token_ids)
 
     @staticmethod
     def _sampled(chunk: Chunk, token_id: int | None, logits: torch.Tensor, end: int) -> Sampled:

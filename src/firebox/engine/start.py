@@ -14,21 +14,32 @@ import torch
 from firebox.cache.kv_cache import CacheSizes, KVCache
 from firebox.cache.pool import PoolSizes, allocate_pool
 from firebox.cache.specs import CacheSpec, RecurrentSpec, cache_needs
-from firebox.config import CheckpointFacts, Config, ModelConfig, Resolved, check_choice, kv_format_of, resolve
+from firebox.config import (
+    CheckpointFacts,
+    Config,
+    EngineConfig,
+    ModelConfig,
+    Resolved,
+    check_choice,
+    kv_format_of,
+    resolve,
+)
 from firebox.engine.ledger import ledger_rows, refuse_fallbacks
 from firebox.engine.messages import Ready, SamplingParams
 from firebox.engine.request import Request
 from firebox.engine.runner import Runner
 from firebox.engine.scheduler import Scheduler
-from firebox.errors import UnsupportedFormat, UnsupportedModel
+from firebox.errors import ConfigError, UnsupportedFormat, UnsupportedModel
 from firebox.find import load, names
+from firebox.formats.base import Slot
 from firebox.formats.kv.base import NO_SCALES, KvFormat, require_fp8_scales
 from firebox.formats.select import formats_of
 from firebox.hardware.base import Gpu
-from firebox.hardware.probe import probe_cpu
+from firebox.hardware.probe import probe_cpu, probe_gpu
 from firebox.kernels._cpu import set_threads
 from firebox.layers.base import Build
 from firebox.layers.decoder import Decoder
+from firebox.layers.device import Device
 from firebox.models.base import Model, decode_bytes, need
 from firebox.weights.checkpoint import Checkpoint, open_checkpoint
 from firebox.weights.dummy import load_dummy
@@ -44,7 +55,7 @@ def start(
 ) -> tuple[Scheduler, Runner, Ready]:
     """Loads everything; `config.model.model` is a folder. Raises the FireboxError that says what is wrong."""
     began = time.perf_counter()
-    gpu = probe_cpu()
+    gpu = device_of(config.engine.device)
     checkpoint = open_checkpoint(Path(config.model.model))
     found = facts(checkpoint, config, gpu)
     settings = resolve(config.engine, config.model.dtype, found, gpu)
@@ -57,7 +68,7 @@ def start(
         settings.kv_format,
         settings.context_tokens,
         gpu,
-        torch.device("cpu"),
+        torch.device(gpu.kind),
         settings.threads,
     )
     model = make_model(checkpoint, build)
@@ -69,7 +80,14 @@ def start(
     sizes = PoolSizes(settings.kv_pages, settings.page_tokens, settings.window_pages, settings.states)
     kv = _kv_format(settings.kv_format)
     caches = allocate_pool(model.cache_specs, sizes, kv, build.device, model.kv_scales)
-    runner = Runner(model, caches, settings.page_tokens, checkpoint.eos_token_ids, build.device)
+    vocab = int(checkpoint.text_config["vocab_size"])
+    common = (model, caches, settings.page_tokens, checkpoint.eos_token_ids, build.device)
+    runner = Runner(*common)
+    if gpu.kind == "cuda":
+        from firebox.engine.gpu_runner import GpuRunner
+
+        context, graphs = settings.context_tokens, config.engine.cuda_graph
+        runner = GpuRunner(*common, gpu, context_tokens=context, vocab=vocab, graphs=graphs)
     window_tokens = found.window_tokens
     warm_up(runner, make_scheduler(settings, window_tokens, prefix_cache=False, eos_token_ids=frozenset()))
     scheduler = make_scheduler(settings, window_tokens, config.engine.prefix_cache, checkpoint.eos_token_ids)
@@ -77,7 +95,7 @@ def start(
         model_type=checkpoint.model_type,
         device=gpu.name,
         dtype=settings.dtype,
-        vocab_size=int(checkpoint.text_config["vocab_size"]),
+        vocab_size=vocab,
         context_tokens=settings.context_tokens,
         max_running_requests=settings.max_running_requests,
         kv_pages=settings.kv_pages,
@@ -90,6 +108,17 @@ def start(
         load_seconds=time.perf_counter() - began,
     )
     return scheduler, runner, ready
+
+
+def device_of(wanted: str) -> Gpu:
+    """The device that `--device` asks for: an NVIDIA GPU if there is one, unless it says otherwise."""
+    check_choice(EngineConfig, "device", wanted)
+    if wanted == "cpu":
+        return probe_cpu()
+    gpu = probe_gpu()
+    if gpu is None and wanted == "cuda":
+        raise ConfigError("this machine has no NVIDIA GPU that torch can use", hint="--device cpu")
+    return gpu or probe_cpu()
 
 
 def make_model(checkpoint: Checkpoint, build: Build) -> Model:
@@ -161,12 +190,18 @@ def facts(checkpoint: Checkpoint, config: Config, gpu: Gpu) -> CheckpointFacts:
         model_type=checkpoint.model_type,
         dtype=checkpoint.dtype,
         context_tokens=need(checkpoint.text_config, "max_position_embeddings"),
-        weights_bytes=sum(slot.target.nbytes for slot in chosen_slots(model, present)),
+        weights_bytes=sum(_bytes(slot) for slot in chosen_slots(model, present)),
         kv_bytes_per_token=needs.full_bytes_per_token,
         window_tokens=needs.window_tokens,
         window_bytes_per_token=needs.window_bytes_per_token,
         state_bytes=needs.state_bytes,
     )
+
+
+def _bytes(slot: Slot) -> int:
+    """What a slot's weights take where they are computed with."""
+    stored = getattr(slot, "stored_bytes", None)
+    return slot.target.nbytes if stored is None else int(stored)
 
 
 def make_scheduler(
@@ -217,4 +252,5 @@ def _build(
         threads=threads,
         attention_backend=config.engine.attention_backend,
         moe_backend=config.engine.moe_backend,
+        shared=Device(gpu, device, config.engine.max_batch_tokens) if gpu.kind == "cuda" else None,
     )

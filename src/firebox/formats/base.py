@@ -7,6 +7,7 @@ methods of the protocol below; its fields are what checkpoints vary (group size,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -164,6 +165,47 @@ class WeightSlot:
     def _matrix_of(self, pieces: Mapping[str, torch.Tensor]) -> torch.Tensor:
         matrix = self.format.dequantise(pieces, *self._matrix)
         return matrix if self.arrange is None else self.arrange(matrix)
+
+
+@dataclass(frozen=True)
+class StoredSlot:
+    """A weight that stays in its format, for kernels that read it so. `shape`: [rows, columns], or [experts,
+    rows, columns] where the checkpoint stores all experts in one tensor. `keep` takes the format's tensors by
+    the last part of their names; `invent` makes some up on `device`, of about the size that training leaves
+    (`--load-format dummy`)."""
+
+    module: str
+    format: Format
+    shape: tuple[int, ...]
+    device: torch.device
+    keep: Callable[[Mapping[str, torch.Tensor]], None]
+    invent: Callable[[torch.Generator], None]
+    separator: str = "."
+    cut: Cut | None = None
+
+    @property
+    def target(self) -> torch.Tensor:
+        """The weight's shape, without memory."""
+        return torch.empty(self.shape, dtype=torch.bfloat16, device="meta")
+
+    @property
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        """As WeightSlot's."""
+        parts = self.format.tensors(*self.shape[-2:])
+        return {
+            self.module + self.separator + part: replace(spec, shape=(*self.shape[:-2], *spec.shape))
+            for part, spec in parts.items()
+        }
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of all its tensors."""
+        return sum(math.prod(spec.shape) * spec.dtypes[0].itemsize for spec in self.tensors.values())
+
+    def fill(self, found: Mapping[str, torch.Tensor]) -> None:
+        """Hands them over, on the device."""
+        prefix, specs = len(self.module) + len(self.separator), self.tensors
+        self.keep({n[prefix:]: t.to(self.device).reshape(specs[n].shape) for n, t in found.items()})
 
 
 @dataclass(frozen=True)

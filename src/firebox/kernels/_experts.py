@@ -37,7 +37,7 @@ BLOCK = 128  # rows and columns of a block in fp8_block
 class Problem:
     """One expert layer on one GPU. `inter`: an expert's inner width, this GPU's share of it. `format`: of the
     experts' weights. `activation` and its numbers as in kernels/cpu_moe_block.py; `biases`: gpt-oss's.
-    `dtype`: of hidden states, "bf16" or "f16"."""
+    `dtype`: of hidden states, "bf16" or "f16". `residual`: the sum is added to what the output holds."""
 
     hidden: int
     inter: int
@@ -49,6 +49,7 @@ class Problem:
     alpha: float = 1.702
     biases: bool = False
     dtype: str = "bf16"
+    residual: bool = False
 
     @property
     def group(self) -> int:

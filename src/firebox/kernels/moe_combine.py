@@ -1,4 +1,4 @@
-"""Adds up each token's experts: out_t = Σ_k y[t · top_k + k], in this order and in float32.
+"""Adds up each token's experts: out_t = (out_t +) Σ_k y[t · top_k + k], in this order and in float32.
 
 y [tokens · top_k, hidden] bf16, routing weights already in it; out [tokens, hidden] bf16.
 
@@ -26,11 +26,12 @@ COLUMNS = 1024  # that one program adds up
 
 @dataclass(frozen=True)
 class Problem:
-    """`dtype`: of y and out, "bf16" or "f16"."""
+    """`dtype`: of y and out, "bf16" or "f16". `residual`: what `out` holds is part of the sum."""
 
     hidden: int
     top_k: int
     dtype: str = "bf16"
+    residual: bool = False
 
 
 def accepts(problem: Problem, gpu: Gpu) -> str | None:
@@ -42,7 +43,10 @@ def accepts(problem: Problem, gpu: Gpu) -> str | None:
 
 
 @triton.jit
-def add_experts(y, out, HIDDEN: tl.constexpr, TOP_K: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr):
+def add_experts(
+    y, out, HIDDEN: tl.constexpr, TOP_K: tl.constexpr, COLUMNS: tl.constexpr, RESIDUAL: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
     wait_for_launch_before(PDL)
     let_next_launch_begin(PDL)
     token = tl.program_id(0).to(tl.int64)
@@ -51,6 +55,8 @@ def add_experts(y, out, HIDDEN: tl.constexpr, TOP_K: tl.constexpr, COLUMNS: tl.c
     total = tl.zeros((COLUMNS,), tl.float32)
     for k in tl.static_range(TOP_K):
         total += tl.load(y + (token * TOP_K + k) * HIDDEN + column, mask=there, other=0.0).to(tl.float32)
+    if RESIDUAL:
+        total += tl.load(out + token * HIDDEN + column, mask=there, other=0.0).to(tl.float32)
     tl.store(out + token * HIDDEN + column, total.to(out.dtype.element_ty), mask=there)
 
 
@@ -62,6 +68,7 @@ def request(problem: Problem, gpu: Gpu, *, interpreted: bool = False) -> Compile
     pdl = "pdl" in gpu.facts and not interpreted
     signature = dict.fromkeys(("y", "out"), f"*{POINTER_NAMES[problem.dtype]}")
     constants = {"HIDDEN": problem.hidden, "TOP_K": problem.top_k, "COLUMNS": COLUMNS, "PDL": pdl}
+    constants["RESIDUAL"] = problem.residual
     options = {"launch_pdl": True} if pdl else {}
     return CompileRequest(add_experts, signature, constants, gpu, ("y", "out"), num_warps=4, options=options)
 
@@ -74,6 +81,7 @@ def run(launcher: Launcher, y: torch.Tensor, out: torch.Tensor) -> None:
 # ---- 4. the reference
 
 
-def reference(problem: Problem, y: torch.Tensor) -> torch.Tensor:
-    """out in float32."""
-    return y.float().unflatten(0, (-1, problem.top_k)).sum(1)
+def reference(problem: Problem, y: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """out in float32; `out`: what it held."""
+    total = y.float().unflatten(0, (-1, problem.top_k)).sum(1)
+    return total if out is None else total + out.float()

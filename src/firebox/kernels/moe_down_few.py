@@ -4,8 +4,9 @@ its choices,
     out_t = Σ_p weight_p · down_{expert_p} · h_p
 
 h [tokens · top_k, inter] and table as kernels/moe_gate_up_few.py leaves them; routing_weights [tokens, top_k]
-float32; out [tokens, hidden] bf16. Each choice's product is rounded to float32 only, the sum over the choices
-goes in their order and in float32: it does not depend on the batch or on which program ends first.
+float32; out [tokens, hidden] bf16, to which the sum is added if the problem has a residual. Each choice's
+product is rounded to float32 only, the sum over the choices goes in their order and in float32: it does not
+depend on the batch or on which program ends first.
 
 A program takes ROWS rows of one expert and writes its tokens' products to `partial` [tokens · top_k, hidden]
 float32; the last one of each ROWS (a counter says so; it is zero before and after) adds them up. With DEPTH 0
@@ -161,7 +162,7 @@ def _whole_tile(
 @triton.jit
 def _add_up(
     partial, out, tokens, rows, TOP_K: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr,
-    SUMMED: tl.constexpr,
+    SUMMED: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """Around the L1 cache (.cg), which may hold what stood there before."""
     for before in range(0, tokens, SUMMED):
@@ -171,6 +172,8 @@ def _add_up(
             at = partial + (t * TOP_K + k)[:, None].to(tl.int64) * HIDDEN + rows[None, :]
             total += tl.load(at, mask=(t < tokens)[:, None], other=0.0, cache_modifier=".cg")
         at = out + t[:, None].to(tl.int64) * HIDDEN + rows[None, :]
+        if RESIDUAL:
+            total += tl.load(at, mask=(t < tokens)[:, None], other=0.0).to(tl.float32)
         tl.store(at, total.to(out.dtype.element_ty), mask=(t < tokens)[:, None])
 
 
@@ -182,7 +185,7 @@ def down_few(
     TOP_K_PADDED: tl.constexpr, PADDED: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     DEPTH: tl.constexpr, MANY: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr,
-    STAGES: tl.constexpr, SUMMED: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, SUMMED: tl.constexpr, RESIDUAL: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0)
     which = tl.program_id(1)
@@ -271,7 +274,7 @@ def down_few(
     ended = tl.atomic_add(counters + n, 1, sem="acq_rel")
     if ended == tl.num_programs(1) - 1:
         tl.debug_barrier()
-        _add_up(partial, out, tokens, rows, TOP_K, HIDDEN, ROWS, SUMMED)
+        _add_up(partial, out, tokens, rows, TOP_K, HIDDEN, ROWS, SUMMED, RESIDUAL)
         tl.store(counters + n, 0)
 
 
@@ -306,6 +309,7 @@ def request(
         "MANY": config.many,
         "STAGES": config.stages,
         "SUMMED": SUMMED_TOKENS,
+        "RESIDUAL": problem.residual,
     }
     return CompileRequest(
         kernel=down_few,

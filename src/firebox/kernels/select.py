@@ -20,18 +20,19 @@ CPU = "cpu_"  # what files of CPU kernels begin with
 
 @dataclass(frozen=True)
 class Choice:
-    """The outcome for one operation. `kernel` None: the layer's own composition of torch operators. `losers`:
-    name → reason."""
+    """The outcome for one operation. `kernel` None: the layer's own composition of torch operators, or of the
+    kernels that the file `composed` of layers/ puts together. `losers`: name → reason."""
 
     op: str
     kernel: ModuleType | None
     why: str
     losers: dict[str, str]
+    composed: str = ""
 
     @property
     def name(self) -> str:
-        """The kernel's file name, or "torch"."""
-        return self.kernel.__name__.rpartition(".")[2] if self.kernel else TORCH
+        """The file's name of the kernel or of the composition, or "torch"."""
+        return self.kernel.__name__.rpartition(".")[2] if self.kernel else self.composed or TORCH
 
 
 def select(op: str, problem: Any, gpu: Gpu, wanted: str = "auto") -> Choice:

@@ -36,6 +36,15 @@ class Packed:
     weights: Weights
 
 
+def kind(format: Format, columns: int) -> tuple[str, int]:
+    """What the kernels call a checkpoint's format, and the columns of its groups."""
+    if isinstance(format, int4_group.Format):
+        return ("int4_group" if format.symmetric else INT4_ZERO), format.group or columns
+    if isinstance(format, awq.Format | gptq.Format):
+        return INT4_ZERO, format.group or columns
+    return format.name, {"mxfp4": mxfp4.GROUP, "nvfp4": nvfp4.GROUP}.get(format.name, 0)
+
+
 def pack(
     format: Format, tensors: Tensors, rows: int, columns: int, dtype: torch.dtype = torch.bfloat16
 ) -> Packed:

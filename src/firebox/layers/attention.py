@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -14,7 +15,8 @@ from firebox.formats.base import Cut, PlainSlot, Slots
 from firebox.formats.kv.base import scale_slots
 from firebox.kernels import cpu_attention_block
 from firebox.kernels.cpu_attention_block import Problem
-from firebox.kernels.select import TORCH, select
+from firebox.kernels.select import TORCH, Choice, select
+from firebox.layers import attention_gpu
 from firebox.layers.base import Build
 from firebox.layers.linear import Linear
 from firebox.layers.norm import RMSNorm
@@ -74,17 +76,42 @@ class AttentionBlock:
         self.kv_scales = build.kv_scales()
         inwards = Cut(1, p.heads, "num_attention_heads")
         self.o = Linear(
-            build, p.heads * p.head_dim, {f"{name}.o_proj": p.hidden}, bias=p.o_bias, cuts=(inwards,)
+            build,
+            p.heads * p.head_dim,
+            {f"{name}.o_proj": p.hidden},
+            bias=p.o_bias,
+            cuts=(inwards,),
+            residual=True,
         )
         self._threads = build.threads
         self._run: Callable[[torch.Tensor, Step], torch.Tensor] = self._compose
         # a backend that is asked for by name runs inside the layer composed of torch operators
         wanted = "auto" if build.attention_backend == "auto" else TORCH
         self._choice = select(cpu_attention_block.OP, p, build.gpu, wanted)
-        build.choices.append(self._choice)
         self.backend: ModuleType | None = None
         if self._choice.kernel is None:
             self.backend = select_backend(p.heads, spec, build.gpu, build.attention_backend)
+            self._choice = self._of_a_gpu(build, self.backend)
+        build.choices.append(self._choice)
+        self._build = build
+
+    def _of_a_gpu(self, build: Build, backend: ModuleType) -> Choice:
+        """The choice of torch operators, or of a GPU's kernels where they accept the layer."""
+        if build.shared is None:
+            return self._choice
+        why_not = attention_gpu.refusal(build, self.problem, backend)
+        if why_not is None and self.qkv.refusal is None and self.o.refusal is None:
+            how = f"kernels of kernels/, {backend.__name__.rpartition('.')[2]}"
+            return dataclasses.replace(
+                self._choice, why=how, losers={TORCH: "slower"}, composed="attention_gpu"
+            )
+        losers = {"attention_gpu": why_not or self.qkv.refusal or self.o.refusal or ""}
+        return dataclasses.replace(self._choice, losers=self._choice.losers | losers)
+
+    @property
+    def capturable(self) -> bool:
+        """Can a CUDA graph hold it?"""
+        return bool(self._choice.composed)
 
     def slots(self) -> Slots:
         """The norms' and projections' tensors, the sinks, and the cache's scales."""
@@ -101,6 +128,10 @@ class AttentionBlock:
 
     def finish(self) -> None:
         """Binds the chosen kernel; its packed copy replaces the weights."""
+        self.qkv.finish()
+        self.o.finish()
+        if self._choice.composed:
+            self._run = attention_gpu.AttentionKernels(self, self._build)
         if self._choice.kernel is None:
             return
         cos, sin = self.tables
@@ -143,4 +174,4 @@ class AttentionBlock:
         attended = self.backend.run(
             q, cache, pages.attention, p.head_dim**-0.5, window_tokens=p.window_tokens, sinks=self.sinks
         ).flatten(1)
-        return x + self.o(attended if gate is None else attended * gate.sigmoid())
+        return self.o(attended if gate is None else attended * gate.sigmoid(), x)

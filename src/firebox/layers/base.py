@@ -10,10 +10,11 @@ from typing import Protocol
 import torch
 
 from firebox.formats import bf16
-from firebox.formats.base import FormatOf, OneOf, PlainSlot, Slot, Slots, WeightSlot
+from firebox.formats.base import FormatOf, OneOf, PlainSlot, Slot, Slots, StoredSlot, WeightSlot
 from firebox.formats.kv.base import ScaleSlot
 from firebox.hardware.base import Gpu
 from firebox.kernels.select import Choice
+from firebox.layers.device import Device
 from firebox.step import Step
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "ScaleSlot",
     "Slot",
     "Slots",
+    "StoredSlot",
     "WeightSlot",
 ]  # models see slots through layers
 
@@ -34,7 +36,8 @@ class Build:
     weight. `kv_dtype`: of the cache's elements; `kv_scaled`: its format divides by a scale, which the
     checkpoint may hold. `choices` collects one Choice per operation, for the ledger. `stored`: the names of
     the checkpoint's tensors; None where they are not known, and config.json's word counts. `requantisable`:
-    --requantize may change what is unquantised."""
+    --requantize may change what is unquantised. `shared`: what layers share on an NVIDIA GPU, None elsewhere.
+    """
 
     gpu: Gpu
     device: torch.device
@@ -49,6 +52,7 @@ class Build:
     requantisable: bool = True
     choices: list[Choice] = field(default_factory=list)
     stored: frozenset[str] | None = None
+    shared: Device | None = None
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Uninitialised weights on the device, in the compute dtype unless another is given."""
@@ -73,6 +77,11 @@ class AttentionLike(Protocol):
         """Its cache's scales of keys and values [2] float32; None where the KV format has none."""
         ...
 
+    @property
+    def capturable(self) -> bool:
+        """Can a CUDA graph hold it?"""
+        ...
+
     def slots(self) -> Slots:
         """Its checkpoint tensors."""
         ...
@@ -88,6 +97,11 @@ class AttentionLike(Protocol):
 
 class MlpLike(Protocol):
     """The second half of a block: hidden states in and out, the residual included."""
+
+    @property
+    def capturable(self) -> bool:
+        """Can a CUDA graph hold it?"""
+        ...
 
     def slots(self) -> Slots:
         """Its checkpoint tensors."""

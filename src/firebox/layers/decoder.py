@@ -38,6 +38,12 @@ class Decoder:
         self.attention_backend = next((backend for backend in backends if backend is not None), None)
 
     @property
+    def not_capturable(self) -> str:
+        """Why no CUDA graph can hold a step, or ""."""
+        blocks = [block for pair in self.blocks for block in pair if not block.capturable]
+        return f"{type(blocks[0]).__name__} is composed of torch operators" if blocks else ""
+
+    @property
     def _scaled(self) -> bool:
         return any(attention.kv_scales is not None for attention, _ in self.blocks)
 

@@ -110,6 +110,12 @@ class Workspace:
         self.x = torch.empty(codes, dtype=torch.float8_e4m3fn, device=device)
         self.x_scale = torch.empty(scales, dtype=torch.float32, device=device)
 
+    def grow(self, other: Workspace) -> None:
+        """Becomes as large as `other`, part by part."""
+        for name, tensor in vars(other).items():
+            if tensor.numel() > getattr(self, name).numel():
+                setattr(self, name, tensor)
+
 
 class LinearKernels:
     """One linear layer; see above. `workspace` was made for this problem among others. `paths`: tokens →

@@ -93,7 +93,7 @@ def requests(problem: Problem, tokens: int, path: Path, gpu: Gpu) -> dict[str, C
     if problem.group:
         columns = moe_arrange.Problem(problem.hidden, problem.group, problem.dtype)
         found["moe_arrange"] = moe_arrange.request(columns, gpu, interpreted=INTERPRETED)
-    sums = moe_combine.Problem(problem.hidden, problem.top_k, problem.dtype)
+    sums = moe_combine.Problem(problem.hidden, problem.top_k, problem.dtype, problem.residual)
     return found | {
         "moe_gate_up": moe_gate_up.request(
             problem, path.gate_up, gpu, block=path.block, interpreted=INTERPRETED

@@ -31,6 +31,7 @@ class GatedDeltaBlock:
     """
 
     backend = None  # no attention backend plans for it
+    capturable = False  # it walks requests on the host
     kv_scales = None  # it keeps no keys and values
 
     def __init__(
@@ -47,7 +48,7 @@ class GatedDeltaBlock:
 
         def into(part: str, rows: int, cut: Cut, gates: bool = False) -> Linear:
             parts = {f"{name}.{part}": rows}
-            return Linear(build, hidden, parts, cuts=(cut,), requantisable=not gates)
+            return Linear(build, hidden, parts, cuts=(cut,), requantisable=not gates, dense=gates)
 
         self.in_qkv = into("in_proj_qkv", spec.conv_channels, self._channels_cut)
         self.in_z = into("in_proj_z", value_rows, by_head)
@@ -57,7 +58,7 @@ class GatedDeltaBlock:
         self.dt_bias = build.empty(spec.heads, dtype=torch.float32)
         self.a_log = build.empty(spec.heads, dtype=torch.float32)
         self.out_norm = RMSNorm(build, f"{name}.norm", spec.value_dim, norm.eps)
-        self.out = Linear(build, value_rows, {f"{name}.out_proj": hidden}, cuts=(inwards,))
+        self.out = Linear(build, value_rows, {f"{name}.out_proj": hidden}, cuts=(inwards,), residual=True)
         build.choices.append(select(OP, None, build.gpu))
 
     def slots(self) -> Slots:
@@ -74,7 +75,9 @@ class GatedDeltaBlock:
         yield from self.out_norm.slots()
 
     def finish(self) -> None:
-        """Nothing to pack."""
+        """Binds the projections' kernels."""
+        for linear in (self.in_qkv, self.in_z, self.in_b, self.in_a, self.out):
+            linear.finish()
 
     def __call__(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         """`x` [tokens, hidden] → the same shape; advances the states of the step's requests."""
@@ -92,7 +95,7 @@ class GatedDeltaBlock:
             delta_rule(q, k, v, decay[first:last], beta[first:last], states.matrix[slot], o[first:last])
         gate = F.silu(self.in_z(h).float()).unflatten(-1, (spec.heads, -1))
         y = (self.out_norm(o.to(x.dtype)) * gate).to(x.dtype)
-        return x + self.out(y.flatten(1))
+        return self.out(y.flatten(1), x)
 
     def _convolve(
         self, mixed: torch.Tensor, taps: torch.Tensor

@@ -9,8 +9,9 @@ import torch
 
 from firebox.formats.base import Cut, Slots
 from firebox.kernels import cpu_head
-from firebox.kernels.select import select
+from firebox.kernels.select import TORCH, Choice, select
 from firebox.layers.base import Build
+from firebox.layers.device import KERNEL_DTYPES
 from firebox.layers.linear import Linear
 from firebox.layers.norm import RMSNorm
 
@@ -26,13 +27,18 @@ class Head:
         self.name, self.vocab, self.tied = name, vocab, tied is not None
         self.norm = norm
         at = build if tied is None else dataclasses.replace(build, device=torch.device("meta"))
-        self.linear = Linear(at, hidden, {name: vocab}, cuts=[Cut(0, vocab, "vocab_size")])
-        if tied is not None:
-            self.linear.weight = tied
+        cuts = [Cut(0, vocab, "vocab_size")]
+        self.linear = Linear(at, hidden, {name: vocab}, cuts=cuts, out_dtype=torch.float32)
+        self._tied = tied
+        if tied is not None and self.linear.refusal is not None:
+            self.linear.tie(tied)
         self._problem = cpu_head.Problem(hidden, vocab, norm.eps, build.dtype)
         self._choice = select(cpu_head.OP, self._problem, build.gpu)
         self._threads = build.threads
         self._run: Callable[[torch.Tensor], torch.Tensor] = self._compose
+        self._build = build
+        if self.linear.refusal is None:
+            self._choice = Choice(cpu_head.OP, None, "kernels of kernels/", {TORCH: "slower"}, "head_gpu")
         build.choices.append(self._choice)
 
     def slots(self) -> Slots:
@@ -43,6 +49,11 @@ class Head:
 
     def finish(self) -> None:
         """Binds the chosen kernel; its packed copy replaces the weights."""
+        if self._tied is not None and self.linear.refusal is None:
+            self.linear.tie(self._tied)
+        self.linear.finish()
+        if self._choice.composed:
+            self._run = self._with_kernels()
         if self._choice.kernel is not None:
             weights = {"norm": self.norm.weight, "head": self.linear.weight}
             self._run = self._choice.kernel.bind(self._problem, weights, self._threads)
@@ -51,6 +62,21 @@ class Head:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [rows, hidden] → logits [rows, vocab] float32."""
         return self._run(x)
+
+    def _with_kernels(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """rms_norm → linear with float32 sums."""
+        from firebox.kernels import rms_norm
+
+        p, device = self._problem, self._build.shared
+        assert device is not None
+        norm = device.launcher(rms_norm, rms_norm.Problem(p.hidden, p.eps, dtype=KERNEL_DTYPES[p.dtype]))
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            h = torch.empty_like(x)
+            rms_norm.run(norm, x, self.norm.weight, out=h)
+            return self.linear(h)
+
+        return run
 
     def _compose(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(self.norm(x)).float()

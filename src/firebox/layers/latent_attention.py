@@ -105,11 +105,18 @@ class LatentAttentionBlock:
         self.q_b = Linear(build, q_latent_dim or 0, {f"{name}.q_b_proj": q_b_rows}, cuts=(by_head,))
         self.kv_norm = RMSNorm(build, f"{name}.kv_a_layernorm", spec.latent_dim, LATENT_EPS)
         kv_b = {f"{name}.kv_b_proj": heads * (nope_dim + value_dim)}
-        self.kv_b = Linear(build, spec.latent_dim, kv_b, cuts=(by_head,))
-        self.o = Linear(build, heads * value_dim, {f"{name}.o_proj": p.hidden}, cuts=(inwards,))
+        self.kv_b = Linear(build, spec.latent_dim, kv_b, cuts=(by_head,), dense=True)
+        self.o = Linear(
+            build, heads * value_dim, {f"{name}.o_proj": p.hidden}, cuts=(inwards,), residual=True
+        )
         wanted = "auto" if build.attention_backend == "auto" else TORCH
         build.choices.append(select(OP, p, build.gpu, wanted))
         self.backend: ModuleType | None = select_backend(heads, spec, build.gpu, build.attention_backend)
+
+    @property
+    def capturable(self) -> bool:
+        """Can a CUDA graph hold it?"""
+        return self.q_and_kv_a.refusal is None and self.o.refusal is None
 
     def slots(self) -> Slots:
         """The norms' and projections' tensors, and the scale of the cached rows."""
@@ -127,6 +134,8 @@ class LatentAttentionBlock:
     def finish(self) -> None:
         """Splits kv_b_proj, whatever format it was stored in, into each head's key and value halves."""
         p = self.problem
+        for linear in (self.q_and_kv_a, self.q_b, self.o):
+            linear.finish()
         heads = self.kv_b.weight.view(p.heads, p.nope_dim + p.value_dim, p.latent_dim)
         self.key_half, self.value_half = heads.split([p.nope_dim, p.value_dim], dim=1)
         del self.kv_b
@@ -150,4 +159,4 @@ class LatentAttentionBlock:
         cache.write(step.full.token_slots, row)
         attended = self.backend.run(q, cache, step.full.attention, p.scale)  # [tokens, heads, latent_dim]
         values = (attended.transpose(0, 1) @ self.value_half.transpose(1, 2)).transpose(0, 1)
-        return x + self.o(values.flatten(1))
+        return self.o(values.flatten(1), x)

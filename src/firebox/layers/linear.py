@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
-from firebox.formats.base import Cut, PlainSlot, Slots, WeightSlot
+from firebox.formats.base import Cut, Format, PlainSlot, Slots, StoredSlot, WeightSlot
 from firebox.layers.base import Build
+from firebox.layers.device import KERNEL_DTYPES
+
+if TYPE_CHECKING:  # Triton is imported where there is a GPU, and not before
+    from firebox.layers.dense_gpu import LinearKernels
 
 
 class Linear:
-    """y = x · weightᵀ (+ bias). `parts`: module path → rows, in the order they are stacked; each part has its
-    own format, which its path decides. Quantised parts are dequantised when they are loaded. `requantisable`:
-    unquantised parts may become FP8 (--requantize); not so the few numbers that gate others. `cuts`: how
-    tensor parallelism divides each part; a bias is divided with the output features, and kept whole
-    otherwise."""
+    """y = x · weightᵀ (+ bias) (+ residual). `parts`: module path → rows, in the order they are stacked; each
+    part has its own format, which its path decides. `requantisable`: unquantised parts may become FP8
+    (--requantize); not so the few numbers that gate others. `cuts`: how tensor parallelism divides each part;
+    a bias is divided with the output features, and kept whole otherwise.
+
+    On an NVIDIA GPU the weight stays as it is stored, for kernels that read it so, unless `dense` asks for
+    numbers that torch can compute with, or the parts' formats are not those of one kernel. Elsewhere it is
+    dequantised as it is loaded. `residual`: calls add one; `out_dtype`: of y, by default the compute dtype,
+    for kernels only.
+    """
 
     def __init__(
         self,
@@ -27,26 +38,111 @@ class Linear:
         bias: bool = False,
         requantisable: bool = True,
         cuts: Sequence[Cut | None] = (),
+        dense: bool = False,
+        residual: bool = False,
+        out_dtype: torch.dtype | None = None,
     ) -> None:
         self.parts = parts
         self.cuts = tuple(cuts) or (None,) * len(parts)
-        rows = sum(parts.values())
-        self.weight = build.empty(rows, in_features)
-        self.bias = build.empty(rows) if bias else None
-        self._format_of = build.format_of
+        self._build, self._columns = build, in_features
+        self._formats = [build.format_of(path) for path in parts]
         self._requantisable = requantisable and build.requantisable
+        self._residual, self._out_dtype = residual, out_dtype
+        rows = sum(parts.values())
+        self.bias = build.empty(rows) if bias else None
+        self.refusal = "dequantised weights were asked for" if dense else self._refusal(rows)
+        self.weight = build.empty(rows, in_features) if self.refusal else torch.empty(0, device="meta")
+        self._stored: dict[int, Any] = {}  # part → layers._pack.Packed
+        self._kernels: LinearKernels | None = None
 
     def slots(self) -> Slots:
         """Each part's weight, in its format, and its `.bias`."""
         first = 0
-        for (path, rows), cut in zip(self.parts.items(), self.cuts, strict=True):
-            target, format = self.weight[first : first + rows], self._format_of(path)
-            yield WeightSlot(path, format, target, requantisable=self._requantisable, cut=cut)
+        for i, ((path, rows), format, cut) in enumerate(
+            zip(self.parts.items(), self._formats, self.cuts, strict=True)
+        ):
+            if self.refusal is None:
+                keep, invent = partial(self._keep, i, rows, format), partial(self._invent, i, rows, format)
+                yield StoredSlot(
+                    path, format, (rows, self._columns), self._build.device, keep, invent, cut=cut
+                )
+            else:
+                target = self.weight[first : first + rows]
+                yield WeightSlot(path, format, target, requantisable=self._requantisable, cut=cut)
             if self.bias is not None:
                 along = cut if cut is not None and cut.axis == 0 else None
                 yield PlainSlot(f"{path}.bias", self.bias[first : first + rows], cut=along)
             first += rows
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` [tokens, in_features] → [tokens, rows]."""
-        return F.linear(x, self.weight, self.bias)
+    def finish(self) -> None:
+        """All slots are filled: stacks what was stored and binds the kernels."""
+        if self.refusal is None and self._stored:
+            from firebox.layers import _pack
+
+            self._bind(_pack.stack([self._stored[i] for i in range(len(self.parts))], self.bias))
+            self._stored.clear()
+
+    def tie(self, weight: torch.Tensor) -> None:
+        """Takes another layer's `weight` [rows, columns] for its own."""
+        if self.refusal is not None:
+            self.weight = weight
+            return
+        from firebox.kernels._linear import Weights
+        from firebox.layers._pack import Packed
+
+        bias = None if self.bias is None else self.bias.float()
+        self._bind(Packed(weight.shape[0], weight.shape[1], "bf16", 0, Weights(weight, bias=bias)))
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """`x` [tokens, in_features] → [tokens, rows]. With kernels the sum may take the residual's place."""
+        if self._kernels is None:
+            y = F.linear(x, self.weight, self.bias)
+            return y if residual is None else residual + y
+        rows = self._kernels.problem.rows
+        out = residual if residual is not None else x.new_empty(x.shape[0], rows, dtype=self._out_dtype)
+        self._kernels(x.contiguous(), out, residual)
+        return out
+
+    def _refusal(self, rows: int) -> str | None:
+        """Why no kernel reads this layer as it is stored, or None."""
+        build = self._build
+        if build.shared is None:
+            return "kernels of whole blocks pack dequantised weights"
+        if build.dtype not in KERNEL_DTYPES:
+            return f"kernels compute in bfloat16, not {build.dtype}"
+        from firebox.kernels import _linear
+        from firebox.kernels._experts import BLOCK
+        from firebox.layers import _pack
+
+        kinds = {_pack.kind(format, self._columns) for format in self._formats}
+        if len(kinds) > 1:
+            return "the parts are in different formats"
+        name, group = kinds.pop()
+        if name == "fp8_block" and any(part % BLOCK for part in list(self.parts.values())[:-1]):
+            return f"stacked parts are not whole blocks of {BLOCK} rows"
+        if rows == 0 or self._columns == 0:
+            return "has no weight"
+        return _linear.refuse(_linear.Problem(rows, self._columns, name, group), build.gpu)
+
+    def _keep(self, part: int, rows: int, format: Format, tensors: Mapping[str, torch.Tensor]) -> None:
+        from firebox.layers import _pack
+
+        self._stored[part] = _pack.pack(format, tensors, rows, self._columns, self._build.dtype)
+
+    def _invent(self, part: int, rows: int, format: Format, generator: torch.Generator) -> None:
+        from firebox.kernels._linear import Weights
+        from firebox.layers import _pack
+        from firebox.layers._invented import invented
+
+        name, group = _pack.kind(format, self._columns)
+        made = invented(name, group, (rows,), self._columns, generator, self._build.dtype)
+        self._stored[part] = _pack.Packed(rows, self._columns, name, group, Weights(*made))
+
+    def _bind(self, packed: Any) -> None:
+        from firebox.layers import _pack
+
+        assert self._build.shared is not None
+        dtype = KERNEL_DTYPES[self._build.dtype]
+        out = "f32" if self._out_dtype == torch.float32 else dtype
+        problem = _pack.problem(packed, residual=self._residual, dtype=dtype, out_dtype=out)
+        self._kernels = self._build.shared.linear(problem, packed.weights)

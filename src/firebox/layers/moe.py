@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +14,13 @@ import torch.nn.functional as F
 from firebox.formats.base import Cut, OneOf, PlainSlot, Slot, Slots, WeightSlot
 from firebox.kernels import cpu_moe_block
 from firebox.kernels.cpu_moe_block import Problem
-from firebox.kernels.select import select
+from firebox.kernels.select import TORCH, Choice, select
 from firebox.layers.base import Build
 from firebox.layers.linear import Linear
 from firebox.layers.norm import RMSNorm
+
+if TYPE_CHECKING:  # Triton is imported where there is a GPU, and not before
+    from firebox.layers.moe_gpu import MoeKernels
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,11 @@ class MoeNames:
     up: str = "up_proj"
     down: str = "down_proj"
     fused: str = ""
+
+    def down_of(self, expert: int) -> str:
+        """The path of an expert's last matrix, or of all experts' where only that is known."""
+        path = self.expert.format(e=expert) if self.expert else ""
+        return f"{path}.{self.down}" if path else f"{self.fused}.down_proj"
 
     @classmethod
     def usual(cls, mlp: str, shared: str = "shared_experts") -> MoeNames:
@@ -72,13 +80,17 @@ class MoeBlock:
         hidden = norm.weight.shape[0]
         p = self.problem = Problem(hidden=hidden, eps=norm.eps, dtype=build.dtype, **options)
         self.norm, self.names = norm, names
+        self._rows, self._columns = (Cut(axis, p.inter, inter_key) for axis in (0, 1))
+        self._format_of, self._kept_groups, self._interleaved = build.format_of, kept_groups, interleaved
+        self._kernels = self._of_a_gpu(build)
         self.router = build.empty(p.experts, p.hidden)
         self.router_bias = build.empty(p.experts if p.biases else 0)
         self.correction_bias = build.empty(p.experts if p.scoring == "sigmoid" else 0, dtype=torch.float32)
-        self.gate_up = build.empty(p.experts, 2 * p.inter, p.hidden)
-        self.down = build.empty(p.experts, p.hidden, p.inter)
-        self.gate_up_bias = build.empty(p.experts if p.biases else 0, 2 * p.inter)
-        self.down_bias = build.empty(p.experts if p.biases else 0, p.hidden)
+        experts = 0 if self._kernels else p.experts
+        self.gate_up = build.empty(experts, 2 * p.inter, p.hidden)
+        self.down = build.empty(experts, p.hidden, p.inter)
+        self.gate_up_bias = build.empty(experts if p.biases else 0, 2 * p.inter)
+        self.down_bias = build.empty(experts if p.biases else 0, p.hidden)
         wide = p.shared_experts * p.inter
         gate_up = {f"{names.shared}.{names.gate}": wide, f"{names.shared}.{names.up}": wide}
         label = inter_key if p.shared_experts == 1 else f"{p.shared_experts} · {inter_key}"
@@ -86,15 +98,41 @@ class MoeBlock:
         self.shared_gate_up = Linear(build, p.hidden, gate_up, cuts=(rows, rows))
         self.shared_down = Linear(build, wide, {f"{names.shared}.{names.down}": p.hidden}, cuts=(columns,))
         shared_gate = {names.shared_gate: int(p.shared_gate)}
-        self.shared_gate = Linear(build, p.hidden, shared_gate, requantisable=False)
-        self._kept_groups = kept_groups
-        self._interleaved = interleaved
-        self._rows, self._columns = (Cut(axis, p.inter, inter_key) for axis in (0, 1))
-        self._format_of = build.format_of
-        self._choice = select(cpu_moe_block.OP, p, build.gpu, build.moe_backend)
+        self.shared_gate = Linear(build, p.hidden, shared_gate, requantisable=False, dense=True)
+        self._build = build
+        self._choice = self._chosen(build)
         self._threads = build.threads
         self._run: Callable[[torch.Tensor], torch.Tensor] = self._compose
         build.choices.append(self._choice)
+
+    def _of_a_gpu(self, build: Build) -> MoeKernels | None:
+        """The kernels of a GPU, if there is one and they accept the layer; `self._why_not` otherwise."""
+        p, names = self.problem, self.names
+        self._why_not = None
+        if build.shared is None:
+            return None
+        if names.expert:
+            parts = [f"{names.expert.format(e=0)}.{part}" for part in (names.gate, names.up, names.down)]
+        else:
+            parts = [f"{names.fused}.gate_up_proj", f"{names.fused}.down_proj"]
+        from firebox.layers import moe_gpu
+
+        self._why_not = moe_gpu.refusal(build, p, {build.format_of(path) for path in parts})
+        if self._why_not is not None or build.moe_backend == TORCH:
+            return None
+        return moe_gpu.MoeKernels(build, p, names, self._kept_groups, (self._rows, self._columns))
+
+    def _chosen(self, build: Build) -> Choice:
+        if build.shared is None:
+            return select(cpu_moe_block.OP, self.problem, build.gpu, build.moe_backend)
+        if self._kernels is not None:
+            return Choice(cpu_moe_block.OP, None, "kernels of kernels/moe_*.py", {TORCH: "slower"}, "moe_gpu")
+        return Choice(cpu_moe_block.OP, None, "no kernel accepts", {"moe_gpu": self._why_not or "not wanted"})
+
+    @property
+    def capturable(self) -> bool:
+        """Can a CUDA graph hold it?"""
+        return self._kernels is not None
 
     def slots(self) -> Slots:
         """The norm's tensor, the router's, the experts' one by one or all in one, and the shared experts'."""
@@ -106,7 +144,7 @@ class MoeBlock:
         if p.scoring == "sigmoid":
             yield PlainSlot(names.correction_bias, self.correction_bias)
         yield from self.expert_slots()
-        if p.shared_experts:
+        if p.shared_experts and not (self._kernels and self._kernels.fused):
             yield from self.shared_gate_up.slots()
             yield from self.shared_down.slots()
         if p.shared_gate:
@@ -114,7 +152,9 @@ class MoeBlock:
 
     def expert_slots(self) -> Slots:
         """The routed experts' tensors: of these a token reads top_k in `experts`."""
-        if self._interleaved:
+        if self._kernels is not None:
+            yield from self._kernels.slots(self._interleaved)
+        elif self._interleaved:
             yield from self._gpt_oss()
         else:
             fused = (tuple(self._all_in_one()),) if self.names.fused else ()
@@ -160,6 +200,12 @@ class MoeBlock:
     def finish(self) -> None:
         """Binds the chosen kernel; its packed copy, with the shared experts behind the routed ones, replaces
         the weights."""
+        shared = (self.shared_gate_up, self.shared_down, self.shared_gate)
+        for linear in shared:
+            linear.finish()
+        if self._kernels is not None:
+            self._kernels.finish(self.norm, self._router(), self.correction_bias, shared)
+            self._run = self._kernels
         if self._choice.kernel is None:
             return
         p = self.problem
@@ -176,6 +222,16 @@ class MoeBlock:
         self._run = self._choice.kernel.bind(p, weights, self._threads)
         del self.norm, self.router, self.correction_bias, self.gate_up, self.down
         del self.shared_gate_up, self.shared_down
+
+    def _router(self) -> Linear:
+        """The router as a layer of kernels, with float32 logits."""
+        p = self.problem
+        router = Linear(
+            self._build, p.hidden, {self.names.router: p.experts}, bias=p.biases, out_dtype=torch.float32
+        )
+        router.bias = self.router_bias if p.biases else None
+        router.tie(self.router)
+        return router
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [tokens, hidden] → the same shape."""

@@ -31,6 +31,11 @@ class Model(Protocol):
     mtp: tuple[MtpLayer, ...]  # what the checkpoint holds of it; no step runs it
 
     @property
+    def not_capturable(self) -> str:
+        """Why no CUDA graph can hold a step of it, or ""."""
+        ...
+
+    @property
     def mtp_cache_specs(self) -> tuple[CacheSpec, ...]:
         """One per MTP layer."""
         ...

@@ -11,7 +11,8 @@ nothing. What a tensor holds follows from the end of its name:
     A_log, dt_bias                     states that forget within 1 to 1,000 tokens, as gated delta nets begin
     matrices, routers, convolutions    N(0, 1 / input features)
 
-Values go where the weight is, in its own dtype: of a quantised weight, into what it is dequantised to.
+Values go where the weight is, in its own dtype: of a quantised weight, into what it is dequantised to, or,
+for kernels that read it as it is stored, into codes and scales that come to about the same.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Callable
 
 import torch
 
-from firebox.formats.base import Slot
+from firebox.formats.base import Slot, StoredSlot
 from firebox.models.base import Model
 from firebox.weights.load import chosen_slots
 
@@ -37,7 +38,7 @@ def load_dummy(model: Model, seed: int = 0, on_filled: Callable[[Slot], None] = 
     for slot in chosen_slots(model, None):
         if all(spec.optional for spec in slot.tensors.values()):
             continue
-        device = slot.target.device
+        device = slot.device if isinstance(slot, StoredSlot) else slot.target.device
         if device not in generators:
             generators[device] = torch.Generator(device).manual_seed(seed)
         _fill(slot, generators[device])
@@ -46,6 +47,9 @@ def load_dummy(model: Model, seed: int = 0, on_filled: Callable[[Slot], None] = 
 
 
 def _fill(slot: Slot, generator: torch.Generator) -> None:
+    if isinstance(slot, StoredSlot):
+        slot.invent(generator)
+        return
     target, name = slot.target, next(iter(slot.tensors))
     if name.endswith("e_score_correction_bias"):
         target.zero_()

@@ -1,0 +1,102 @@
+"""The runner of an NVIDIA GPU: decode steps are replayed from CUDA graphs, others run launch by launch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from firebox.cache.pool import LayerStore
+from firebox.engine.graphs import DecodeGraph, GpuSampler, Shape
+from firebox.engine.request import Request
+from firebox.engine.runner import Runner
+from firebox.engine.sampler import sample
+from firebox.engine.scheduler import Plan, Sampled
+from firebox.hardware.base import Gpu
+from firebox.models.base import Model
+
+GRAPH, EAGER = "graph", "eager"
+
+
+class GpuRunner(Runner):
+    """`steps` counts (mode, reason). `graphs`: "off" or "decode"."""
+
+    def __init__(
+        self,
+        model: Model,
+        caches: tuple[LayerStore, ...],
+        page_tokens: int,
+        eos_token_ids: frozenset[int],
+        device: torch.device,
+        gpu: Gpu,
+        *,
+        context_tokens: int,
+        vocab: int,
+        graphs: str,
+    ) -> None:
+        super().__init__(model, caches, page_tokens, eos_token_ids, device)
+        self.steps: Counter[tuple[str, str]] = Counter()
+        self._shape = Shape(page_tokens, -(-context_tokens // page_tokens), self._has_window, vocab)
+        self._sampler = GpuSampler(vocab, gpu, device)
+        self._graphs: dict[int, DecodeGraph] = {}
+        self._pool: Any = torch.cuda.graph_pool_handle() if graphs != "off" else None
+        self._why_eager = self._refusal(graphs)
+
+    def _refusal(self, graphs: str) -> str:
+        """Why no step of this model can be replayed, or ""."""
+        if graphs == "off":
+            return "asked for"
+        backend = self.model.attention_backend
+        if self._has_states:
+            return "recurrent layers read their slots on the host"
+        if backend is None or not hasattr(backend, "refill"):
+            return "the attention backend plans on the host"
+        return self.model.not_capturable
+
+    @torch.inference_mode()
+    def run(self, plan: Plan) -> list[Sampled]:
+        """As Runner.run."""
+        reason = self._why_eager or _prefill(plan)
+        if reason:
+            self.steps[EAGER, reason] += 1
+            return super().run(plan)
+        self.steps[GRAPH, "decode"] += 1
+        graph = self._graph(len(plan.chunks))
+        token_ids = graph.run(plan.chunks)
+        if all(_is_drawn_plainly(chunk.request) for chunk in plan.chunks):
+            return [Sampled(token_id) for token_id in token_ids]
+        return self._sample(plan.chunks, graph.logits, [1] * graph.rows)
+
+    def _graph(self, rows: int) -> DecodeGraph:
+        if rows not in self._graphs:
+            assert self.model.attention_backend is not None
+            self._graphs[rows] = DecodeGraph(
+                rows, self._shape, self.model, self._caches, self.model.attention_backend, self._sampler,
+                self._pool,
+            )  # fmt: skip
+        return self._graphs[rows]
+
+    def _draw(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
+        if any(_needs_host(request) for request in requests):
+            return sample(logits.cpu(), requests, self._eos_token_ids)
+        return self._sampler.filtered(logits.contiguous(), requests).tolist()
+
+
+def _prefill(plan: Plan) -> str:
+    alike = all(chunk.count == 1 and chunk.samples for chunk in plan.chunks)
+    return "" if alike and not plan.state_copies else "prefill"
+
+
+def _needs_host(request: Request) -> bool:
+    """Do penalties, biases or bans change the logits?"""
+    p = request.params
+    penalised = p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
+    return penalised or bool(p.logit_bias) or request.output_tokens < p.min_tokens
+
+
+def _is_drawn_plainly(request: Request) -> bool:
+    p = request.params
+    filters = p.temperature > 0 and (p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0)
+    return not filters and p.logprobs is None and not _needs_host(request)

@@ -1,0 +1,213 @@
+"""Decode steps as CUDA graphs, one for each batch size, captured when that size first occurs. A graph holds
+the whole step: embedding, layers, head, and the choice of the next tokens.
+
+What changes from step to step lies in one block of pinned host memory, whose copy to the device is all that
+precedes a replay:
+
+    numbers [5, rows] int64     token ids | positions | slots of full pages | slots of window pages | seeds
+    where [rows, …] int32       context | pages | window pages       (rows of all, then of the next kind)
+    heat [rows] float32         temperatures
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from firebox.cache.pool import LayerStore
+from firebox.engine.request import Request
+from firebox.engine.scheduler import Chunk
+from firebox.models.base import Model
+from firebox.step import Pages, Step
+
+IDS, POSITIONS, SLOTS, WINDOW_SLOTS, SEEDS = range(5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What all graphs of an engine have in common. `max_pages` of a request; `window`: the model has windowed
+    layers."""
+
+    page_tokens: int
+    max_pages: int
+    window: bool
+    vocab: int
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest context."""
+        return self.max_pages * self.page_tokens
+
+
+class DecodeGraph:
+    """One batch size."""
+
+    def __init__(
+        self,
+        rows: int,
+        shape: Shape,
+        model: Model,
+        caches: tuple[LayerStore, ...],
+        backend: ModuleType,
+        sampler: GpuSampler,
+        pool: Any,
+    ) -> None:
+        self.rows, self._shape, self._model, self._caches = rows, shape, model, caches
+        self._sampler = sampler
+        device, kinds = sampler.device, 2 if shape.window else 1
+        self._host = _Inputs(rows, shape.max_pages, kinds, "cpu")
+        self._device = _Inputs(rows, shape.max_pages, kinds, device)
+        self._host.numbers.zero_()
+        self._host.where.zero_()
+        self._host.contexts.fill_(1)
+        self._step = self._make_step(backend)
+        self._upload()
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):  # compiles, and lets libraries allocate what they keep
+            self._forward()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        torch.cuda.synchronize(device)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self.logits, self.token_ids = self._forward()
+        self._tokens_on_host = torch.empty(rows, dtype=torch.int64, pin_memory=True)
+
+    def _make_step(self, backend: ModuleType) -> Step:
+        rows, shape, inputs = self.rows, self._shape, self._device
+        query_start, contexts = np.arange(rows + 1), np.ones(rows, np.int64)
+
+        def pages(kind: int, slots: int) -> Pages:
+            table = inputs.pages[kind]
+            plan = backend.plan(query_start, contexts, table, context_bound=shape.context_tokens)
+            paged = dataclasses.replace(plan.paged, page_table=table, context_tokens=inputs.contexts)
+            return Pages(inputs.numbers[slots], table, dataclasses.replace(plan, paged=paged))
+
+        return Step(
+            positions=inputs.numbers[POSITIONS],
+            token_rows=torch.arange(rows, device=self._sampler.device),
+            query_start=query_start,
+            context_tokens=np.full(rows, shape.context_tokens),
+            caches=self._caches,
+            full=pages(0, SLOTS),
+            window=pages(1, WINDOW_SLOTS) if shape.window else None,
+        )
+
+    def _forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = self._device
+        hidden = self._model(inputs.numbers[IDS], self._step)
+        logits = self._model.logits(hidden)
+        positions = inputs.numbers[POSITIONS] + 1  # how many tokens are known
+        return logits, self._sampler.plain(logits, inputs.heat, inputs.numbers[SEEDS], positions)
+
+    def _upload(self) -> None:
+        for source, target in zip(self._host.tensors, self._device.tensors, strict=True):
+            target.copy_(source, non_blocking=True)
+
+    def fill(self, chunks: Sequence[Chunk]) -> None:
+        """Writes the step's integers into the host's memory."""
+        shape, host = self._shape, self._host
+        numbers, contexts, pages = (
+            host.numbers.numpy(),
+            host.contexts.numpy(),
+            [p.numpy() for p in host.pages],
+        )
+        heat = host.heat.numpy()
+        for row, chunk in enumerate(chunks):
+            request, position = chunk.request, chunk.start
+            holding = request.holding
+            assert holding is not None
+            page, offset = divmod(position, shape.page_tokens)
+            lists = (holding.page_ids, holding.window_page_ids)[: len(pages)]
+            for kind, (table, ids) in enumerate(zip(pages, lists, strict=True)):
+                table[row, : len(ids)] = ids
+                numbers[SLOTS + kind, row] = ids[page] * shape.page_tokens + offset
+            numbers[IDS, row] = request.token_ids[position]
+            numbers[POSITIONS, row] = position
+            numbers[SEEDS, row] = signed(request.params.seed or 0)
+            contexts[row] = position + 1
+            heat[row] = request.params.temperature
+
+    def run(self, chunks: Sequence[Chunk]) -> list[int]:
+        """The next token of each chunk; `logits` [rows, vocab] are then this step's."""
+        self.fill(chunks)
+        self._upload()
+        self._graph.replay()
+        self._tokens_on_host.copy_(self.token_ids, non_blocking=True)
+        torch.cuda.current_stream(self._sampler.device).synchronize()
+        return self._tokens_on_host.tolist()
+
+
+class _Inputs:
+    """The block, on the host (pinned) or on the device."""
+
+    def __init__(self, rows: int, max_pages: int, kinds: int, device: torch.device | str) -> None:
+        pinned = str(device) == "cpu"
+
+        def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device, pin_memory=pinned)
+
+        self.numbers = empty(5, rows, dtype=torch.int64)
+        self.where = empty(rows * (1 + kinds * max_pages), dtype=torch.int32)
+        self.heat = empty(rows, dtype=torch.float32)
+        self.contexts = self.where[:rows]
+        tables = self.where[rows:].view(kinds, rows, max_pages)
+        self.pages = list(tables.unbind(0))
+        self.tensors = (self.numbers, self.where, self.heat)
+
+
+class GpuSampler:
+    """Draws next tokens on the device (kernels/sample.py): for rows with a temperature only, which every
+    graph does, and for rows that filter."""
+
+    def __init__(self, vocab: int, gpu: Any, device: torch.device) -> None:
+        from firebox.kernels import sample
+        from firebox.kernels.launch import Launcher
+
+        self.device, self._kernel = device, sample
+        self._problems = [sample.Problem(vocab, filters=filters) for filters in (False, True)]
+        self._config = sample.default(self._problems[0], gpu)
+        self._launchers = [Launcher(sample.request(p, self._config, gpu)) for p in self._problems]
+
+    def plain(
+        self, logits: torch.Tensor, heat: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """`logits` [rows, vocab] float32, temperatures float32, seeds and positions int64 [rows] → tokens
+        [rows] int64."""
+        unused = heat
+        parameters = self._kernel.Parameters(heat, seeds, positions, unused, unused, unused)
+        return self._draw(0, logits, parameters)
+
+    def filtered(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+        """One token per request, with its top_k, top_p and min_p."""
+        params = [request.params for request in requests]
+
+        def numbers(values: list[Any], dtype: torch.dtype) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype).to(self.device)
+
+        parameters = self._kernel.Parameters(
+            numbers([p.temperature for p in params], torch.float32),
+            numbers([signed(p.seed or 0) for p in params], torch.int64),
+            numbers([len(request.token_ids) for request in requests], torch.int64),
+            numbers([p.top_k for p in params], torch.int32),
+            numbers([p.top_p for p in params], torch.float32),
+            numbers([p.min_p for p in params], torch.float32),
+        )
+        return self._draw(1, logits, parameters)
+
+    def _draw(self, which: int, logits: torch.Tensor, parameters: Any) -> torch.Tensor:
+        token_ids = torch.empty(logits.shape[0], dtype=torch.int64, device=self.device)
+        scratch = self._kernel.scratch(self._problems[which], self._config, logits.shape[0], self.device)
+        self._kernel.run(self._launchers[which], logits, None, parameters, scratch, token_ids)
+        return token_ids
+
+
+def signed(seed: int) -> int:
+    """The same 64 bits as an int64."""
+    bits = seed % 2**64
+    return bits - 2**64 if bits >= 2**63 else bits

@@ -1,0 +1,91 @@
+"""The weights of a layer's routed experts in the layout of the GPU kernels (formats/layouts.py), filled
+matrix by matrix as the checkpoint's tensors come."""
+
+from __future__ import annotations
+
+import torch
+
+from firebox.formats import layouts
+from firebox.kernels._experts import BLOCK, GROUP_SCALE_TYPES, ROW_SCALED, WEIGHT_TYPES, Problem, Weights
+from firebox.layers._invented import invented
+from firebox.layers._pack import Packed
+
+TYPES = {
+    "bf16": torch.bfloat16,
+    "fp8e4nv": torch.float8_e4m3fn,
+    "u16": torch.uint16,
+    "fp32": torch.float32,
+    "u8": torch.uint8,
+}
+RUN = layouts.RUN
+
+
+class ExpertStore:
+    """`gate_up` and `down` of all experts; uninitialised but for the biases, which are zero."""
+
+    def __init__(self, problem: Problem, device: torch.device) -> None:
+        self.problem, self._device = problem, device
+        self.gate_up = self._empty(2 * problem.inter, problem.hidden)
+        self.down = self._empty(problem.hidden, problem.inter)
+
+    def _empty(self, rows: int, columns: int) -> Weights:
+        p, experts = self.problem, self.problem.experts
+        width = columns // layouts.PER_WORD if p.group else columns
+        w = self._zeros(WEIGHT_TYPES[p.format], experts, rows, width)
+        scale = row_scale = None
+        if p.format in GROUP_SCALE_TYPES:
+            per_row = -(-columns // p.group // 16) * 16 if p.group else columns // BLOCK
+            height = rows if p.group else rows // BLOCK
+            scale = self._zeros(GROUP_SCALE_TYPES[p.format], experts, height, per_row)
+        if p.format in ROW_SCALED:
+            row_scale = self._zeros("fp32", experts, rows)
+        return Weights(w, scale, row_scale, self._zeros("fp32", experts, rows) if p.biases else None)
+
+    def _zeros(self, kind: str, *shape: int) -> torch.Tensor:
+        return torch.zeros(*shape, dtype=TYPES[kind], device=self._device)
+
+    def keep_half(self, expert: int, half: int, packed: Packed) -> None:
+        """An expert's gate (0) or up (1) matrix [inter, hidden]."""
+        to, blocks = self.gate_up, self.problem.inter // BLOCK
+        for name in ("w", "scale", "row_scale"):
+            target, source = getattr(to, name), getattr(packed.weights, name)
+            if target is None:
+                continue
+            if name == "scale" and not self.problem.group:  # gate blocks, then up blocks
+                _copy(target[expert, half * blocks : (half + 1) * blocks], source)
+                continue
+            runs = _rows(target[expert]).unflatten(0, (-1, 2, RUN))[:, half]
+            runs.copy_(_rows(source).unflatten(0, (-1, RUN)))
+
+    def keep_down(self, expert: int, packed: Packed) -> None:
+        """An expert's down matrix [hidden, inter]."""
+        for name in ("w", "scale", "row_scale"):
+            if getattr(self.down, name) is not None:
+                _copy(getattr(self.down, name)[expert], getattr(packed.weights, name))
+
+    def keep_biases(self, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
+        """`gate` and `up` [experts, inter], `down` [experts, hidden]."""
+        assert self.gate_up.bias is not None and self.down.bias is not None
+        halves = (half.float().unsqueeze(-1) for half in (gate, up))
+        self.gate_up.bias.copy_(layouts.interleave(*halves).squeeze(-1))
+        self.down.bias.copy_(down.float())
+
+    def invent(self, generator: torch.Generator) -> None:
+        """All of both, made up."""
+        p = self.problem
+        for to, columns in ((self.gate_up, p.hidden), (self.down, p.inter)):
+            for expert in range(p.experts):
+                rows = to.w.shape[1]
+                made = invented(p.format, p.group, (rows,), columns, generator)
+                for name, source in zip(("w", "scale", "row_scale"), made, strict=True):
+                    if source is not None:
+                        _copy(getattr(to, name)[expert], source)
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """[rows] or [rows, n] as rows of bytes, which every device can copy."""
+    return (tensor.unsqueeze(-1) if tensor.dim() == 1 else tensor).contiguous().view(torch.uint8)
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    target.view(torch.uint8).copy_(source.contiguous().view(torch.uint8))

@@ -1,0 +1,56 @@
+"""Weights that nobody trained, in the layouts of the GPU kernels (`--load-format dummy`): about N(0, 1 /
+columns) after dequantisation, every code in use."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from firebox.formats import layouts
+from firebox.kernels._experts import BLOCK, FOUR_BIT, FP8
+from firebox.kernels._linear import INT4_ZERO, SCALE_TYPES
+
+LEVEL = 100.0  # RMS of FP8 codes
+E2M1_RMS, INT4_RMS = 2.93, 4.61  # of codes that are all equally likely
+Parts = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+
+
+def invented(
+    format: str, group: int, lead: tuple[int, ...], columns: int, generator: torch.Generator,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Parts:  # fmt: skip
+    """w, scale and row_scale of matrices [*lead, columns]; `lead`: rows, or experts and rows."""
+    device, size = generator.device, columns**-0.5
+    if format in FP8:
+        codes = torch.empty(*lead, columns, dtype=torch.float8_e4m3fn, device=device)
+        flat = codes.view(-1, columns)
+        for rows in flat.split(max(1, 2**27 // columns)):
+            normal = torch.empty(rows.shape, dtype=torch.bfloat16, device=device)
+            rows.copy_(normal.normal_(0.0, LEVEL, generator=generator).clamp_(-448, 448))
+        if format == "fp8_block":
+            blocks = (*lead[:-1], -(-lead[-1] // BLOCK), columns // BLOCK)
+            return codes, torch.full(blocks, size / LEVEL, device=device), None
+        return codes, None, torch.full(lead, size / LEVEL, device=device)
+    if format in (*FOUR_BIT, INT4_ZERO):
+        words = torch.empty(*lead, columns // layouts.PER_WORD, dtype=torch.int16, device=device)
+        words.random_(-(2**15), 2**15, generator=generator)
+        return words.view(torch.uint16), *_scales(format, (*lead, columns // group), size, device)
+    values = torch.empty(*lead, columns, dtype=dtype, device=device)
+    return values.normal_(0.0, size, generator=generator), None, None
+
+
+def _scales(
+    format: str, groups: tuple[int, ...], size: float, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if format == "mxfp4":
+        code = 127 + round(math.log2(size / E2M1_RMS))
+        return layouts.pad_groups(torch.full(groups, code, dtype=torch.uint8, device=device)), None
+    if format == "nvfp4":
+        scale = torch.full(groups, LEVEL, device=device).to(torch.float8_e4m3fn)
+        rows = torch.full(groups[:-1], size / E2M1_RMS / LEVEL, device=device)
+        return layouts.pad_groups(scale), rows
+    scale = torch.full(groups, size / INT4_RMS, device=device)
+    if SCALE_TYPES[format] == "i32":
+        return layouts.pad_groups(layouts.pack_zeros(scale, torch.full_like(scale, 8.0))), None
+    return layouts.pad_groups(scale.bfloat16()), None

@@ -1,0 +1,95 @@
+"""A grouped-query attention layer on an NVIDIA GPU, from residual stream to residual stream:
+
+    rms_norm → linear (q, k, v) → rope_write → attention/triton_paged → (sigmoid_mul) → linear, which adds x
+
+Weights stay in their format."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from firebox.layers.base import Build
+from firebox.layers.device import KERNEL_DTYPES
+from firebox.step import Step
+
+if TYPE_CHECKING:
+    from firebox.kernels.cpu_attention_block import Problem
+    from firebox.layers.attention import AttentionBlock
+
+
+def refusal(build: Build, p: Problem, backend: ModuleType) -> str | None:
+    """Why the GPU kernels cannot run such a layer, or None."""
+    if build.shared is None:
+        return "is made for NVIDIA GPUs"
+    if p.dtype not in KERNEL_DTYPES or p.kv_dtype not in (p.dtype, torch.float8_e4m3fn):
+        return f"computes in bfloat16 over a cache in bfloat16 or FP8, not {p.dtype} and {p.kv_dtype}"
+    if not backend.__name__.endswith("triton_paged"):
+        return f"attends with triton_paged, not with {backend.__name__.rpartition('.')[2]}"
+    from firebox.kernels import rms_norm, rope_write
+
+    why = rms_norm.accepts(_norm_problem(p), build.gpu)
+    return why or rope_write.accepts(_rope_problem(p), build.gpu)
+
+
+def _norm_problem(p: Problem) -> Any:
+    from firebox.kernels import rms_norm
+
+    return rms_norm.Problem(p.hidden, p.eps, dtype=KERNEL_DTYPES[p.dtype])
+
+
+def _rope_problem(p: Problem) -> Any:
+    from firebox.kernels import rope_write
+
+    return rope_write.Problem(
+        p.heads, p.kv_heads, p.head_dim, p.rotary_dim, p.qk_norm, p.eps, p.output_gate,
+        KERNEL_DTYPES[p.dtype], KERNEL_DTYPES[p.kv_dtype],
+    )  # fmt: skip
+
+
+class AttentionKernels:
+    """See above; bound to a layer whose slots are filled."""
+
+    def __init__(self, layer: AttentionBlock, build: Build) -> None:
+        from firebox.kernels import rms_norm, rope_write, sigmoid_mul
+
+        p, device = layer.problem, build.shared
+        assert device is not None
+        self._layer, self._p = layer, p
+        self._norm = device.launcher(rms_norm, _norm_problem(p))
+        self._rope = device.launcher(rope_write, _rope_problem(p))
+        self._given = {"cos": layer.tables[0], "sin": layer.tables[1]}
+        if p.qk_norm:
+            self._given |= {"q_weight": layer.q_norm.weight, "k_weight": layer.k_norm.weight}
+        if p.kv_dtype == torch.float8_e4m3fn:
+            assert layer.kv_scales is not None
+            self._given["scales"] = layer.kv_scales
+        if p.output_gate:
+            gate = sigmoid_mul.Problem(p.heads, p.head_dim, dtype=KERNEL_DTYPES[p.dtype])
+            self._gate = device.launcher(sigmoid_mul, gate)
+
+    def __call__(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        """`x` [tokens, hidden], which becomes the result."""
+        from firebox.kernels import rms_norm, rope_write, sigmoid_mul
+
+        layer, p = self._layer, self._p
+        pages = step.full if p.window_tokens is None else step.window
+        assert pages is not None and layer.backend is not None
+        cache, h = step.caches[layer.layer], torch.empty_like(x)
+        rms_norm.run(self._norm, x, layer.norm.weight, out=h)
+        qkv = layer.qkv(h)
+        q = x.new_empty(x.shape[0], p.heads, p.head_dim)
+        rope_write.run(
+            self._rope, qkv, q=q, k_cache=cache.k, v_cache=cache.v, positions=step.positions,
+            token_slots=pages.token_slots, **self._given,
+        )  # fmt: skip
+        attended = layer.backend.run(
+            q, cache, pages.attention, p.head_dim**-0.5, window_tokens=p.window_tokens, sinks=layer.sinks
+        ).flatten(1)
+        if p.output_gate:
+            gated = torch.empty_like(attended)
+            sigmoid_mul.run(self._gate, attended, qkv, out=gated)
+            attended = gated
+        return layer.o(attended, x)

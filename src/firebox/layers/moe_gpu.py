@@ -1,0 +1,254 @@
+"""A mixture-of-experts layer on an NVIDIA GPU, from residual stream to residual stream:
+
+    rms_norm → linear (the router's logits, float32) → moe_route → the experts' kernels, which add x
+
+Shared experts are further experts that every token takes, if they have the routed ones' format and width;
+otherwise two linear layers and silu_mul. Weights stay in their format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from firebox.formats.base import Cut, Format, OneOf, PlainSlot, Slot, Slots, StoredSlot
+from firebox.layers.base import Build
+from firebox.layers.device import KERNEL_DTYPES
+
+if TYPE_CHECKING:
+    from firebox.kernels.cpu_moe_block import Problem
+    from firebox.layers.linear import Linear
+    from firebox.layers.moe import MoeNames
+    from firebox.layers.norm import RMSNorm
+
+
+def refusal(build: Build, p: Problem, formats: set[Format]) -> str | None:
+    """Why the GPU kernels cannot run such a layer, or None."""
+    if build.shared is None:
+        return "is made for NVIDIA GPUs"
+    if build.dtype not in KERNEL_DTYPES:
+        return f"computes in bfloat16, not {build.dtype}"
+    if len(formats) > 1:
+        return "the matrices of an expert are in different formats"
+    from firebox.kernels import moe_gate_up_few, moe_route
+    from firebox.layers import _pack
+
+    name, group = _pack.kind(next(iter(formats)), p.hidden)
+    if name == "int4_group" and group != 32:
+        return f"knows int4 in groups of 32, not {group}"
+    why = moe_gate_up_few.accepts(_experts_problem(build, p, name), build.gpu)
+    return why or moe_route.accepts(_route_problem(p, 0), build.gpu)
+
+
+def _experts_problem(build: Build, p: Problem, format: str, shared: int = 0) -> Any:
+    from firebox.kernels import _experts
+
+    clamped = {"limit": p.limit, "alpha": p.alpha} if p.activation == "clamped_swiglu" else {}
+    return _experts.Problem(
+        p.hidden, p.inter, p.experts + shared, p.top_k + shared, format, p.activation, biases=p.biases,
+        dtype=KERNEL_DTYPES[build.dtype], residual=True, **clamped,
+    )  # fmt: skip
+
+
+def _route_problem(p: Problem, shared: int, kept_groups: int = 1) -> Any:
+    from firebox.kernels import moe_route
+
+    return moe_route.Problem(
+        p.experts, p.top_k, p.scoring, p.renormalise, p.routed_scale, p.expert_groups, kept_groups, shared,
+        shared > 0 and p.shared_gate,
+    )  # fmt: skip
+
+
+class MoeKernels:
+    """See above. Made with the layer, filled through `slots`, bound by `finish`."""
+
+    def __init__(
+        self, build: Build, p: Problem, names: MoeNames, kept_groups: int, cuts: tuple[Cut, Cut]
+    ) -> None:
+        from firebox.layers import _pack
+        from firebox.layers._expert_store import ExpertStore
+
+        self._build, self._p, self._names, self._cuts = build, p, names, cuts
+        self._format = build.format_of(names.down_of(0))
+        name, _ = _pack.kind(self._format, p.hidden)
+        shared = {build.format_of(f"{names.shared}.{part}") for part in (names.gate, names.up, names.down)}
+        self.fused = p.shared_experts if p.shared_experts == 1 and shared == {self._format} else 0
+        self.problem = _experts_problem(build, p, name, self.fused)
+        self._route = _route_problem(p, self.fused, kept_groups)
+        self._store: Any = ExpertStore(self.problem, build.device)
+
+    # ---- filling
+
+    def slots(self, interleaved: bool) -> Slots:
+        """The routed experts' tensors, one by one or all in one, and a fused shared expert's."""
+        if interleaved:
+            yield from self._all_stored()
+        elif self._names.fused and self._format.name == "bf16":
+            yield OneOf((tuple(self._one_by_one()), tuple(self._all_plain())))
+        else:
+            yield from self._one_by_one()
+        if self.fused:
+            yield from self._of(self._p.experts, self._names.shared)
+
+    def _one_by_one(self) -> Iterator[Slot]:
+        for e in range(self._p.experts):
+            yield from self._of(e, self._names.expert.format(e=e))
+
+    def _of(self, e: int, path: str) -> Iterator[Slot]:
+        p, names, (rows, columns) = self._p, self._names, self._cuts
+        for part, shape, cut in (
+            (names.gate, (p.inter, p.hidden), rows),
+            (names.up, (p.inter, p.hidden), rows),
+            (names.down, (p.hidden, p.inter), columns),
+        ):
+            keep = partial(self._keep, e, (names.gate, names.up, names.down).index(part), shape)
+            invent = partial(self._invent, e, part)
+            yield StoredSlot(f"{path}.{part}", self._format, shape, self._build.device, keep, invent, cut=cut)
+
+    def _keep(self, e: int, part: int, shape: tuple[int, int], tensors: Mapping[str, torch.Tensor]) -> None:
+        from firebox.layers import _pack
+
+        packed = _pack.pack(self._format, tensors, *shape, self._build.dtype)
+        if part == 2:
+            self._store.keep_down(e, packed)
+        else:
+            self._store.keep_half(e, part, packed)
+
+    def _invent(self, e: int, part: str, generator: torch.Generator) -> None:
+        if e == 0 and part == self._names.gate:  # the first slot fills all experts
+            self._store.invent(generator)
+
+    def _all_plain(self) -> Iterator[Slot]:
+        """Unquantised: [experts, 2 · inter, hidden], gate rows first, and [experts, hidden, inter]."""
+        p, (rows, columns), fused = self._p, self._cuts, self._names.fused
+        for part, shape, keep, cut in (
+            ("gate_up_proj", (p.experts, 2 * p.inter, p.hidden), self._keep_gates, rows),
+            ("down_proj", (p.experts, p.hidden, p.inter), self._keep_downs, columns),
+        ):
+            yield _Whole(f"{fused}.{part}", shape, self._build.device, keep, cut)
+
+    def _keep_gates(self, tensor: torch.Tensor) -> None:
+        for e, matrix in enumerate(tensor):
+            gate, up = matrix.chunk(2)
+            self._keep_plain(e, 0, gate)
+            self._keep_plain(e, 1, up)
+
+    def _keep_downs(self, tensor: torch.Tensor) -> None:
+        for e, matrix in enumerate(tensor):
+            self._keep_plain(e, 2, matrix)
+
+    def _keep_plain(self, e: int, part: int, matrix: torch.Tensor) -> None:
+        self._keep(e, part, (matrix.shape[0], matrix.shape[1]), {"weight": matrix})
+
+    def _all_stored(self) -> Iterator[Slot]:
+        """gpt-oss: gate and up rows in turn; MXFP4, its parts behind an underscore, or bf16 transposed."""
+        p, (rows, columns), fused, device = self._p, self._cuts, self._names.fused, self._build.device
+        for part, shape, keep, cut in (
+            ("gate_up_proj", (p.experts, 2 * p.inter, p.hidden), self._keep_pair, rows),
+            ("down_proj", (p.experts, p.hidden, p.inter), self._keep_down, columns),
+        ):
+            path = f"{fused}.{part}"
+            invent = partial(self._invent, 0 if part == "gate_up_proj" else 1, self._names.gate)
+            if self._format.name == "bf16":
+                stored = (shape[0], shape[2], shape[1])
+                yield _Whole(path, stored, device, partial(self._keep_transposed, keep), cut, invent)
+            else:
+                yield StoredSlot(path, self._format, shape, device, keep, invent, separator="_", cut=cut)
+        self._biases = [torch.zeros(p.experts, n, device=device) for n in (2 * p.inter, p.hidden)]
+        for part, bias, cut_or_none in (
+            ("gate_up_proj", self._biases[0], rows), ("down_proj", self._biases[1], None)
+        ):  # fmt: skip
+            yield PlainSlot(f"{fused}.{part}_bias", bias, cut=cut_or_none)
+
+    def _keep_transposed(self, keep: Any, tensor: torch.Tensor) -> None:
+        keep({"weight": tensor.transpose(1, 2)})
+
+    def _keep_pair(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for e in range(self._p.experts):
+            of_expert = {name: tensor[e] for name, tensor in tensors.items()}
+            for half in (0, 1):
+                rows = {name: tensor[half::2] for name, tensor in of_expert.items()}
+                self._keep(e, half, (self._p.inter, self._p.hidden), rows)
+
+    def _keep_down(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for e in range(self._p.experts):
+            of_expert = {name: tensor[e] for name, tensor in tensors.items()}
+            self._keep(e, 2, (self._p.hidden, self._p.inter), of_expert)
+
+    # ---- running
+
+    def finish(
+        self, norm: RMSNorm, router: Linear, correction_bias: torch.Tensor,
+        shared: tuple[Linear, Linear, Linear],
+    ) -> None:  # fmt: skip
+        """Binds. `shared`: gate and up, down, and the gate of both, as far as the layer has them."""
+        from firebox.kernels import moe_route, rms_norm, silu_mul
+
+        p, device, dtype = self._p, self._build.shared, KERNEL_DTYPES[self._build.dtype]
+        assert device is not None
+        if p.biases:
+            gate_up, down = self._biases
+            self._store.keep_biases(gate_up[:, ::2], gate_up[:, 1::2], down)
+        self._norm_weight, self._router, self._correction = norm.weight, router, correction_bias
+        self._shared = shared
+        self._norm = device.launcher(rms_norm, rms_norm.Problem(p.hidden, p.eps, dtype=dtype))
+        self._choose = device.launcher(moe_route, self._route)
+        self._experts = device.experts(self.problem, self._store.gate_up, self._store.down)
+        wide = p.shared_experts * p.inter
+        if wide and not self.fused:
+            self._activate = device.launcher(
+                silu_mul, silu_mul.Problem(wide, p.activation, p.limit or 7.0, p.alpha or 1.702, dtype=dtype)
+            )
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` [tokens, hidden], which becomes the result."""
+        from firebox.kernels import moe_route, rms_norm
+
+        h, choices = torch.empty_like(x), self._route.choices
+        rms_norm.run(self._norm, x, self._norm_weight, out=h)
+        logits = self._router(h)
+        gate = self._shared[2](h).float().flatten() if self._p.shared_gate else None
+        ids = x.new_empty(x.shape[0], choices, dtype=torch.int32)
+        weights = x.new_empty(x.shape[0], choices, dtype=torch.float32)
+        correction = self._correction if self._p.scoring == "sigmoid" else None
+        moe_route.run(self._choose, logits, correction, gate if self.fused else None, ids, weights)
+        if self._p.shared_experts and not self.fused:
+            self._add_shared(h, gate, x)
+        self._experts(h, ids, weights, x)
+        return x
+
+    def _add_shared(self, h: torch.Tensor, gate: torch.Tensor | None, x: torch.Tensor) -> None:
+        from firebox.kernels import silu_mul
+
+        gate_up, down, _ = self._shared
+        inner = h.new_empty(h.shape[0], self._p.shared_experts * self._p.inter)
+        silu_mul.run(self._activate, gate_up(h), out=inner)
+        y = down(inner)
+        x += y if gate is None else y * F.sigmoid(gate).unsqueeze(-1).to(y.dtype)
+
+
+class _Whole:
+    """A slot of one unquantised tensor for all experts."""
+
+    def __init__(
+        self, name: str, shape: tuple[int, ...], device: torch.device, keep: Any, cut: Cut,
+        invent: Any = lambda generator: None,
+    ) -> None:  # fmt: skip
+        from firebox.formats.base import TensorSpec
+
+        self.tensors = {name: TensorSpec(shape)}
+        self.target = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        self.cut, self.device, self.invent, self._keep, self._name = cut, device, invent, keep, name
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of the tensor."""
+        return self.target.nbytes
+
+    def fill(self, found: Mapping[str, torch.Tensor]) -> None:
+        """Hands it over, on the device."""
+        self._keep(found[self._name].to(self.device))
