@@ -301,16 +301,16 @@ def _states(max_running: int, checkpoint: CheckpointFacts, budget_bytes: int, re
 def _window_pages(
     config: EngineConfig, max_running: int, checkpoint: CheckpointFacts, reasons: list[str]
 ) -> int:
-    """What every running request's window and next chunk can reach, and as much again for cached prefixes."""
+    """What every running request's window and the next step's tokens can reach, and as much again for cached
+    prefixes."""
     if checkpoint.window_tokens is None:
         return 0
-    chunk_tokens = min(config.prefill_chunk_tokens, config.max_batch_tokens)
-    per_request = -(-(checkpoint.window_tokens + chunk_tokens) // config.page_tokens) + 2
-    pages = 2 * max_running * per_request
+    per_request = -(-checkpoint.window_tokens // config.page_tokens) + 2
+    pages = 2 * (max_running * per_request + -(-config.max_batch_tokens // config.page_tokens))
     page_bytes = checkpoint.window_bytes_per_token * config.page_tokens
     reasons.append(
-        f"window_pages {pages}: windows of {checkpoint.window_tokens} tokens and a chunk, twice for each of "
-        f"{max_running} requests; {pages * page_bytes / 2**20:.0f} MiB"
+        f"window_pages {pages}: windows of {checkpoint.window_tokens} tokens for {max_running} requests and a "
+        f"step's {config.max_batch_tokens} tokens, twice; {pages * page_bytes / 2**20:.0f} MiB"
     )
     return pages
 
