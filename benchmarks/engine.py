@@ -1,12 +1,14 @@
 """The engine on one NVIDIA GPU: decode and prefill of a card's real shapes with random weights, no server.
 
-    PYTHONPATH=src:. python benchmarks/engine.py gpt-oss-120b [--batches 1,8,64,256] [--prompt 128] [--tokens 256]
-        [--layers N] [--json]
+    PYTHONPATH=src:. python benchmarks/engine.py gpt-oss-120b [--batches 1,8,64,256] [--prompt 128]
+        [--tokens 256] [--layers N] [--ttft 2048] [--profile] [--json]
 
-A batch's ms/token is (time of the last token − time of the first) / (tokens − 1), greedy, all requests admitted
-at once; `of_roof` is the bytes of weights that a step reads (experts as often as uniform routing touches
-them) and of keys and values, over the GPU's copy rate, over that time. Before a figure counts, the routing of one decode step is
-looked at: the distinct experts per layer against E · (1 − (1 − k/E)^batch).
+ms_per_token: the median time between two steps in which every request of the batch gets one token, greedy,
+host work and the tokens' way to the host included. replay_ms: the same step's graph alone. of_roof: the bytes
+of weights that such a step reads (of E experts the share 1 − (1 − k/E)^batch) over the GPU's copy rate, over
+ms_per_token. Before a figure counts, one step's routing is looked at: `experts` are the distinct ones of a
+layer, on average over layers, `expected` what uniform routing gives; a fill that sends all tokens one way
+would be void.
 """
 
 from __future__ import annotations
@@ -26,7 +28,12 @@ from firebox.config import Config, EngineConfig, ModelConfig
 from firebox.engine.messages import SamplingParams
 from firebox.engine.request import Request
 from firebox.engine.start import start
+from firebox.layers.experts import Experts
+from firebox.layers.moe import MoeBlock
+from firebox.planning._parts import Source, open_source
+from firebox.planning.roof import weights_bytes
 from firebox.text.folder import resolve_folder
+from firebox.weights.checkpoint import open_checkpoint
 
 
 def cut(folder: Path, layers: int | None) -> Path:
@@ -42,6 +49,13 @@ def cut(folder: Path, layers: int | None) -> Path:
     return made
 
 
+def parts_of(folder: Path, runner: Any) -> Any:
+    """The model's weights as the planner counts them."""
+    checkpoint = open_checkpoint(folder)
+    source = Source(str(folder), checkpoint.model_type, checkpoint.text_config, "bfloat16")
+    return open_source(source, runner.gpu).parts
+
+
 def requests(batch: int, prompt: int, tokens: int, vocab: int, first_id: int) -> list[Request]:
     generator = torch.Generator().manual_seed(first_id)
     params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
@@ -49,20 +63,47 @@ def requests(batch: int, prompt: int, tokens: int, vocab: int, first_id: int) ->
     return [Request(first_id + i, list(row), params) for i, row in enumerate(ids)]
 
 
-def serve(scheduler: Any, runner: Any, batch: list[Request]) -> tuple[float, float]:
-    """Seconds to the last first token, and a token of decode after it."""
+def serve(scheduler: Any, runner: Any, batch: list[Request]) -> tuple[float, list[float]]:
+    """Seconds to the first token of all, and of each step that decodes the whole batch."""
     for request in batch:
         scheduler.add(request)
-    began, first, last, steps = time.perf_counter(), 0.0, 0.0, 0
+    began, first, steps = time.perf_counter(), 0.0, []
     while (plan := scheduler.plan()) is not None:
-        decode = all(chunk.count == 1 for chunk in plan.chunks) and len(plan.chunks) == len(batch)
+        before = time.perf_counter()
         scheduler.apply(plan, runner.run(plan))
-        now = time.perf_counter()
-        if not decode:
-            first = now
-        else:
-            last, steps = now, steps + 1
-    return first - began, (last - first) / max(1, steps)
+        if all(chunk.count == 1 for chunk in plan.chunks):
+            first = first or before
+            if len(plan.chunks) == len(batch):
+                steps.append(time.perf_counter() - before)
+    return (first or before) - began, steps
+
+
+def distinct_experts(scheduler: Any, runner: Any, batch: list[Request]) -> float | None:
+    """Of a layer, in one decode step, on average over the layers; None without experts."""
+    found, call = [], Experts.__call__
+
+    def counted(self: Experts, x: Any, expert_ids: torch.Tensor, *rest: Any) -> None:
+        if expert_ids.shape[0] == len(batch):
+            found.append(expert_ids[:, : self.problem.top_k].unique().numel())
+        call(self, x, expert_ids, *rest)
+
+    why, runner._why_eager, Experts.__call__ = runner._why_eager, "looked at", counted
+    serve(scheduler, runner, batch)
+    runner._why_eager, Experts.__call__ = why, call
+    return statistics.mean(found) if found else None
+
+
+def replay_ms(runner: Any, batch: int) -> float | None:
+    """Of a batch's graph by itself, the last step again and again."""
+    graph = runner._graphs.get(batch)
+    if graph is None:
+        return None
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(20):
+        graph._graph.replay()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - began) / 20 * 1e3
 
 
 def main() -> int:
@@ -74,6 +115,7 @@ def main() -> int:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--ttft", type=int, default=2048)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--json", action="store_true")
@@ -84,7 +126,8 @@ def main() -> int:
     model = ModelConfig(model=str(folder), load_format="dummy", dtype="bfloat16")
     engine = EngineConfig(
         max_running_requests=max(batches), max_batch_tokens=8192, prefill_chunk_tokens=8192, page_tokens=64,
-        context_length=4096, prefix_cache=False, device="cuda", cuda_graph="off" if arguments.eager else "decode",
+        context_length=4096, prefix_cache=False, device="cuda",
+        cuda_graph="off" if arguments.eager else "decode",
     )  # fmt: skip
     scheduler, runner, ready = start(Config(model=model, engine=engine))
     print(
@@ -94,21 +137,39 @@ def main() -> int:
     )
     for row in ready.ledger:
         print("  ", row.op, row.kernel, row.why, flush=True)
+    problems = [mlp.problem for _, mlp in runner.model.blocks if isinstance(mlp, MoeBlock)]
+    parts = parts_of(folder, runner)
     rows, vocab, first_id = [], ready.vocab_size, 1
-    for batch in batches:
-        serve(scheduler, runner, requests(batch, arguments.prompt, 8, vocab, first_id))
+
+    def some(batch: int, tokens: int, prompt: int = arguments.prompt) -> list[Request]:
+        nonlocal first_id
         first_id += batch
-        times = []
-        for _ in range(2):
-            times.append(
-                serve(scheduler, runner, requests(batch, arguments.prompt, arguments.tokens, vocab, first_id))
-            )
-            first_id += batch
-        ttft, per_token = (statistics.median(column) for column in zip(*times, strict=True))
-        rows.append(
-            {"batch": batch, "ms_per_token": round(per_token * 1e3, 3), "prefill_ms": round(ttft * 1e3, 1)}
+        return requests(batch, prompt, tokens, vocab, first_id)
+
+    for batch in batches:
+        seen = distinct_experts(scheduler, runner, some(batch, 4))
+        serve(scheduler, runner, some(batch, 8))
+        ttft, steps = serve(scheduler, runner, some(batch, arguments.tokens))
+        ms, floor = (
+            statistics.median(steps) * 1e3,
+            weights_bytes(parts, 1, batch) / runner.gpu.copy_gb_s / 1e6,
         )
-        print(json.dumps(rows[-1]), flush=True)
+        row = {"batch": batch, "ms_per_token": round(ms, 3), "replay_ms": replay_ms(runner, batch)}
+        row |= {
+            "floor_ms": round(floor, 2),
+            "of_roof": round(floor / ms, 3),
+            "prefill_ms": round(ttft * 1e3, 1),
+        }
+        if problems and seen is not None:
+            e, k = problems[0].experts, problems[0].top_k
+            row |= {"experts": round(seen, 1), "expected": round(e * (1 - (1 - k / e) ** batch), 1)}
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    if arguments.ttft:
+        times = [serve(scheduler, runner, some(1, 2, arguments.ttft))[0] for _ in range(4)]
+        print(
+            f"first token of {arguments.ttft} after {statistics.median(times[1:]) * 1e3:.1f} ms", flush=True
+        )
     print("steps", dict(runner.steps))
     if arguments.profile:
         profile(scheduler, runner, vocab, first_id)

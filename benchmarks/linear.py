@@ -66,6 +66,15 @@ SHAPES = {
     "int4_up": Problem(18_432, 7168, "int4_group", 32),
     "mxfp4_up": Problem(11_520, 2880, "mxfp4", 32),
     "nvfp4_qkv": Problem(14_336, 5120, "nvfp4", 16),
+    "qwen3_qkv": Problem(5120, 2048, "bf16"),
+    "qwen3_o": Problem(2048, 4096, "bf16", residual=True),
+    "qwen3_router": Problem(128, 2048, "bf16", out_dtype="f32"),
+    "qwen3_head": Problem(151_936, 2048, "bf16", out_dtype="f32"),
+    "gpt_oss_router": Problem(128, 2880, "bf16", bias=True, out_dtype="f32"),
+    "air_qkv": Problem(14_336, 4096, "fp8_channel", bias=True),
+    "air_o": Problem(4096, 12_288, "fp8_channel", residual=True),
+    "air_router": Problem(128, 4096, "bf16", out_dtype="f32"),
+    "air_head": Problem(151_552, 4096, "bf16", out_dtype="f32"),
 }
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 512, 4096)
 COLD_BYTES = 300e6  # of weights that a graph goes through

@@ -37,7 +37,7 @@ class GpuRunner(Runner):
         graphs: str,
     ) -> None:
         super().__init__(model, caches, page_tokens, eos_token_ids, device)
-        self.steps: Counter[tuple[str, str]] = Counter()
+        self.gpu, self.steps = gpu, Counter[tuple[str, str]]()
         self._shape = Shape(page_tokens, -(-context_tokens // page_tokens), self._has_window, vocab)
         self._sampler = GpuSampler(vocab, gpu, device)
         self._graphs: dict[int, DecodeGraph] = {}

@@ -193,9 +193,10 @@ def reserve_bytes(gpu: Gpu) -> int:
 
 
 def _window_request_bytes(cache: CacheBytes, engine: EngineConfig) -> int:
-    """As config.resolve sizes the pool of window pages."""
+    """A request's share of the pool of window pages, as config.resolve sizes it."""
     if not cache.window_tokens:
         return 0
-    chunk_tokens = min(engine.prefill_chunk_tokens, engine.max_batch_tokens)
-    pages = 2 * (-(-(cache.window_tokens + chunk_tokens) // engine.page_tokens) + 2)
-    return pages * engine.page_tokens * cache.per_window_token
+    running = min(engine.max_running_requests, engine.max_batch_tokens)
+    windows = running * (-(-cache.window_tokens // engine.page_tokens) + 2)
+    pages = 2 * (windows + -(-engine.max_batch_tokens // engine.page_tokens))
+    return -(-pages // running) * engine.page_tokens * cache.per_window_token

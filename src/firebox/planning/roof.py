@@ -91,11 +91,12 @@ def roof(parts: Sequence[Part], cache: CacheBytes, gpu: Gpu, tp: int, context_to
         raise ConfigError(f"the memory bandwidth of {gpu.name} is not known")
     in_window = min(context_tokens, cache.window_tokens) * cache.per_window_token
     per_request = context_tokens * cache.per_token + in_window + 2 * cache.state
-    steps = {b: StepBytes(_weights_bytes(parts, tp, b), b * per_request) for b in BATCHES}
+    steps = {b: StepBytes(weights_bytes(parts, tp, b), b * per_request) for b in BATCHES}
     return Roof(bandwidth, gpu.read_gb_s is not None, context_tokens, tp, steps)
 
 
-def _weights_bytes(parts: Sequence[Part], tp: int, batch: int) -> float:
+def weights_bytes(parts: Sequence[Part], tp: int, batch: int) -> float:
+    """What one of `tp` GPUs reads of the weights in a decode step of `batch` requests."""
     return sum(part.shard_bytes(tp) * _share(part, batch) for part in parts if part.read)
 
 
