@@ -1,11 +1,11 @@
 """Routing, sampling and the gated delta net on one NVIDIA GPU, on the shapes of real models: microseconds of
 a launch in a captured graph, and for what streams memory the share of the bandwidth.
 
-    PYTHONPATH=src:. python benchmarks/route_sample_delta.py [--parts route,sample] [--json]
+    PYTHONPATH=src:. python benchmarks/route_sample_delta.py [--parts route,sample] [--sweep] [--json]
 
 Every line is checked against the kernel's reference first; what is wrong has no time. A call is timed as it
 runs in the engine: in a CUDA graph with others like it, each with inputs and states of its own; median of
-seven.
+seven. A case is one row, its kernel's default tiles; `--sweep` times all candidates of the gated delta net.
 """
 
 from __future__ import annotations
@@ -24,24 +24,17 @@ import triton
 from benchmarks.experts import graph_us
 from firebox.hardware.base import Gpu
 from firebox.hardware.probe import probe_gpu
-from firebox.kernels import gated_delta_chunk, gated_delta_decode, logprobs, moe_route, moe_router, sample
+from firebox.kernels import gated_delta_chunk, gated_delta_decode, logprobs, moe_route, sample
 from firebox.kernels._gated_delta import reference as gated_delta_reference
 from firebox.kernels.launch import Launcher
 from tests.support.experts import relative_error
 from tests.support.gated_delta import QWEN, QWEN_TP4, random_inputs, random_layer
 from tests.support.interpreted_route import compare, outputs
-from tests.support.route import CLOSE_PRODUCTS, ROUTINGS, decided
+from tests.support.route import ROUTINGS, decided
 from tests.support.route import random_logits as router_logits
 from tests.support.sampling import mixed_parameters, random_logits
 
 CALLS, SAMPLES = 8, 7
-# model → hidden size, type of the router's weights
-ROUTERS = {
-    "glm-4.7": (5120, "f32"),
-    "qwen3.5": (4096, "bf16"),
-    "kimi-k2": (7168, "bf16"),
-    "gpt-oss": (2880, "bf16"),
-}
 VOCABS = {"gpt-oss": 201_088, "glm-4.7": 151_552, "qwen3.5": 248_320}
 # temperature, top_k, top_p, min_p of all rows
 MODES = {
@@ -55,6 +48,7 @@ MODES = {
 
 Row = dict[str, Any]
 Call = Callable[[], None]
+Part = Callable[[Gpu, torch.Generator], Iterator[Row]]
 
 
 def timed(row: Row, right: bool, calls: list[Call], gpu: Gpu, bytes_: float = 0.0) -> Row:
@@ -83,35 +77,6 @@ def route(gpu: Gpu, generator: torch.Generator) -> Iterator[Row]:
             found = compare(ids, weights, wanted, decided(problem, logits, bias))
             right = found["wrong"] == 0 and found["error"] < 2e-6
             yield timed({"part": "route", "model": name, "tokens": tokens}, right, calls, gpu)
-
-
-def router(gpu: Gpu, generator: torch.Generator) -> Iterator[Row]:
-    for name, (hidden, dtype) in ROUTERS.items():
-        p = moe_router.Problem(hidden, ROUTINGS[name], False, "bf16", dtype)
-        matrices = []
-        for _ in range(CALLS):
-            w = torch.randn(p.rows, hidden, generator=generator, device="cuda") * 3 * hidden**-0.5
-            matrices.append(w if dtype == "f32" else w.bfloat16())
-        for tokens in (1, 4, 16, 64):
-            x = torch.randn(tokens, hidden, generator=generator, device="cuda").bfloat16()
-            _, bias, _ = router_logits(p.route, tokens, generator, "cuda")
-            ids, weights = outputs(p.route, tokens, "cuda")
-            default = moe_router.default(p, tokens, gpu)
-            for config in dict.fromkeys((default, *moe_router.search_space(p, tokens, gpu))):
-                launcher = Launcher(moe_router.request(p, config, gpu))
-                space = moe_router.scratch(p, config, tokens, "cuda")
-
-                others = (None, bias, *space, ids[:-1], weights[:-1])
-                calls = [partial(moe_router.run, launcher, x, w, *others) for w in matrices]
-                calls[0]()
-                logits = (x.double() @ matrices[0].double()[: p.route.experts].T).float()
-                wanted = moe_router.reference(p, x, matrices[0], None, bias)
-                sure = decided(p.route, logits, bias, 2 * CLOSE_PRODUCTS)
-                found = compare(ids, weights, wanted, sure)
-                row = {"part": "router", "model": name, "tokens": tokens, **dataclasses.asdict(config)}
-                row["default"] = config == default
-                right = found["wrong"] == 0 and found["error"] < 2e-5
-                yield timed(row, right, calls, gpu, matrices[0].nbytes)
 
 
 def sampling(gpu: Gpu, generator: torch.Generator) -> Iterator[Row]:
@@ -162,7 +127,7 @@ def log_probabilities(gpu: Gpu, generator: torch.Generator) -> Iterator[Row]:
                 yield timed(row, right, [call] * CALLS, gpu, logits.nbytes)
 
 
-def decode(gpu: Gpu, generator: torch.Generator) -> Iterator[Row]:
+def decode(gpu: Gpu, generator: torch.Generator, sweep: bool) -> Iterator[Row]:
     for name, p in (("qwen3.5", QWEN), ("qwen3.5 tp4", QWEN_TP4)):
         for requests, tokens in ((1, 1), (1, 4), (8, 1), (16, 1), (64, 1), (64, 4)):
             slots = list(range(requests))
@@ -170,7 +135,9 @@ def decode(gpu: Gpu, generator: torch.Generator) -> Iterator[Row]:
             inputs = random_inputs(p, [tokens] * requests, slots, generator, "cuda")
             y = torch.empty(len(inputs.mixed), p.heads * p.value_dim, dtype=torch.bfloat16, device="cuda")
             counters = gated_delta_decode.counters(p, requests, "cuda")
-            for config in gated_delta_decode.search_space(p, gpu):
+            default = gated_delta_decode.default(p, gpu)
+            others = gated_delta_decode.search_space(p, gpu) if sweep else ()
+            for config in dict.fromkeys((default, *others)):
                 launcher = Launcher(gated_delta_decode.request(p, config, gpu))
 
                 calls = [
@@ -191,12 +158,14 @@ def decode(gpu: Gpu, generator: torch.Generator) -> Iterator[Row]:
                 calls[0]()
                 right = relative_error(y, wanted[0]) < 2e-3 and relative_error(first.state, wanted[2]) < 3e-6
                 row = {"part": "decode", "model": name, "requests": requests, "tokens": tokens}
-                row |= dataclasses.asdict(config)
+                row |= dataclasses.asdict(config) | {"default": config == default}
                 yield timed(row, right, calls, gpu, 2 * first.state.nbytes)
 
 
-def chunks(gpu: Gpu, generator: torch.Generator) -> Iterator[Row]:
+def chunks(gpu: Gpu, generator: torch.Generator, sweep: bool) -> Iterator[Row]:
     p = QWEN_TP4
+    default = gated_delta_chunk.default(p, gpu)
+    others = [dataclasses.replace(default, columns=columns) for columns in (16, 32, 64) if sweep]
     for lengths in ([512], [4096], [512] * 16, [8192]):
         layer = random_layer(p, len(lengths), generator, "cuda")
         inputs = random_inputs(p, lengths, list(range(len(lengths))), generator, "cuda")
@@ -204,34 +173,36 @@ def chunks(gpu: Gpu, generator: torch.Generator) -> Iterator[Row]:
         space = gated_delta_chunk.scratch(p, sum(lengths), torch.bfloat16, "cuda")
         wanted = gated_delta_reference(p, layer.weights, inputs, layer.conv_state, layer.state)
         before = layer.conv_state.clone(), layer.state.clone()
-        for columns in (16, 32, 64):
+        for config in dict.fromkeys((default, *others)):
             layer.conv_state.copy_(before[0])
             layer.state.copy_(before[1])
-            config = gated_delta_chunk.Config(columns)
             launchers = tuple(Launcher(r) for r in gated_delta_chunk.requests(p, config, gpu))
             states = (layer.conv_state, layer.state)
             call = partial(gated_delta_chunk.run, launchers, p, inputs, layer.weights, *states, space, y)
             call()
             errors = relative_error(y, wanted[0]), relative_error(layer.state, wanted[2])
-            row = {"part": "chunk", "requests": len(lengths), "tokens": sum(lengths), "columns": columns}
+            row = {"part": "chunk", "requests": len(lengths), "tokens": sum(lengths)}
+            row |= dataclasses.asdict(config) | {"default": config == default}
             yield timed(row, max(errors) < 1.2e-2, [call] * 4, gpu)
 
 
-PARTS = {
-    "route": route,
-    "router": router,
-    "sample": sampling,
-    "logprobs": log_probabilities,
-    "decode": decode,
-    "chunk": chunks,
-}
+def parts(sweep: bool) -> dict[str, Part]:
+    """By what `--parts` calls them. `sweep`: those that have candidates time them all."""
+    return {
+        "route": route,
+        "sample": sampling,
+        "logprobs": log_probabilities,
+        "decode": partial(decode, sweep=sweep),
+        "chunk": partial(chunks, sweep=sweep),
+    }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--parts", default=",".join(parts(False)))
+    parser.add_argument("--sweep", action="store_true", help="every candidate, not the default alone")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     gpu = probe_gpu()
@@ -240,7 +211,8 @@ def main() -> int:
         return 2
     print(f"{gpu.name}, torch {torch.__version__}, Triton {triton.__version__}", flush=True)
     generator = torch.Generator("cuda").manual_seed(0)
-    rows = [row for part in arguments.parts.split(",") for row in PARTS[part](gpu, generator)]
+    every = parts(arguments.sweep)
+    rows = [row for part in arguments.parts.split(",") for row in every[part](gpu, generator)]
     if arguments.json:
         print(json.dumps(rows))
     return 0 if all(row["right"] for row in rows) else 1

@@ -22,17 +22,17 @@ ROUTINGS = {
     "all": Problem(8, 8, "softmax_top_k"),
 }
 CLOSE = 1e-6  # choices nearer than that may change places: a sigmoid's rounding differs between devices
-CLOSE_PRODUCTS = 1e-5  # and so do logits that were added up in another order
 
 
 def random_logits(
     problem: Problem, tokens: int, generator: torch.Generator, device: torch.device | str = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Logits [tokens, experts] float32 in steps of 1/32, so that many are equal, zeros of both signs among
-    them, and correction_bias and gate where the problem has them."""
+    them, every other token's all negative; and correction_bias and gate where the problem has them."""
     steps = torch.randint(-96, 97, (tokens, problem.experts), generator=generator, device=device)
     logits = steps.float() / 32
     logits[:, ::3] *= -1.0  # zeros of both signs
+    logits[1::2] -= 4.0  # below the padding's zeros
     bias = gate = None
     if problem.scoring == "sigmoid":
         bias = torch.randint(-8, 9, (problem.experts,), generator=generator, device=device).float() / 16
@@ -41,24 +41,20 @@ def random_logits(
     return logits, bias, gate
 
 
-def decided(
-    problem: Problem, logits: torch.Tensor, bias: torch.Tensor | None, close: float = CLOSE
-) -> torch.Tensor:
+def decided(problem: Problem, logits: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """[tokens] bool: no two different choices or groups lie so close that rounding could swap them. What is
-    exactly equal is decided: the lower number wins. `close` CLOSE: the logits are given, not computed."""
+    exactly equal is decided: the lower number wins."""
     if problem.scoring != "sigmoid" and problem.expert_groups == 1:
-        if close == CLOSE:
-            return torch.ones(logits.shape[0], dtype=torch.bool, device=logits.device)
-        return ~_close(logits, logits, close)
+        return torch.ones(logits.shape[0], dtype=torch.bool, device=logits.device)
     choice = logits.sigmoid() + bias if problem.scoring == "sigmoid" else logits.softmax(-1)
-    sure = ~_close(choice, logits if bias is None else logits + 1000 * bias, close)
+    sure = ~_close(choice, logits if bias is None else logits + 1000 * bias)
     if problem.expert_groups > 1:
         groups = choice.unflatten(-1, (problem.expert_groups, -1)).topk(2, -1).values.sum(-1)
-        sure &= ~_close(groups, groups, close)
+        sure &= ~_close(groups, groups)
     return sure
 
 
-def _close(values: torch.Tensor, of: torch.Tensor, close: float) -> torch.Tensor:
+def _close(values: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
     order = values.sort(dim=-1).indices
     value, source = values.gather(-1, order), of.gather(-1, order)
-    return ((value.diff(dim=-1) < close) & (source.diff(dim=-1) != 0)).any(-1)
+    return ((value.diff(dim=-1) < CLOSE) & (source.diff(dim=-1) != 0)).any(-1)

@@ -104,7 +104,7 @@ def first_largest(key, number, NONE: tl.constexpr):
 
 @triton.jit
 def _best_groups(choice, there, GROUPS: tl.constexpr, KEPT: tl.constexpr):
-    """`choice` [TOKENS, GROUPS padded, SIZE] → which groups may be chosen from [TOKENS, GROUPS padded, 1]."""
+    """`choice` [1, GROUPS padded, SIZE] → which groups may be chosen from [1, GROUPS padded, 1]."""
     member = tl.arange(0, choice.shape[2])[None, None, :]
     key = tl.where(there, sortable(choice), TAKEN)
     first, at = first_largest(key, member, choice.shape[2])
@@ -121,14 +121,14 @@ def _best_groups(choice, there, GROUPS: tl.constexpr, KEPT: tl.constexpr):
 
 
 @triton.jit
-def choose(
+def _choose(
     logits, bias, expert, there,
-    TOKENS: tl.constexpr, TOP_K: tl.constexpr, WIDTH: tl.constexpr, SCORING: tl.constexpr,
-    RENORMALISE: tl.constexpr, SCALE: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr,
+    TOP_K: tl.constexpr, WIDTH: tl.constexpr, SCORING: tl.constexpr, RENORMALISE: tl.constexpr,
+    SCALE: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """`logits` [TOKENS, groups, size], all axes padded to powers of two; `expert` [1, groups, size] the
-    number of each, `there` which are real, `bias` like `expert`, or None. Chosen numbers and their weights
-    [TOKENS, WIDTH], those from TOP_K on undefined."""
+    """`logits` [1, groups, size], both axes padded to powers of two; `expert` the number of each, `there`
+    which are real, `bias` the same shape, or None. Chosen numbers and their weights [1, WIDTH], those from
+    TOP_K on undefined."""
     PADDED: tl.constexpr = logits.shape[1] * logits.shape[2]
     choice = logits
     total = 1.0
@@ -141,19 +141,20 @@ def choose(
         top = tl.max(tl.max(masked, 2, keep_dims=True), 1, keep_dims=True)
         score = tl.exp(masked - top)
         total = tl.sum(tl.sum(score, 2), 1)[:, None]
-        top = tl.reshape(top, (TOKENS, 1))
+        top = tl.reshape(top, (1, 1))
         if GROUPS > 1:
             choice = score
     if GROUPS > 1:
         there = there & _best_groups(choice, there, GROUPS, KEPT)
         if SCORING == "softmax":
             choice = logits
-    key = tl.reshape(tl.where(there, sortable(choice), TAKEN), (TOKENS, PADDED))
-    logit_key = tl.reshape(sortable(logits), (TOKENS, PADDED))
+    key = tl.reshape(tl.where(there, sortable(choice), TAKEN), (1, PADDED))
+    # padding has numbers too, the next group's: without a logit it is never taken for the chosen one
+    logit_key = tl.reshape(tl.where(there, sortable(logits), TAKEN), (1, PADDED))
     number = tl.reshape(expert, (1, PADDED))
     k = tl.arange(0, WIDTH)[None, :]
-    ids = tl.zeros((TOKENS, WIDTH), tl.int32)
-    chosen = tl.zeros((TOKENS, WIDTH), tl.int32)
+    ids = tl.zeros((1, WIDTH), tl.int32)
+    chosen = tl.zeros((1, WIDTH), tl.int32)
     for j in tl.static_range(TOP_K):
         largest, best = first_largest(key, number, PADDED)
         mine = number == best
@@ -179,24 +180,24 @@ def choose(
 
 
 @triton.jit
-def store_choices(
-    ids, weight, shared_weight, token, token_there, expert_ids, routing_weights,
+def _store_choices(
+    ids, weight, shared_weight, token, expert_ids, routing_weights,
     EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """`ids`, `weight` [TOKENS, WIDTH]; `token` [TOKENS]; `shared_weight` [TOKENS, 1] or a number."""
+    """`ids`, `weight` [1, WIDTH]; `token` [1]; `shared_weight` [1, 1] or a number."""
     k = tl.arange(0, WIDTH)[None, :]
     if SHARED > 0:
         ids = tl.where(k < TOP_K, ids, EXPERTS + k - TOP_K)
         weight = tl.where(k < TOP_K, weight, shared_weight)
     at = token[:, None].to(tl.int64) * (TOP_K + SHARED) + k
-    written = token_there[:, None] & (k < TOP_K + SHARED)
-    tl.store(expert_ids + at, ids, mask=written)
-    tl.store(routing_weights + at, weight, mask=written)
+    tl.store(expert_ids + at, ids, mask=k < TOP_K + SHARED)
+    tl.store(routing_weights + at, weight, mask=k < TOP_K + SHARED)
 
 
 @triton.jit
-def numbers(EXPERTS: tl.constexpr, GROUPS: tl.constexpr, GROUPS_PADDED: tl.constexpr, SIZE: tl.constexpr):
-    """Experts by group: their numbers [1, GROUPS_PADDED, SIZE], and which there are."""
+def _numbers(EXPERTS: tl.constexpr, GROUPS: tl.constexpr, GROUPS_PADDED: tl.constexpr, SIZE: tl.constexpr):
+    """Experts by group: their numbers [1, GROUPS_PADDED, SIZE], and which there are. The padding behind a
+    group goes on counting, through the next group's numbers."""
     group = tl.arange(0, GROUPS_PADDED)[None, :, None]
     member = tl.arange(0, SIZE)[None, None, :]
     return group * (EXPERTS // GROUPS) + member, (group < GROUPS) & (member < EXPERTS // GROUPS)
@@ -210,7 +211,7 @@ def route(
     GROUPS_PADDED: tl.constexpr, SIZE: tl.constexpr, KEPT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) + tl.arange(0, 1)
-    expert, there = numbers(EXPERTS, GROUPS, GROUPS_PADDED, SIZE)
+    expert, there = _numbers(EXPERTS, GROUPS, GROUPS_PADDED, SIZE)
     bias = None
     if correction_bias is not None:  # a weight: it was there long before
         bias = tl.load(correction_bias + expert, mask=there, other=0.0)
@@ -221,20 +222,17 @@ def route(
     shared_weight = 1.0
     if gate is not None:
         shared_weight = tl.sigmoid(tl.load(gate + token))[:, None]
-    ids, weight = choose(
-        logit, bias, expert, there, 1, TOP_K, WIDTH, SCORING, RENORMALISE, SCALE, GROUPS, KEPT
+    ids, weight = _choose(logit, bias, expert, there, TOP_K, WIDTH, SCORING, RENORMALISE, SCALE, GROUPS, KEPT)
+    _store_choices(
+        ids, weight, shared_weight, token, expert_ids, routing_weights, EXPERTS, TOP_K, SHARED, WIDTH
     )
-    store_choices(
-        ids, weight, shared_weight, token, token >= 0, expert_ids, routing_weights,
-        EXPERTS, TOP_K, SHARED, WIDTH,
-    )  # fmt: skip
 
 
 # ---- 3. the launch
 
 
 def constants(problem: Problem) -> dict[str, object]:
-    """What `choose` and `store_choices` take."""
+    """What `route` takes."""
     p = problem
     return {
         "EXPERTS": p.experts,

@@ -1,40 +1,42 @@
-"""Routing without a GPU: the kernels under Triton's interpreter against their reference, the reference
+"""Routing without a GPU: the kernel under Triton's interpreter against its reference, the reference
 against the layer's own routing, and the launches compiled for GPUs that are not here. On a GPU:
 tests/gpu/test_route.py."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from firebox.hardware.base import find_gpu
-from firebox.kernels import moe_route, moe_router
+from firebox.kernels import moe_route
 from firebox.layers.moe import MoeBlock
 from tests.support.interpreter import check_launches, interpreted
 from tests.support.route import ROUTINGS, random_logits
 
-# Exponentials and a division in float32, in another order than torch's; the router's logits differ by 3e-6.
-WEIGHT_LIMIT = 1e-6
-PRODUCT_LIMIT = 1e-5
-HIDDEN = {
-    "glm-4.7": (5120, "f32"),
-    "qwen3.5": (4096, "bf16"),
-    "kimi-k2": (7168, "bf16"),
-    "gpt-oss": (2880, "bf16"),
-}
+WEIGHT_LIMIT = 1e-6  # exponentials and a division in float32, in another order than torch's
 
 
-def test_kernels_choose_what_the_reference_chooses_under_the_interpreter() -> None:
-    found = interpreted("interpreted_route")
-    assert len(found) == len(ROUTINGS) + 4 * 3
+@pytest.fixture(scope="module")
+def found() -> Any:
+    """Of each routing: what the kernel made of 5 tokens under the interpreter."""
+    return interpreted("interpreted_route")
+
+
+def test_the_kernel_chooses_what_the_reference_chooses_under_the_interpreter(found: Any) -> None:
+    assert list(found) == list(ROUTINGS)
     for name, case in found.items():
-        assert case["wrong"] == 0, (name, case)
-        assert case["error"] < (PRODUCT_LIMIT if "router" in name else WEIGHT_LIMIT), (name, case)
+        assert case["wrong"] == 0 and case["error"] < WEIGHT_LIMIT, (name, case)
     # inputs on a grid have ties, which are decided, and hardly anything that nearly ties
-    assert all(case["decided"] == 5 for name, case in found.items() if "router" not in name)
-    assert sum(case["decided"] for name, case in found.items() if "router" in name) > 0.8 * 4 * (1 + 9 + 17)
+    assert all(case["decided"] == 5 for case in found.values())
+
+
+def test_a_negative_logit_keeps_its_weight_where_groups_are_padded(found: Any) -> None:
+    """A group of 20 fills 32 lanes. The 12 behind it count on through the next group's numbers, and a 0
+    there was once taken for the logit of the expert so numbered."""
+    assert found["odd groups"]["lowest"] < 0 and found["odd groups"]["error"] < WEIGHT_LIMIT
 
 
 @pytest.mark.parametrize("name", ROUTINGS)
@@ -96,10 +98,4 @@ def test_every_launch_fits_and_is_native_where_it_is_for() -> None:
         for model, problem in ROUTINGS.items():
             assert moe_route.accepts(problem, gpu) is None
             requests[f"{name} route {model}"] = moe_route.request(problem, gpu)
-        for model, (hidden, dtype) in HIDDEN.items():
-            p = moe_router.Problem(hidden, ROUTINGS[model], model == "gpt-oss", "bf16", dtype)
-            assert moe_router.accepts(p, gpu) is None
-            for tokens in (1, 64):
-                config = moe_router.default(p, tokens, gpu)
-                requests[f"{name} router {model} {tokens}"] = moe_router.request(p, config, gpu)
     check_launches(requests)
