@@ -14,6 +14,7 @@ would be void.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -130,6 +131,7 @@ def main() -> int:
         cuda_graph="off" if arguments.eager else "decode",
     )  # fmt: skip
     scheduler, runner, ready = start(Config(model=model, engine=engine))
+    print("\n".join(ready.reasons))
     print(
         f"{arguments.model} ready after {time.perf_counter() - began:.1f} s, "
         f"{torch.cuda.memory_allocated() / 1e9:.1f} GB",
@@ -151,7 +153,7 @@ def main() -> int:
         serve(scheduler, runner, some(batch, 8))
         ttft, steps = serve(scheduler, runner, some(batch, arguments.tokens))
         ms, floor = (
-            statistics.median(steps) * 1e3,
+            statistics.median(steps or [float("nan")]) * 1e3,
             weights_bytes(parts, 1, batch) / runner.gpu.copy_gb_s / 1e6,
         )
         row = {"batch": batch, "ms_per_token": round(ms, 3), "replay_ms": replay_ms(runner, batch)}
@@ -163,6 +165,7 @@ def main() -> int:
         if problems and seen is not None:
             e, k = problems[0].experts, problems[0].top_k
             row |= {"experts": round(seen, 1), "expected": round(e * (1 - (1 - k / e) ** batch), 1)}
+        row["steps"] = len(steps)
         rows.append(row)
         print(json.dumps(row), flush=True)
     if arguments.ttft:
@@ -171,17 +174,28 @@ def main() -> int:
             f"first token of {arguments.ttft} after {statistics.median(times[1:]) * 1e3:.1f} ms", flush=True
         )
     print("steps", dict(runner.steps))
-    if arguments.profile:
-        profile(scheduler, runner, vocab, first_id)
+    for batch in batches if arguments.profile else ():
+        profile(runner, batch)
     if arguments.json:
         print(json.dumps(rows))
     return 0
 
 
-def profile(scheduler: Any, runner: Any, vocab: int, first_id: int) -> None:
+def profile(runner: Any, batch: int) -> None:
+    """Where a step's time goes: from the end of one kernel to the end of the next, by name, of one replay."""
+    graph = runner._graphs[batch]._graph
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
-        serve(scheduler, runner, requests(1, 128, 16, vocab, first_id))
-    print(found.key_averages().table(sort_by="cuda_time_total", row_limit=28, max_name_column_width=60))
+        graph.replay()
+        torch.cuda.synchronize()
+    events = sorted(
+        (event.time_range.end, event.name) for event in found.events() if event.device_type.name == "CUDA"
+    )
+    of_name: dict[str, list[float]] = {}
+    for (before, _), (end, name) in itertools.pairwise(events):
+        of_name.setdefault(name[:48], []).append(end - before)
+    print(f"batch {batch}: {events[-1][0] - events[0][0]:.0f} us, {len(events)} kernels")
+    for name, us in sorted(of_name.items(), key=lambda pair: -sum(pair[1]))[:16]:
+        print(f"  {name:50} {len(us):5} x {statistics.mean(us):8.2f} us = {sum(us):9.1f} us")
 
 
 if __name__ == "__main__":

@@ -309,8 +309,8 @@ def _window_pages(
     pages = 2 * (max_running * per_request + -(-config.max_batch_tokens // config.page_tokens))
     page_bytes = checkpoint.window_bytes_per_token * config.page_tokens
     reasons.append(
-        f"window_pages {pages}: windows of {checkpoint.window_tokens} tokens for {max_running} requests and a "
-        f"step's {config.max_batch_tokens} tokens, twice; {pages * page_bytes / 2**20:.0f} MiB"
+        f"window_pages {pages}: windows of {checkpoint.window_tokens} tokens for {max_running} requests and "
+        f"a step's {config.max_batch_tokens} tokens, twice; {pages * page_bytes / 2**20:.0f} MiB"
     )
     return pages
 

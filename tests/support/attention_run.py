@@ -28,7 +28,7 @@ def run(kernel: ModuleType, case: Case, gpu: Gpu, made: dict[str, Any], config: 
         config = config or kernel.default(problem, gpu, most)
         kernel.attend(
             *arguments, made["scale"], out, problem=problem, config=config, max_queries=most,
-            splits=case.splits, **options,
+            splits=case.splits, pdl=attention_decode.depends(gpu), **options,
         )  # fmt: skip
     else:
         config = config or attention_extend.default(problem, gpu)

@@ -123,7 +123,7 @@ def run(
         splits = attention_decode.split_count(programs, (longest, mean), places, config.block_n)
         attention_decode.attend(
             q, k_cache, v_cache, plan.paged, scale, out, config=config, max_queries=plan.decode_queries,
-            splits=splits, **options,
+            splits=splits, pdl=attention_decode.depends(gpu), **options,
         )  # fmt: skip
     config = attention_extend.default(problem, gpu)
     tiles = _tiles(plan, problem.group, config.block_m)

@@ -199,7 +199,9 @@ class StoredSlot:
 
     @property
     def stored_bytes(self) -> int:
-        """Of all its tensors."""
+        """Of all its tensors; unquantised ones are kept in 16 bits."""
+        if self.format.name == "bf16":
+            return 2 * math.prod(self.shape)
         return sum(math.prod(spec.shape) * spec.dtypes[0].itemsize for spec in self.tensors.values())
 
     def fill(self, found: Mapping[str, torch.Tensor]) -> None:

@@ -47,7 +47,9 @@ from firebox.kernels._attention import (
     store_output,
 )
 from firebox.kernels._attention_cases import DECODE_CASES, Case, attention, make
+from firebox.kernels._experts import let_next_launch_begin, wait_for_launch_before
 from firebox.kernels.compile import PINNED_OPTIONS, CompileRequest, limit_bytes
+from firebox.kernels.launch import INTERPRETED
 
 # ---- 1. the problem
 
@@ -151,7 +153,7 @@ def decode(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     WIDTH: tl.constexpr, PAGE_TOKENS: tl.constexpr, WINDOW: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MIN_TILES: tl.constexpr, TREE_QUERIES: tl.constexpr,
-    LOG2E: tl.constexpr,
+    LOG2E: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows of one request and key head over one split of its keys."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -161,6 +163,8 @@ def decode(
     first_token = tl.load(query_start + request)
     queries = tl.load(query_start + request + 1) - first_token
     context = tl.load(context_tokens + request)
+    wait_for_launch_before(PDL)  # the step's integers were written long before; queries and keys were not
+    let_next_launch_begin(PDL)
     if (queries > max_queries) | (first_row >= queries * GROUP):
         return
     lowest, tiles, share = shares(queries, context, window_tokens, splits, BLOCK_N, MIN_TILES, WINDOW)
@@ -210,7 +214,7 @@ def merge(
     partial, partial_top, out, context_tokens, query_start, sinks, v_scale, window_tokens, max_queries,
     splits, HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
     MIN_TILES: tl.constexpr, MAX_SPLITS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
-    LOG2E: tl.constexpr,
+    LOG2E: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """COLUMNS columns of one query and head, from all splits."""
     request, query = tl.program_id(0) // max_queries, tl.program_id(0) % max_queries
@@ -218,6 +222,8 @@ def merge(
     first_token = tl.load(query_start + request)
     queries = tl.load(query_start + request + 1) - first_token
     context = tl.load(context_tokens + request)
+    wait_for_launch_before(PDL)
+    let_next_launch_begin(PDL)
     if (queries > max_queries) | (query >= queries):
         return
     _, tiles, share = shares(queries, context, window_tokens, splits, BLOCK_N, MIN_TILES, WINDOW)
@@ -266,9 +272,11 @@ def attend(
     window_tokens: int = 0,
     sinks: torch.Tensor | None = None,
     scales: tuple[float, float] = (1.0, 1.0),
+    pdl: bool = False,
 ) -> torch.Tensor:
     """Writes the rows of `out` of all requests with 1 … `max_queries` queries, and returns it; other rows
-    stay as they are. `scales`: of the cache's keys and values. `sinks` [heads]. One launch, two with
+    stay as they are. `pdl`: the launches may begin before the one before them has ended, which has not
+    written any of `paged`. `scales`: of the cache's keys and values. `sinks` [heads]. One launch, two with
     `splits` above 1; the second needs workspace of max_queries · splits rows of float32 per request and
     head."""
     check(problem, q, k_cache, v_cache)
@@ -281,15 +289,16 @@ def attend(
     decode[problem.kv_heads * row_blocks, splits, paged.requests](
         q, k_cache, v_cache, out, partial, partial_top, paged.page_table, paged.context_tokens,
         paged.query_start, sinks, paged.tree_bits, paged.tree_depths, scale * scales[0] * LOG2E, scales[1],
-        window_tokens, paged.page_table.stride(0), max_queries, splits, **_constants(problem, config),
+        window_tokens, paged.page_table.stride(0), max_queries, splits, **_constants(problem, config, pdl),
         num_warps=config.num_warps, num_stages=config.num_stages, **config.limits, **PINNED_OPTIONS,
+        **_launch_options(pdl),
     )  # fmt: skip
     if splits > 1:
         column_blocks = -(-problem.value_dim // MERGE_COLUMNS)
         merge[paged.requests * max_queries, problem.heads, column_blocks](
             partial, partial_top, out, paged.context_tokens, paged.query_start, sinks, scales[1],
-            window_tokens, max_queries, splits, **_merge_constants(problem, config),
-            num_warps=4, num_stages=1, **PINNED_OPTIONS,
+            window_tokens, max_queries, splits, **_merge_constants(problem, config, pdl),
+            num_warps=4, num_stages=1, **PINNED_OPTIONS, **_launch_options(pdl),
         )  # fmt: skip
     return out
 
@@ -297,28 +306,39 @@ def attend(
 def requests(problem: Problem, config: Config, gpu: Gpu, *, split: bool = True) -> tuple[CompileRequest, ...]:
     """The launches that `attend` makes with this configuration; not `split`: with `splits` 1."""
     partials = {"partial": "*fp32", "partial_top": "*fp32"}
+    pdl = depends(gpu)
     types, absent = signature(problem, {"max_queries": "i32", "splits": "i32"} | (partials if split else {}))
     if not split:
         absent = absent | dict.fromkeys(partials)
     first = CompileRequest(
-        decode, types, _constants(problem, config) | absent, gpu, _aligned(types), config.num_warps,
-        config.num_stages, options=config.limits, declares=problem.declares,
+        decode, types, _constants(problem, config, pdl) | absent, gpu, _aligned(types), config.num_warps,
+        config.num_stages, options={**config.limits, **_launch_options(pdl)}, declares=problem.declares,
     )  # fmt: skip
     if not split:
         return (first,)
-    constexprs = _merge_constants(problem, config) | {k: v for k, v in absent.items() if k == "sinks"}
+    constexprs = _merge_constants(problem, config, pdl) | {k: v for k, v in absent.items() if k == "sinks"}
     taken = {name: kind for name, kind in types.items() if name in merge.arg_names}
-    return first, CompileRequest(merge, taken, constexprs, gpu, _aligned(taken), 4, 1)
+    options = _launch_options(pdl)
+    return first, CompileRequest(merge, taken, constexprs, gpu, _aligned(taken), 4, 1, options)
 
 
-def _constants(problem: Problem, config: Config) -> dict[str, Any]:
-    own = {"MIN_TILES": MIN_TILES, "TREE_QUERIES": TREE_QUERIES, "LOG2E": LOG2E}
+def depends(gpu: Gpu) -> bool:
+    """Do launches on `gpu` begin before the one before them has ended?"""
+    return "pdl" in gpu.facts and not INTERPRETED
+
+
+def _launch_options(pdl: bool) -> dict[str, bool]:
+    return {"launch_pdl": True} if pdl else {}
+
+
+def _constants(problem: Problem, config: Config, pdl: bool) -> dict[str, Any]:
+    own = {"MIN_TILES": MIN_TILES, "TREE_QUERIES": TREE_QUERIES, "LOG2E": LOG2E, "PDL": pdl}
     return constants(problem, config) | own
 
 
-def _merge_constants(problem: Problem, config: Config) -> dict[str, Any]:
+def _merge_constants(problem: Problem, config: Config, pdl: bool) -> dict[str, Any]:
     own = {"MAX_SPLITS": MAX_SPLITS, "COLUMNS": MERGE_COLUMNS, "CHUNK": MERGE_SPLITS}
-    all_of_them = _constants(problem, config) | own
+    all_of_them = _constants(problem, config, pdl) | own
     return {name: value for name, value in all_of_them.items() if name in merge.arg_names}
 
 
