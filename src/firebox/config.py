@@ -83,7 +83,7 @@ class EngineConfig:
     moe_backend: str = option("auto", "an expert kernel by name; auto: the fastest that accepts the model")
     device: str = option(
         "auto",
-        "cuda: an NVIDIA GPU; cpu; auto: a GPU if there is one",
+        "cuda: an NVIDIA GPU; cpu; auto: a GPU if there is one, unless the model computes in float32",
         choices=("auto", "cuda", "cpu"),
     )
     cuda_graph: str = option(

@@ -55,8 +55,9 @@ def start(
 ) -> tuple[Scheduler, Runner, Ready]:
     """Loads everything; `config.model.model` is a folder. Raises the FireboxError that says what is wrong."""
     began = time.perf_counter()
-    gpu = device_of(config.engine.device)
     checkpoint = open_checkpoint(Path(config.model.model))
+    dtype = checkpoint.dtype if config.model.dtype == "auto" else config.model.dtype
+    gpu, why = device_of(config.engine.device, dtype)
     found = facts(checkpoint, config, gpu)
     settings = resolve(config.engine, config.model.dtype, found, gpu)
     torch.set_num_threads(settings.threads)
@@ -104,21 +105,31 @@ def start(
         kv_bytes_per_token=found.kv_bytes_per_token,
         eos_token_ids=sorted(checkpoint.eos_token_ids),
         ledger=rows,
-        reasons=[*settings.reasons, *loaded, *_scales(model, settings.kv_format)],
+        reasons=[
+            f"device {gpu.name}: {why}",
+            *settings.reasons,
+            *loaded,
+            *_scales(model, settings.kv_format),
+        ],
         load_seconds=time.perf_counter() - began,
     )
     return scheduler, runner, ready
 
 
-def device_of(wanted: str) -> Gpu:
-    """The device that `--device` asks for: an NVIDIA GPU if there is one, unless it says otherwise."""
+def device_of(wanted: str, dtype: str) -> tuple[Gpu, str]:
+    """The device that `--device` asks for, and why. auto: an NVIDIA GPU if there is one and a model for its
+    kernels, which do not compute in float32. Raises ConfigError."""
     check_choice(EngineConfig, "device", wanted)
     if wanted == "cpu":
-        return probe_cpu()
+        return probe_cpu(), "asked for"
+    if wanted == "auto" and dtype == "float32":
+        return probe_cpu(), "kernels of GPUs do not compute in float32"
     gpu = probe_gpu()
-    if gpu is None and wanted == "cuda":
+    if gpu is not None:
+        return gpu, "asked for" if wanted == "cuda" else "there is an NVIDIA GPU"
+    if wanted == "cuda":
         raise ConfigError("this machine has no NVIDIA GPU that torch can use", hint="--device cpu")
-    return gpu or probe_cpu()
+    return probe_cpu(), "there is no NVIDIA GPU that torch can use"
 
 
 def make_model(checkpoint: Checkpoint, build: Build) -> Model:
