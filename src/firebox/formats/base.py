@@ -199,10 +199,13 @@ class StoredSlot:
 
     @property
     def stored_bytes(self) -> int:
-        """Of all its tensors; unquantised ones are kept in 16 bits."""
-        if self.format.name == "bf16":
-            return 2 * math.prod(self.shape)
-        return sum(math.prod(spec.shape) * spec.dtypes[0].itemsize for spec in self.tensors.values())
+        """Of all its tensors as they are kept: unquantised numbers in 16 bits, whatever the checkpoint's; an
+        activation's optional scale is not."""
+        return sum(
+            math.prod(spec.shape) * (2 if self.format.name == "bf16" else spec.dtypes[0].itemsize)
+            for spec in self.tensors.values()
+            if not spec.optional
+        )
 
     def fill(self, found: Mapping[str, torch.Tensor]) -> None:
         """Hands them over, on the device."""

@@ -1,0 +1,273 @@
+"""The store of a layer's experts: what the kernels' oracle reads from it is what each format's own oracle
+makes of the tensors that were put in; and invented weights have the size and the codes that they should."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from firebox.formats import bf16, fp8_block, fp8_channel, fp8_tensor, int4_group, mxfp4, nvfp4
+from firebox.formats.base import Cut, Format, FormatOf, OneOf, Slot
+from firebox.formats.layouts import E2M1_BITS, INT4_BITS, unpack_words
+from firebox.hardware.base import find_gpu
+from firebox.kernels import _linear
+from firebox.kernels._experts import FORMATS, FP8, Problem, biases_of, dequantised
+from firebox.kernels.cpu_moe_block import Problem as LayerProblem
+from firebox.layers._expert_store import ExpertStore
+from firebox.layers._invented import invented
+from firebox.layers._pack import pack
+from firebox.layers.base import Build
+from firebox.layers.device import Device
+from firebox.layers.moe import MoeNames
+from firebox.layers.moe_gpu import MoeKernels
+from tests.support import quantise
+from tests.support.small_models import fp8_blocks, mxfp4_groups
+
+Tensors = dict[str, torch.Tensor]
+HIDDEN, INTER, EXPERTS = 384, 256, 3
+CPU = torch.device("cpu")
+EXACT, BF16_SCALE = 1e-6, 2.0**-7.99  # a float32 scale of 4-bit integers becomes bf16
+
+
+def compressed(layout: str, **arguments: Any) -> Callable[[torch.Tensor], Tensors]:
+    return lambda matrix: quantise.compress(layout, quantise.compressed_scheme(**arguments), matrix)
+
+
+def fp8_tensor_of(matrix: torch.Tensor) -> Tensors:
+    scale = matrix.abs().max() / 448
+    return {"weight": (matrix / scale).to(torch.float8_e4m3fn), "weight_scale": scale}
+
+
+def mxfp4_of(matrix: torch.Tensor) -> Tensors:
+    blocks, scales = mxfp4_groups(matrix)
+    return {"blocks": blocks, "scales": scales}
+
+
+INT4 = compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32)
+CASES: Mapping[str, tuple[Format, Callable[[torch.Tensor], Tensors], float]] = {
+    "bf16": (bf16.Format(), lambda matrix: {"weight": matrix.bfloat16()}, 0),
+    "fp8_tensor": (fp8_tensor.Format(), fp8_tensor_of, 0),
+    "fp8_channel": (fp8_channel.Format(), fp8_channel.quantise, 0),
+    "fp8_block": (fp8_block.Format(), fp8_blocks, 0),
+    "int4_group": (int4_group.Format(32), INT4, BF16_SCALE),
+    "mxfp4": (mxfp4.Format(), mxfp4_of, 0),
+    "nvfp4": (nvfp4.Format(), quantise.modelopt_nvfp4, EXACT),
+}
+
+
+def matrix(rows: int, columns: int, seed: int) -> torch.Tensor:
+    """Rows of different sizes, so that no row's scale can stand for another's."""
+    values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    return values * 0.02 * (1 + torch.arange(rows) % 5).unsqueeze(-1)
+
+
+def problem(format: str, **options: Any) -> Problem:
+    return Problem(HIDDEN, INTER, EXPERTS, 2, format, **options)
+
+
+def scribbled(format: str) -> ExpertStore:
+    """Every byte that is there before is one of NaN, or of the highest code."""
+    store = ExpertStore(problem(format), CPU)
+    for weights in (store.gate_up, store.down):
+        for name in ("w", "scale", "row_scale"):
+            if getattr(weights, name) is not None:
+                getattr(weights, name).view(torch.uint8).fill_(0xFF)
+    return store
+
+
+def test_every_format_of_experts_is_tried() -> None:
+    assert set(CASES) == set(FORMATS)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_was_put_in_is_what_the_oracle_reads(name: str) -> None:
+    """Matrix by matrix in any order; the expert between them is not touched."""
+    format, quantised, limit = CASES[name]
+    store, shapes = scribbled(name), ((INTER, HIDDEN), (INTER, HIDDEN), (HIDDEN, INTER))
+    meant: dict[tuple[int, int], torch.Tensor] = {}
+    for e, part in ((2, 1), (0, 2), (2, 0), (0, 0), (2, 2), (0, 1)):
+        tensors = quantised(matrix(*shapes[part], seed=3 * e + part))
+        meant[e, part] = format.dequantise(tensors, *shapes[part]).float()
+        packed = pack(format, tensors, *shapes[part])
+        store.keep_down(e, packed) if part == 2 else store.keep_half(e, part, packed)
+    for e in (0, 2):
+        gate_up = dequantised(store.problem, store.gate_up, e, halves=True)
+        torch.testing.assert_close(gate_up, torch.cat((meant[e, 0], meant[e, 1])), rtol=limit, atol=0)
+        down = dequantised(store.problem, store.down, e, halves=False)
+        torch.testing.assert_close(down, meant[e, 2], rtol=limit, atol=0)
+    for weights in (store.gate_up, store.down):
+        assert (weights.w[1].view(torch.uint8) == 0xFF).all()
+        for scale in (weights.scale, weights.row_scale):
+            assert scale is None or (scale[1].view(torch.uint8) == 0xFF).all()
+
+
+def test_gate_and_up_rows_alternate_in_runs_of_eight() -> None:
+    store = ExpertStore(problem("bf16"), CPU)
+    numbers = torch.arange(INTER, dtype=torch.float32).unsqueeze(-1).expand(-1, HIDDEN)
+    for half, sign in ((0, 1), (1, -1)):
+        packed = pack(bf16.Format(), {"weight": sign * (numbers + 1)}, INTER, HIDDEN)
+        store.keep_half(1, half, packed)
+    found = store.gate_up.w[1, :, 0].tolist()
+    for row, value in enumerate(found):
+        run, place = divmod(row, 8)
+        assert value == (1 if run % 2 == 0 else -1) * (run // 2 * 8 + place + 1), row
+    assert not store.gate_up.w[0].any() and not store.gate_up.w[2].any()
+
+
+def test_biases() -> None:
+    store = ExpertStore(problem("bf16", biases=True), CPU)
+    assert store.gate_up.bias is not None and not store.gate_up.bias.any()
+    gate, up = torch.randn(2, EXPERTS, INTER, generator=torch.Generator().manual_seed(1)).bfloat16()
+    down = torch.randn(EXPERTS, HIDDEN, generator=torch.Generator().manual_seed(2))
+    store.keep_biases(gate, up, down)
+    for e in range(EXPERTS):
+        wanted = torch.cat((gate[e], up[e])).float()
+        assert torch.equal(torch.as_tensor(biases_of(store.gate_up, e, halves=True)), wanted)
+        assert torch.equal(torch.as_tensor(biases_of(store.down, e, halves=False)), down[e])
+    assert ExpertStore(problem("bf16"), CPU).down.bias is None
+
+
+# ---- through the slots of a layer
+
+
+def kernels(names: MoeNames, format_of: FormatOf, **options: Any) -> MoeKernels:
+    gpu = find_gpu("gb10")
+    build = Build(
+        gpu, CPU, torch.bfloat16, torch.bfloat16, 64, format_of=format_of, shared=Device(gpu, CPU, 64)
+    )
+    given: dict[str, Any] = {"shared_experts": 0, "routed_scale": 1.0, "eps": 1e-5, "top_k": 2} | options
+    sizes = LayerProblem(hidden=HIDDEN, inter=INTER, experts=EXPERTS, dtype=torch.bfloat16, **given)
+    return MoeKernels(build, sizes, names, 1, (Cut(0, INTER, "inter"), Cut(1, INTER, "inter")))
+
+
+def fill(slots: list[Slot], tensors: Tensors) -> None:
+    assert {name for slot in slots for name in slot.tensors} == set(tensors)
+    for slot in slots:
+        slot.fill({name: tensors[name] for name in slot.tensors})
+
+
+def read(made: MoeKernels, e: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gate over up, and down, of expert e."""
+    store = made._store
+    return (
+        dequantised(store.problem, store.gate_up, e, halves=True),
+        dequantised(store.problem, store.down, e, halves=False),
+    )
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "bf16"])
+def test_gpt_oss_stores_gate_and_up_rows_in_turn(name: str) -> None:
+    """All experts in one tensor; unquantised ones transposed. Its biases alternate as well."""
+    format: Format = mxfp4.Format() if name == "mxfp4" else bf16.Format()
+    made = kernels(
+        MoeNames("r", fused="x"), lambda path: format, scoring="softmax_top_k", renormalise=False,
+        biases=True, activation="clamped_swiglu", limit=7.0, alpha=1.702,
+    )  # fmt: skip
+    pair = torch.stack([matrix(2 * INTER, HIDDEN, e) for e in range(EXPERTS)])
+    down = torch.stack([matrix(HIDDEN, INTER, 10 + e) for e in range(EXPERTS)])
+    biases = {
+        "x.gate_up_proj_bias": matrix(EXPERTS, 2 * INTER, 20),
+        "x.down_proj_bias": matrix(EXPERTS, HIDDEN, 21),
+    }
+    stored: Tensors = {}
+    meant = []
+    for part, weight in (("gate_up_proj", pair), ("down_proj", down)):
+        if name == "bf16":
+            stored[f"x.{part}"] = weight.transpose(1, 2).bfloat16()
+            meant.append(weight.bfloat16().float())
+            continue
+        blocks, scales = mxfp4_groups(weight)
+        stored |= {f"x.{part}_blocks": blocks, f"x.{part}_scales": scales}
+        each = ({"blocks": b, "scales": s} for b, s in zip(blocks, scales, strict=True))
+        meant.append(torch.stack([format.dequantise(one, *weight.shape[1:]) for one in each]))
+    fill([slot for slot in made.slots(interleaved=True) if not isinstance(slot, OneOf)], stored | biases)
+    for e in range(EXPERTS):
+        gate_up, its_down = read(made, e)
+        assert torch.equal(gate_up, torch.cat((meant[0][e, 0::2], meant[0][e, 1::2])))
+        assert torch.equal(its_down, meant[1][e])
+    nothing: Any = SimpleNamespace(weight=torch.ones(HIDDEN))
+    made.finish(nothing, nothing, torch.empty(0), (nothing, nothing, nothing))
+    row = biases["x.gate_up_proj_bias"][1]
+    assert torch.equal(
+        torch.as_tensor(biases_of(made._store.gate_up, 1, halves=True)), torch.cat((row[0::2], row[1::2]))
+    )
+    assert torch.equal(
+        torch.as_tensor(biases_of(made._store.down, 1, halves=False)), biases["x.down_proj_bias"][1]
+    )
+
+
+@pytest.mark.parametrize("layout", ["one tensor an expert", "one for all"])
+def test_both_layouts_of_unquantised_experts_and_a_shared_one(layout: str) -> None:
+    """The shared expert, in the routed ones' format and width, stands behind them."""
+    made = kernels(
+        MoeNames.usual("m"), lambda path: bf16.Format(), scoring="sigmoid", renormalise=True, shared_experts=1
+    )
+    assert made.fused == 1 and made.problem.experts == EXPERTS + 1 and made.problem.top_k == 3
+    gate, up = (torch.stack([matrix(INTER, HIDDEN, s + e) for e in range(4)]).bfloat16() for s in (0, 10))
+    down = torch.stack([matrix(HIDDEN, INTER, 20 + e) for e in range(4)]).bfloat16()
+    paths = [*(f"m.experts.{e}" for e in range(EXPERTS)), "m.shared_experts"]
+    single = {
+        f"{path}.{part}_proj.weight": weight[e]
+        for e, path in enumerate(paths)
+        for part, weight in (("gate", gate), ("up", up), ("down", down))
+    }
+    slots: list[Slot] = []
+    for entry in made.slots(interleaved=False):
+        slots += entry.layouts[layout == "one for all"] if isinstance(entry, OneOf) else [entry]
+    if layout == "one for all":
+        single = {name: tensor for name, tensor in single.items() if "shared" in name}
+        single["m.experts.gate_up_proj"] = torch.cat((gate[:EXPERTS], up[:EXPERTS]), 1)
+        single["m.experts.down_proj"] = down[:EXPERTS]
+    fill(slots, single)
+    for e in range(EXPERTS + 1):
+        gate_up, its_down = read(made, e)
+        assert torch.equal(gate_up, torch.cat((gate[e], up[e])).float())
+        assert torch.equal(its_down, down[e].float())
+
+
+# ---- invented weights
+
+# Scales of mxfp4 are powers of two, up to √2 from what would be right; 100, nvfp4's, is 96 in E4M3.
+SLACK = {"mxfp4": 2**0.5, "nvfp4": 1.05}
+
+
+@pytest.mark.parametrize("name", _linear.FORMATS)
+def test_invented_weights_have_their_size_and_every_code(name: str) -> None:
+    rows, columns = 512, 4096
+    group = _linear.GROUPS.get(name, (0,))[0]
+    made = invented(name, group, (rows,), columns, torch.Generator().manual_seed(4))
+    found = _linear.dequantised(_linear.Problem(rows, columns, name, group), _linear.Weights(*made))
+    size = columns**-0.5
+    assert size / SLACK.get(name, 1.03) < float(found.std()) < size * SLACK.get(name, 1.03)
+    assert abs(float(found.mean())) < 0.12 * size  # integers go from −8 to 7: half a step from the middle
+    there = sorted(set(codes(name, group, made[0]).flatten().tolist()))
+    every = [code for code in range(256) if code & 127 != 127] if name in FP8 else list(range(16))
+    assert there == ([0] if name == "bf16" else every)
+    assert found.isfinite().all()
+
+
+def codes(name: str, group: int, w: torch.Tensor) -> torch.Tensor:
+    """As small integers; 0 for bf16, which has none."""
+    if name in FP8:
+        return w.view(torch.uint8)
+    bits = E2M1_BITS if name in ("mxfp4", "nvfp4") else INT4_BITS
+    return unpack_words(w, group, bits) if group else torch.zeros(1, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_an_invented_store_fills_all_experts_with_their_own(name: str) -> None:
+    store = scribbled(name)
+    store.invent(torch.Generator().manual_seed(5))
+    slack = SLACK.get(name, 1.03)
+    for weights, columns in ((store.gate_up, HIDDEN), (store.down, INTER)):
+        each = [dequantised(store.problem, weights, e, halves=False) for e in range(EXPERTS)]
+        for one in each:
+            assert one.isfinite().all() and 1 / slack < float(one.std()) * columns**0.5 < slack
+        assert not torch.equal(each[0], each[1]) and not torch.equal(each[1], each[2])
+        again = ExpertStore(problem(name), CPU)
+        again.invent(torch.Generator().manual_seed(5))
+    assert torch.equal(again.down.w.view(torch.uint8), store.down.w.view(torch.uint8))
