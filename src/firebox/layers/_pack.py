@@ -192,9 +192,9 @@ def _integers(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | N
         raise UnsupportedFormat(
             f"{codes.shape[1]} columns in groups of {group}; the kernels know whole groups"
         )
-    words = layouts.pack_words(codes, group, layouts.INT4_BITS)
+    words = layouts.pack_words(codes, group, layouts.INT4_BITS)  # strided as the codes are
     stored = scales.bfloat16() if zeros is None else layouts.pack_zeros(scales, zeros)
-    return Weights(words, layouts.pad_groups(stored))
+    return Weights(words.contiguous(), layouts.pad_groups(stored))
 
 
 def _nibbles(packed: torch.Tensor) -> torch.Tensor:

@@ -129,6 +129,7 @@ class LinearKernels:
         workspace: Workspace,
         paths: dict[int, Path] | None = None,
     ) -> None:
+        assert all(part is None or part.is_contiguous() for part in vars(weights).values()), problem
         self.problem, self.weights, self.gpu, self.workspace = problem, weights, gpu, workspace
         self.paths = paths or {}
         self._bias = None if weights.bias is None else weights.bias.to(DTYPES[problem.dtype])
