@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from types import ModuleType
@@ -14,7 +15,12 @@ def names(room: str) -> tuple[str, ...]:
     """The things in a room (`"models"`, `"text.tool_parsers"`), sorted; `base` and `_private` files are not
     things."""
     package = importlib.import_module(f"firebox.{room}")
-    found = (module.name for module in pkgutil.iter_modules(package.__path__))
+    return _names(tuple(package.__path__))
+
+
+@functools.cache  # a model asks some thousand times, and files do not come and go
+def _names(folders: tuple[str, ...]) -> tuple[str, ...]:
+    found = (module.name for module in pkgutil.iter_modules(folders))
     return tuple(sorted(name for name in found if name != "base" and not name.startswith("_")))
 
 

@@ -54,14 +54,22 @@ class Recorded:
         name = {torch.float16: "float16", torch.float32: "float32"}[dtype]
         window = next((s.window_tokens for s in self.model.cache_specs if hasattr(s, "window_tokens")), None)
         sizes = PoolSizes(32, 16, 32 if window else 0)
-        caches = allocate_pool(self.model.cache_specs, sizes, load("formats.kv", name), CPU, self.model.kv_scales)
+        caches = allocate_pool(
+            self.model.cache_specs, sizes, load("formats.kv", name), CPU, self.model.kv_scales
+        )
         self.runner = Runner(self.model, caches, 16, frozenset(), CPU)
         cache = KVCache(CacheSizes(32, 16, window, 32 if window else 0, 0), False)
         self.scheduler = Scheduler(
-            cache, max_running_requests=8, max_batch_tokens=64, prefill_chunk_tokens=64, eos_token_ids=frozenset()
+            cache,
+            max_running_requests=8,
+            max_batch_tokens=64,
+            prefill_chunk_tokens=64,
+            eos_token_ids=frozenset(),
         )
 
-    def rows(self, prompts: list[list[int]], tokens: int, every: bool) -> tuple[torch.Tensor, list[list[int]]]:
+    def rows(
+        self, prompts: list[list[int]], tokens: int, every: bool
+    ) -> tuple[torch.Tensor, list[list[int]]]:
         """Logits, step after step, and each request's tokens; `every`: of all rows of the prompts."""
         params = SamplingParams(
             max_tokens=tokens, temperature=0.0, ignore_eos=True, prompt_logprobs=0 if every else None

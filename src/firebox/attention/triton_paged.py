@@ -25,6 +25,7 @@ from firebox.hardware.probe import probe_gpu
 
 if TYPE_CHECKING:  # Triton is imported where there is a GPU, and not before
     from firebox.kernels._attention import Paged, Problem
+    from firebox.kernels.plan import Made
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,36 @@ def accepts(heads: int, spec: KvSpec, gpu: Gpu) -> str | None:
     if isinstance(spec, LatentSpec):
         return unsupported(heads, 1, spec.latent_dim + spec.rope_dim, spec.latent_dim)
     return unsupported(heads, spec.kv_heads, spec.head_dim, spec.head_dim)
+
+
+@functools.cache
+def made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
+    """What steps of so many tokens may launch, however they are divided among requests: decode for each
+    number of queries that a request may have, its keys divided or not, and extend. For the plan."""
+    from firebox.kernels.attention_decode import MAX_QUERIES
+
+    return _made(problem, min(tokens, MAX_QUERIES + 1), gpu)
+
+
+@functools.cache
+def _made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
+    from firebox.kernels import attention_decode, attention_extend
+    from firebox.kernels.plan import Compile, Made
+
+    found: list[Compile] = []
+    queries = range(1, min(tokens, attention_decode.MAX_QUERIES) + 1)
+    for config in dict.fromkeys(attention_decode.default(problem, gpu, n) for n in queries):
+        tile = f"{config.block_m} rows"
+        (whole,) = attention_decode.requests(problem, config, gpu, split=False)
+        part, merge = attention_decode.requests(problem, config, gpu)
+        found.append(Compile(attention_decode.OP, whole, config, tile))
+        found.append(Compile(attention_decode.OP, part, config, f"{tile}, keys divided"))
+        found.append(Compile("attention_merge", merge, None, tile))
+    if tokens > attention_decode.MAX_QUERIES:
+        config = attention_extend.default(problem, gpu)
+        (request,) = attention_extend.requests(problem, config, gpu)
+        found.append(Compile(attention_extend.OP, request, config))
+    return Made("paged", "default", tuple(found))
 
 
 def plan(
@@ -99,6 +130,7 @@ def run(
 ) -> torch.Tensor:
     """See attention.base.Backend.run."""
     from firebox.kernels import attention_decode, attention_extend
+    from firebox.kernels.launch import OBSERVERS, observe
 
     k_cache, v_cache = layer_cache.k, layer_cache.v
     problem = _problem(q, layer_cache, plan, window_tokens, sinks)
@@ -121,6 +153,8 @@ def run(
         programs = problem.kv_heads * row_blocks * plan.paged.requests
         places = attention_decode.places(problem, config, gpu)
         splits = attention_decode.split_count(programs, (longest, mean), places, config.block_n)
+        if OBSERVERS:
+            observe(*attention_decode.requests(problem, config, gpu, split=splits > 1))
         attention_decode.attend(
             q, k_cache, v_cache, plan.paged, scale, out, config=config, max_queries=plan.decode_queries,
             splits=splits, pdl=attention_decode.depends(gpu), **options,
@@ -128,6 +162,8 @@ def run(
     config = attention_extend.default(problem, gpu)
     tiles = _tiles(plan, problem.group, config.block_m)
     if tiles.shape[1]:
+        if OBSERVERS:
+            observe(*attention_extend.requests(problem, config, gpu))
         attention_extend.attend(q, k_cache, v_cache, plan.paged, tiles, scale, out, config=config, **options)
     return out
 

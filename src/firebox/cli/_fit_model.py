@@ -10,19 +10,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from firebox.config import EngineConfig
     from firebox.planning.fit import Fit, Source
-    from firebox.planning.launches import Experts, Launch
+    from firebox.planning.launches import Launch, Layers
     from firebox.planning.memory import Memory
     from firebox.planning.roof import Roof
 
-WIDE_CHARACTERS = 180  # of a table that is not for a terminal
+WIDE_CHARACTERS = 200  # of a table that is not for a terminal
 PARTIAL = (
-    "this check is partial: the memory, the roof and the kernels of the routed experts. No GPU kernel yet, "
-    "and so not checked: "
+    "this check is partial: memory, roof and the launches of all kernels. Composed of torch operators "
+    "on a GPU, and so not checked: "
 )
 
 
-def fit_model(model: str, gpu: str, tp: int, dtype: str, engine: EngineConfig, *, as_json: bool) -> bool:
-    """Prints the answer; True: it fits."""
+def fit_model(
+    model: str, gpu: str, tp: int, dtype: str, engine: EngineConfig, *, as_json: bool, strict: bool = False
+) -> bool:
+    """Prints the answer; True: it fits, with `strict` without fallbacks."""
     from firebox.hardware.base import find_gpu
     from firebox.planning.fit import compiled, open_source, plan
 
@@ -31,8 +33,8 @@ def fit_model(model: str, gpu: str, tp: int, dtype: str, engine: EngineConfig, *
     if as_json:
         print(json.dumps(found.document()))
     else:
-        _show(found)
-    return found.fits
+        _show(found, strict=strict)
+    return found.fits and not (strict and found.fallbacks)
 
 
 def _source(model: str, dtype: str) -> Source:
@@ -48,9 +50,9 @@ def _source(model: str, dtype: str) -> Source:
     return Source(model, checkpoint.model_type, checkpoint.text_config, computes_in, stored)
 
 
-def _show(fit: Fit) -> None:
-    for layers in fit.experts:
-        rows = [launch for launch in fit.launches or () if launch.experts is layers]
+def _show(fit: Fit, *, strict: bool) -> None:
+    for layers in fit.layers:
+        rows = [launch for launch in fit.launches or () if launch.layers is layers]
         if rows:
             _show_launches(fit, layers, rows)
     if fit.memory is not None:
@@ -60,22 +62,24 @@ def _show(fit: Fit) -> None:
     print(PARTIAL + ", ".join(fit.not_planned))
     for problem in fit.problems:
         print(f"does not fit: {problem}")
+    for fallback in fit.fallbacks if strict else ():
+        print(f"--strict: {fallback}")
     for help in fit.help:
         print(f"would help: {help}")
     what = f"{fit.source.name} on {fit.tp} × {fit.gpu.name}"
     print(f"{what}: {'fits' if fit.fits else 'does not fit'}, as far as was checked", flush=True)
 
 
-def _show_launches(fit: Fit, layers: Experts, launches: Sequence[Launch]) -> None:
+def _show_launches(fit: Fit, layers: Layers, launches: Sequence[Launch]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    title = f"routed experts in {layers.format} of {layers.layers} layers on {fit.gpu.name}, tp {fit.tp}"
+    title = f"{layers.op} in {layers.format}, {layers.layers} of them, on {fit.gpu.name}, tp {fit.tp}"
     table = Table(title=title, title_justify="left")
     for heading in ("tokens", "bytes", "limit", "registers", "spilled"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("kernel", "config", "chosen", "instruction", "native", "verdict"):
-        table.add_column(heading, no_wrap=heading != "verdict")
+    for heading in ("operation", "kernel", "config", "chosen", "instruction", "native", "verdict"):
+        table.add_column(heading, no_wrap=heading not in ("chosen", "verdict"))
     for launch in launches:
         table.add_row(*_cells(launch.document()))
     Console(width=None if sys.stdout.isatty() else WIDE_CHARACTERS, highlight=False).print(table)
@@ -86,6 +90,7 @@ def _cells(row: dict[str, Any]) -> Iterator[str]:
     yield f"{first}–{last}" if last > first else str(first)
     for key in ("shared_bytes", "limit_bytes", "registers", "spill_bytes"):
         yield f"{row[key]:,}"
+    yield row["operation"]
     yield row["kernel"]
     yield " ".join(f"{key} {value}" for key, value in row["config"].items() if value is not False)
     yield f"{row['path']}, {row['why']}"

@@ -46,10 +46,13 @@ def fit(
     of_model: Annotated[
         str | None, typer.Option("--model", help="with --moe-config: the model that the file should be for")
     ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="exit status 1 where a choice is a fallback, too")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document")] = False,
 ) -> None:
     """What will run and whether it fits, without the GPU and without weights: memory, the speed that memory
-    bandwidth allows, and the kernels of the routed experts, compiled. With --moe-config: compiles every entry
+    bandwidth allows, and every kernel launch, compiled. With --moe-config: compiles every entry
     of a tuning file instead. Exit status 1 if something does not fit."""
     engine: dict[str, Any] = {
         "kv_cache_dtype": kv_cache_dtype,
@@ -59,7 +62,7 @@ def fit(
     }
     given = {name: value for name, value in engine.items() if value is not None}
     if moe_config is not None:
-        unused = [*given, *(["dtype"] if dtype is not None else [])]
+        unused = [*given, *(["dtype"] if dtype is not None else []), *(["strict"] if strict else [])]
         if unused:
             raise ConfigError(f"--moe-config does not go with --{unused[0].replace('_', '-')}")
         raise typer.Exit(0 if _judge(moe_config, gpu, model, of_model, tp, as_json) else 1)
@@ -72,7 +75,8 @@ def fit(
 
     settings = EngineConfig(**given)
     cut = 1 if tp is None else tp
-    fits = fit_model(model or DEFAULT_MODEL, gpu, cut, dtype or "auto", settings, as_json=as_json)
+    name = model or DEFAULT_MODEL
+    fits = fit_model(name, gpu, cut, dtype or "auto", settings, as_json=as_json, strict=strict)
     raise typer.Exit(0 if fits else 1)
 
 

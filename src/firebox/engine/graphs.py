@@ -170,7 +170,7 @@ class GpuSampler:
         from firebox.kernels.launch import Launcher
 
         self.device, self._kernel = device, sample
-        self._problems = [sample.Problem(vocab, filters=filters) for filters in (False, True)]
+        self._problems = sample.kinds(vocab)
         self._config = sample.default(self._problems[0], gpu)
         self._launchers = [Launcher(sample.request(p, self._config, gpu)) for p in self._problems]
 

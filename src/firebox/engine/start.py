@@ -153,6 +153,10 @@ def _load(
 ) -> list[str]:
     """Fills the model; what --requantize did, in lines of text."""
     check_choice(ModelConfig, "requantize", config.requantize)
+    if config.requantize != "none" and getattr(model.head.linear, "refusal", "") is None:
+        raise ConfigError(
+            "--requantize does not know the kernels of a GPU yet", hint="without it, or --device cpu"
+        )
     requantiser = Requantiser(config.requantize_limit) if config.requantize == "fp8" else None
     on_filled = requantiser or (lambda slot: None)
     assert isinstance(model, Decoder)

@@ -68,6 +68,18 @@ class Cut:
     shared: bool = False
     runs: tuple[int, ...] = ()
 
+    def pieces(self, tp: int) -> int | None:
+        """How many of the pieces one of `tp` ranks has, or None if they cannot be shared out equally."""
+        if self.count % tp == 0:
+            return self.count // tp
+        return 1 if self.shared and tp % self.count == 0 else None
+
+    def share(self, size: int, tp: int) -> int:
+        """Of `size` features, one of `tp` ranks' share; the cut allows it."""
+        pieces = self.pieces(tp)
+        assert pieces is not None, (self, tp)
+        return size // self.count * pieces if size else 0
+
 
 class Slot(Protocol):
     """Some of a checkpoint's tensors and the memory they go to."""

@@ -66,6 +66,10 @@ class Gpu:
     triton_target: int | None = None
     link: str = ""
 
+    def __hash__(self) -> int:
+        """The name's: every launch looks something up by its GPU."""
+        return hash(self.name)
+
 
 def known_gpus() -> dict[str, Gpu]:
     """Every GPU that has a file, by its name on the command line ("gb10", "rtx-pro-6000")."""

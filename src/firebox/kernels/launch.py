@@ -8,7 +8,7 @@ Under Triton's interpreter (TRITON_INTERPRET=1) the kernel itself runs, on the C
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,16 @@ import triton
 from firebox.kernels import _triton
 from firebox.kernels.compile import PINNED_OPTIONS, CompileRequest
 
+OBSERVERS: list[Callable[[CompileRequest], None]] = []  # told of every launch before it is made
 Grid = tuple[int, int, int]
 INTERPRETED: bool = triton.knobs.runtime.interpret
+
+
+def observe(*requests: CompileRequest) -> None:
+    """Tells the observers; whoever launches without a Launcher calls it too."""
+    for observer in OBSERVERS:
+        for request in requests:
+            observer(request)
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +37,7 @@ class Launcher:
 
     def __call__(self, grid: Grid, **arguments: Any) -> None:
         """`arguments`: every run-time argument of the request, by its name."""
+        observe(self.request)
         values = {**arguments, **self.request.constexprs}
         names = self.request.kernel.arg_names
         if INTERPRETED:

@@ -28,6 +28,7 @@ Source: own.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -40,6 +41,7 @@ from firebox.kernels._experts import let_next_launch_begin, wait_for_launch_befo
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
 from firebox.kernels.moe_route import sortable, unsortable
+from firebox.kernels.plan import Compile, Made
 
 # ---- 1. the problem
 
@@ -422,6 +424,25 @@ def request(problem: Problem, config: Config, gpu: Gpu, *, interpreted: bool = F
         num_warps=config.warps,
         options={"launch_pdl": True} if pdl else {},
     )
+
+
+def kinds(vocab: int) -> tuple[Problem, Problem]:
+    """What the engine draws with: rows that have a temperature only, and rows that filter."""
+    return Problem(vocab, filters=False), Problem(vocab, filters=True)
+
+
+def made(vocab: int, rows: int, gpu: Gpu) -> Made:
+    """What so many rows launch, for the plan: the same whatever their number."""
+    return _made(vocab, gpu)
+
+
+@functools.cache
+def _made(vocab: int, gpu: Gpu) -> Made:
+    found = []
+    for problem, variant in zip(kinds(vocab), ("", "filters"), strict=True):
+        config = default(problem, gpu)
+        found.append(Compile(OP, request(problem, config, gpu), config, variant))
+    return Made("one", "default", tuple(found))
 
 
 def run(

@@ -12,6 +12,7 @@ from firebox.layers._pack import Packed
 
 TYPES = {
     "bf16": torch.bfloat16,
+    "f16": torch.float16,
     "fp8e4nv": torch.float8_e4m3fn,
     "u16": torch.uint16,
     "fp32": torch.float32,
@@ -31,7 +32,8 @@ class ExpertStore:
     def _empty(self, rows: int, columns: int) -> Weights:
         p, experts = self.problem, self.problem.experts
         width = columns // layouts.PER_WORD if p.group else columns
-        w = self._zeros(WEIGHT_TYPES[p.format], experts, rows, width)
+        kind = WEIGHT_TYPES[p.format] if p.format != "bf16" else p.dtype
+        w = self._zeros(kind, experts, rows, width)
         scale = row_scale = None
         if p.format in GROUP_SCALE_TYPES:
             per_row = -(-columns // p.group // 16) * 16 if p.group else columns // BLOCK
@@ -76,7 +78,7 @@ class ExpertStore:
         for to, columns in ((self.gate_up, p.hidden), (self.down, p.inter)):
             for expert in range(p.experts):
                 rows = to.w.shape[1]
-                made = invented(p.format, p.group, (rows,), columns, generator)
+                made = invented(p.format, p.group, (rows,), columns, generator, TYPES[p.dtype])
                 for name, source in zip(("w", "scale", "row_scale"), made, strict=True):
                     if source is not None:
                         _copy(getattr(to, name)[expert], source)

@@ -45,6 +45,15 @@ def kind(format: Format, columns: int) -> tuple[str, int]:
     return format.name, {"mxfp4": mxfp4.GROUP, "nvfp4": nvfp4.GROUP}.get(format.name, 0)
 
 
+def refusal(format: Format) -> str | None:
+    """Why no kernel reads this variant of a format, or None."""
+    if isinstance(format, fp8_block.Format) and format.block != (BLOCK, BLOCK):
+        return f"blocks are {format.block[0]} × {format.block[1]}; kernels know {BLOCK} × {BLOCK}"
+    if isinstance(format, gptq.Format) and format.bits != 4:
+        return f"gptq of {format.bits} bits; kernels know 4"
+    return None
+
+
 def pack(
     format: Format, tensors: Tensors, rows: int, columns: int, dtype: torch.dtype = torch.bfloat16
 ) -> Packed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +22,9 @@ from firebox.layers.linear import Linear
 from firebox.layers.norm import RMSNorm
 from firebox.layers.rope import rotate
 from firebox.step import Step
+
+if TYPE_CHECKING:
+    from firebox.kernels.plan import Operation, Setting
 
 
 class AttentionBlock:
@@ -56,7 +59,7 @@ class AttentionBlock:
             kv_dtype=build.kv_dtype,
             **options,
         )
-        self.layer, self.name, self.tables, self.norm = layer, name, tables, norm
+        self.layer, self.name, self.tables, self.norm, self.spec = layer, name, tables, norm, spec
         self._kv_rows = p.kv_heads * p.head_dim
         self._q_rows = p.heads * p.head_dim * (2 if p.output_gate else 1)
         rows = {"q_proj": self._q_rows, "k_proj": self._kv_rows, "v_proj": self._kv_rows}
@@ -99,7 +102,7 @@ class AttentionBlock:
         """The choice of torch operators, or of a GPU's kernels where they accept the layer."""
         if build.shared is None:
             return self._choice
-        why_not = attention_gpu.refusal(build, self.problem, backend)
+        why_not = attention_gpu.refusal(build.gpu, self.problem, backend)
         if why_not is None and self.qkv.refusal is None and self.o.refusal is None:
             how = f"kernels of kernels/, {backend.__name__.rpartition('.')[2]}"
             return dataclasses.replace(
@@ -107,6 +110,16 @@ class AttentionBlock:
             )
         losers = {"attention_gpu": why_not or self.qkv.refusal or self.o.refusal or ""}
         return dataclasses.replace(self._choice, losers=self._choice.losers | losers)
+
+    @property
+    def format(self) -> str:
+        """Of the projections' weights; of several, all."""
+        return " and ".join(sorted({self.qkv.format, self.o.format}))
+
+    def operations(self, setting: Setting) -> tuple[Operation, ...] | str:
+        """What it launches on one of `setting.tp` NVIDIA GPUs, for the plan; or why it is composed of torch
+        operators there."""
+        return attention_gpu.operations(self, setting)
 
     @property
     def capturable(self) -> bool:

@@ -6,32 +6,94 @@ Weights stay in their format."""
 
 from __future__ import annotations
 
+import dataclasses
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from firebox.attention.base import PagedSpec, WindowSpec
+from firebox.attention.base import select as select_backend
+from firebox.hardware.base import Gpu
 from firebox.layers.base import Build
 from firebox.layers.device import KERNEL_DTYPES
 from firebox.step import Step
 
 if TYPE_CHECKING:
     from firebox.kernels.cpu_attention_block import Problem
-    from firebox.layers.attention import AttentionBlock
+    from firebox.kernels.plan import Operation, Setting
+    from firebox.layers.linear import Linear
+    from firebox.layers.norm import RMSNorm
 
 
-def refusal(build: Build, p: Problem, backend: ModuleType) -> str | None:
-    """Why the GPU kernels cannot run such a layer, or None."""
-    if build.shared is None:
-        return "is made for NVIDIA GPUs"
+class Layer(Protocol):
+    """What is read of a layers.attention.AttentionBlock."""
+
+    problem: Problem
+    spec: PagedSpec | WindowSpec
+    layer: int
+    norm: RMSNorm
+    q_norm: RMSNorm
+    k_norm: RMSNorm
+    qkv: Linear
+    o: Linear
+    tables: tuple[torch.Tensor, torch.Tensor]
+    sinks: torch.Tensor | None
+    kv_scales: torch.Tensor | None
+    backend: ModuleType | None
+
+
+def refusal(gpu: Gpu, p: Problem, backend: ModuleType) -> str | None:
+    """Why the kernels of `gpu` cannot run such a layer, or None."""
     if p.dtype not in KERNEL_DTYPES or p.kv_dtype not in (p.dtype, torch.float8_e4m3fn):
         return f"computes in bfloat16 over a cache in bfloat16 or FP8, not {p.dtype} and {p.kv_dtype}"
     if not backend.__name__.endswith("triton_paged"):
         return f"attends with triton_paged, not with {backend.__name__.rpartition('.')[2]}"
     from firebox.kernels import rms_norm, rope_write
 
-    why = rms_norm.accepts(_norm_problem(p), build.gpu)
-    return why or rope_write.accepts(_rope_problem(p), build.gpu)
+    why = rms_norm.accepts(_norm_problem(p), gpu)
+    return why or rope_write.accepts(_rope_problem(p), gpu)
+
+
+def operations(layer: Layer, setting: Setting) -> tuple[Operation, ...] | str:
+    """What such a layer launches on one of `setting.tp` GPUs, for the plan; or why the kernels cannot run
+    it."""
+    from firebox.kernels import rms_norm, rope_write, sigmoid_mul
+    from firebox.kernels.plan import Operation, Single
+
+    gpu, tp, p = setting.gpu, setting.tp, layer.problem
+    shared = max(1, p.kv_heads // tp)
+    p = dataclasses.replace(p, heads=p.heads // tp, kv_heads=shared, kv_dtype=setting.kv_dtype)
+    backend = select_backend(p.heads, dataclasses.replace(layer.spec, kv_heads=shared), gpu)
+    why = refusal(gpu, p, backend) or layer.qkv.refused(gpu, tp) or layer.o.refused(gpu, tp)
+    if why is not None:
+        return why
+    dtype, kv = KERNEL_DTYPES[p.dtype], KERNEL_DTYPES[p.kv_dtype]
+    gate = (Single("gate", dtype, sigmoid_mul, _gate_problem(p)),) if p.output_gate else ()
+    return (
+        Single("norm", dtype, rms_norm, _norm_problem(p)),
+        layer.qkv.operation("qkv", setting),
+        Single("rope_write", kv, rope_write, _rope_problem(p)),
+        Operation("attention", kv, backend, _paged_problem(p, setting.page_tokens)),
+        *gate,
+        layer.o.operation("o", setting),
+    )
+
+
+def _gate_problem(p: Problem) -> Any:
+    from firebox.kernels import sigmoid_mul
+
+    return sigmoid_mul.Problem(p.heads, p.head_dim, dtype=KERNEL_DTYPES[p.dtype])
+
+
+def _paged_problem(p: Problem, page_tokens: int) -> Any:
+    """As the backend makes it of a step's tensors."""
+    from firebox.kernels import _attention
+
+    return _attention.Problem(
+        p.heads, p.kv_heads, p.head_dim, p.head_dim, page_tokens, p.dtype, p.kv_dtype,
+        window=p.window_tokens is not None, sinks=p.dtype if p.sinks else None,
+    )  # fmt: skip
 
 
 def _norm_problem(p: Problem) -> Any:
@@ -52,7 +114,7 @@ def _rope_problem(p: Problem) -> Any:
 class AttentionKernels:
     """See above; bound to a layer whose slots are filled."""
 
-    def __init__(self, layer: AttentionBlock, build: Build) -> None:
+    def __init__(self, layer: Layer, build: Build) -> None:
         from firebox.kernels import rms_norm, rope_write, sigmoid_mul
 
         p, device = layer.problem, build.shared
@@ -67,8 +129,7 @@ class AttentionKernels:
             assert layer.kv_scales is not None
             self._given["scales"] = layer.kv_scales
         if p.output_gate:
-            gate = sigmoid_mul.Problem(p.heads, p.head_dim, dtype=KERNEL_DTYPES[p.dtype])
-            self._gate = device.launcher(sigmoid_mul, gate)
+            self._gate = device.launcher(sigmoid_mul, _gate_problem(p))
 
     def __call__(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         """`x` [tokens, hidden], which becomes the result."""

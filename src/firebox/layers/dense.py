@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,9 @@ from firebox.layers.base import Build
 from firebox.layers.device import KERNEL_DTYPES
 from firebox.layers.linear import Linear
 from firebox.layers.norm import RMSNorm
+
+if TYPE_CHECKING:
+    from firebox.kernels.plan import Operation, Setting
 
 
 class DenseBlock:
@@ -36,6 +40,11 @@ class DenseBlock:
             losers = {TORCH: "slower"}
             self._choice = Choice(cpu_dense_block.OP, None, "kernels of kernels/", losers, "dense_gpu")
         build.choices.append(self._choice)
+
+    @property
+    def format(self) -> str:
+        """Of the projections' weights; of several, all."""
+        return " and ".join(sorted({self.gate_up.format, self.down.format}))
 
     @property
     def capturable(self) -> bool:
@@ -63,15 +72,40 @@ class DenseBlock:
         """`x` [tokens, hidden] → the same shape."""
         return self._run(x)
 
+    def operations(self, setting: Setting) -> tuple[Operation, ...] | str:
+        """What it launches on one of `setting.tp` NVIDIA GPUs, for the plan; or why it is composed of torch
+        operators there."""
+        gpu, tp = setting.gpu, setting.tp
+        why = self.gate_up.refused(gpu, tp) or self.down.refused(gpu, tp)
+        if why is not None:
+            return why
+        from firebox.kernels import rms_norm, silu_mul
+        from firebox.kernels.plan import Single
+
+        dtype, (norm, activation) = KERNEL_DTYPES[self._problem.dtype], self._problems(tp)
+        return (
+            Single("norm", dtype, rms_norm, norm),
+            self.gate_up.operation("gate_up", setting),
+            Single("silu_mul", dtype, silu_mul, activation),
+            self.down.operation("down", setting),
+        )
+
+    def _problems(self, tp: int = 1) -> tuple[Any, Any]:
+        """Of norm and activation."""
+        from firebox.kernels import rms_norm, silu_mul
+
+        p, dtype = self._problem, KERNEL_DTYPES[self._problem.dtype]
+        return rms_norm.Problem(p.hidden, p.eps, dtype=dtype), silu_mul.Problem(
+            self._inter // tp, dtype=dtype
+        )
+
     def _with_kernels(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """rms_norm → linear → silu_mul → linear, which adds x; x becomes the result."""
         from firebox.kernels import rms_norm, silu_mul
 
-        p, device, inter = self._problem, self._build.shared, self._inter
+        device, inter, problems = self._build.shared, self._inter, self._problems()
         assert device is not None
-        dtype = KERNEL_DTYPES[p.dtype]
-        norm = device.launcher(rms_norm, rms_norm.Problem(p.hidden, p.eps, dtype=dtype))
-        activate = device.launcher(silu_mul, silu_mul.Problem(inter, dtype=dtype))
+        norm, activate = device.launcher(rms_norm, problems[0]), device.launcher(silu_mul, problems[1])
 
         def run(x: torch.Tensor) -> torch.Tensor:
             h, inner = torch.empty_like(x), x.new_empty(x.shape[0], inter)

@@ -23,6 +23,7 @@ from firebox.kernels import _tuned, linear, linear_few, quantise_fp8
 from firebox.kernels._linear import Problem, Weights
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import INTERPRETED, Launcher
+from firebox.kernels.plan import Compile, Made
 
 FEW, MANY, CUBLAS = "few", "many", "cublas"
 TUNED = "linear"  # the file in tuned/<gpu>/
@@ -80,6 +81,21 @@ def requests(problem: Problem, tokens: int, gpu: Gpu, path: Path | None = None) 
         rows = quantise_fp8.Problem(problem.columns, linear.x_group(problem), problem.dtype)
         found[quantise_fp8.OP] = quantise_fp8.request(rows, gpu, interpreted=INTERPRETED)
     return found | {linear.OP: linear.request(problem, path.config, gpu, interpreted=INTERPRETED)}
+
+
+def made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
+    """What so many tokens launch, for the plan."""
+    path = _path_of(problem, tokens, gpu)
+    return _made(problem, like(tokens, path), path, gpu)
+
+
+@functools.cache
+def _made(problem: Problem, tokens: int, path: Path, gpu: Gpu) -> Made:
+    if path.name == CUBLAS:
+        return Made(CUBLAS, path.why, (Compile(linear.OP, None),))
+    found = requests(problem, tokens, gpu, path)
+    configs = {linear.OP: path.config}
+    return Made(path.name, path.why, tuple(Compile(op, r, configs.get(op)) for op, r in found.items()))
 
 
 def like(tokens: int, path: Path) -> int:

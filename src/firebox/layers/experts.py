@@ -33,6 +33,7 @@ from firebox.kernels import (
 from firebox.kernels._experts import Problem, Weights, operand
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import INTERPRETED, Launcher
+from firebox.kernels.plan import Compile, Made
 
 FEW, SORTED = "few", "sorted"
 FEW_UNMEASURED = 16
@@ -101,6 +102,19 @@ def requests(problem: Problem, tokens: int, path: Path, gpu: Gpu) -> dict[str, C
         "moe_down": moe_down.request(problem, path.down, gpu, block=path.block, interpreted=INTERPRETED),
         "moe_combine": moe_combine.request(sums, gpu, interpreted=INTERPRETED),
     }
+
+
+def made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
+    """What so many tokens launch, for the plan."""
+    path = _path_of(problem, tokens, gpu)
+    return _made(problem, like(problem, tokens, path), path, gpu)
+
+
+@functools.cache
+def _made(problem: Problem, tokens: int, path: Path, gpu: Gpu) -> Made:
+    configs = {"moe_gate_up": path.gate_up, "moe_down": path.down}
+    found = requests(problem, tokens, path, gpu)
+    return Made(path.name, path.why, tuple(Compile(op, r, configs.get(op)) for op, r in found.items()))
 
 
 class Workspace:

@@ -3,6 +3,8 @@ over a recurrent state."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 
@@ -13,6 +15,9 @@ from firebox.layers.base import Build
 from firebox.layers.linear import Linear
 from firebox.layers.norm import RMSNorm
 from firebox.step import Step
+
+if TYPE_CHECKING:
+    from firebox.kernels.plan import Operation, Setting
 
 OP = "gated_delta_block"
 
@@ -60,6 +65,17 @@ class GatedDeltaBlock:
         self.out_norm = RMSNorm(build, f"{name}.norm", spec.value_dim, norm.eps)
         self.out = Linear(build, value_rows, {f"{name}.out_proj": hidden}, cuts=(inwards,), residual=True)
         build.choices.append(select(OP, None, build.gpu))
+
+    def operations(self, setting: Setting) -> tuple[Operation, ...]:
+        """What its projections launch on one of `setting.tp` NVIDIA GPUs, for the plan; the rest is
+        torch's."""
+        linears = {"qkv": self.in_qkv, "z": self.in_z, "b": self.in_b, "a": self.in_a, "out": self.out}
+        return tuple(linear.operation(name, setting) for name, linear in linears.items())
+
+    @property
+    def format(self) -> str:
+        """Of the projections' weights; of several, all."""
+        return " and ".join(sorted({self.in_qkv.format, self.in_z.format, self.out.format}))
 
     def slots(self) -> Slots:
         """The norm's tensor and those of the module."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from firebox.formats import bf16
 from firebox.formats.base import Cut, Slots
 from firebox.kernels import cpu_head
 from firebox.kernels.select import TORCH, Choice, select
@@ -14,6 +16,9 @@ from firebox.layers.base import Build
 from firebox.layers.device import KERNEL_DTYPES
 from firebox.layers.linear import Linear
 from firebox.layers.norm import RMSNorm
+
+if TYPE_CHECKING:
+    from firebox.kernels.plan import Operation, Setting
 
 
 class Head:
@@ -63,13 +68,40 @@ class Head:
         """`x` [rows, hidden] → logits [rows, vocab] float32."""
         return self._run(x)
 
+    @property
+    def format(self) -> str:
+        """Of the output matrix."""
+        return "bf16" if self.tied else self.linear.format
+
+    def operations(self, setting: Setting) -> tuple[Operation, ...] | str:
+        """What it launches on one of `setting.tp` NVIDIA GPUs, for the plan; or why it is composed of torch
+        operators there."""
+        why = self.linear.refused(setting.gpu, setting.tp)
+        if why is not None:
+            return why
+        from firebox.kernels import rms_norm
+        from firebox.kernels.plan import Operation, Single
+        from firebox.layers import dense_gpu
+
+        norm = Single("norm", KERNEL_DTYPES[self._problem.dtype], rms_norm, self._norm_problem())
+        if not self.tied:
+            return norm, self.linear.operation("head", setting)
+        problem = self.linear.problem(setting.tp, bf16.Format())
+        return norm, Operation("head", "bf16", dense_gpu, problem)
+
+    def _norm_problem(self) -> Any:
+        from firebox.kernels import rms_norm
+
+        p = self._problem
+        return rms_norm.Problem(p.hidden, p.eps, dtype=KERNEL_DTYPES[p.dtype])
+
     def _with_kernels(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """rms_norm → linear with float32 sums."""
         from firebox.kernels import rms_norm
 
-        p, device = self._problem, self._build.shared
+        device = self._build.shared
         assert device is not None
-        norm = device.launcher(rms_norm, rms_norm.Problem(p.hidden, p.eps, dtype=KERNEL_DTYPES[p.dtype]))
+        norm = device.launcher(rms_norm, self._norm_problem())
 
         def run(x: torch.Tensor) -> torch.Tensor:
             h = torch.empty_like(x)

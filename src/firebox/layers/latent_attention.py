@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -28,6 +29,9 @@ from firebox.layers.linear import Linear
 from firebox.layers.norm import RMSNorm
 from firebox.layers.rope import rotate, rotate_pairs
 from firebox.step import Step
+
+if TYPE_CHECKING:
+    from firebox.kernels.plan import Operation, Setting
 
 OP = "latent_attention_block"
 LATENT_EPS = 1e-6  # of both inner norms, whatever config.json's rms_norm_eps is: the papers' code says so
@@ -112,6 +116,28 @@ class LatentAttentionBlock:
         wanted = "auto" if build.attention_backend == "auto" else TORCH
         build.choices.append(select(OP, p, build.gpu, wanted))
         self.backend: ModuleType | None = select_backend(heads, spec, build.gpu, build.attention_backend)
+
+    @property
+    def format(self) -> str:
+        """Of the projections' weights; of several, all."""
+        return " and ".join(sorted({self.q_and_kv_a.format, self.q_b.format, self.o.format}))
+
+    def operations(self, setting: Setting) -> tuple[Operation, ...]:
+        """What its projections and the attention launch on one of `setting.tp` NVIDIA GPUs, for the plan; the
+        rest is torch's."""
+        from firebox.kernels import _attention
+        from firebox.kernels.plan import Operation
+
+        p, heads = self.problem, self.problem.heads // setting.tp
+        backend = select_backend(heads, LatentSpec(p.latent_dim, p.rope_dim), setting.gpu)
+        inner = (self.q_b.operation("q_b", setting),) if p.q_latent_dim is not None else ()
+        attention = _attention.Problem(
+            heads, 1, p.latent_dim + p.rope_dim, p.latent_dim, setting.page_tokens, p.dtype, setting.kv_dtype
+        )
+        name = str(setting.kv_dtype).removeprefix("torch.")
+        paged = (Operation("attention", name, backend, attention),) if hasattr(backend, "made") else ()
+        first = self.q_and_kv_a.operation("q_and_kv_a", setting)
+        return (first, *inner, *paged, self.o.operation("o", setting))
 
     @property
     def capturable(self) -> bool:

@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from firebox.formats import bf16
 from firebox.formats.base import Cut, Format, PlainSlot, Slots, StoredSlot, WeightSlot
+from firebox.hardware.base import Gpu
 from firebox.layers.base import Build
 from firebox.layers.device import KERNEL_DTYPES
 
 if TYPE_CHECKING:  # Triton is imported where there is a GPU, and not before
+    from firebox.kernels.plan import Operation, Setting
     from firebox.layers.dense_gpu import LinearKernels
+
+DENSE = "dequantised weights were asked for"
 
 
 class Linear:
@@ -50,7 +55,13 @@ class Linear:
         self._residual, self._out_dtype = residual, out_dtype
         rows = sum(parts.values())
         self.bias = build.empty(rows) if bias else None
-        self.refusal = "dequantised weights were asked for" if dense else self._refusal(rows)
+        self._has_bias = bias
+        self._dense = dense
+        self.refusal = (
+            "kernels of whole blocks pack dequantised weights"
+            if build.shared is None
+            else self.refused(build.gpu)
+        )
         self.weight = build.empty(rows, in_features) if self.refusal else torch.empty(0, device="meta")
         self._stored: dict[int, Any] = {}  # part → layers._pack.Packed
         self._kernels: LinearKernels | None = None
@@ -103,26 +114,59 @@ class Linear:
         self._kernels(x.contiguous(), out, residual)
         return out
 
-    def _refusal(self, rows: int) -> str | None:
-        """Why no kernel reads this layer as it is stored, or None."""
-        build = self._build
-        if build.shared is None:
-            return "kernels of whole blocks pack dequantised weights"
-        if build.dtype not in KERNEL_DTYPES:
-            return f"kernels compute in bfloat16, not {build.dtype}"
+    @property
+    def format(self) -> str:
+        """Of its weights; of several, all."""
+        return " and ".join(sorted({format.name for format in self._formats}))
+
+    def refused(self, gpu: Gpu, tp: int = 1) -> str | None:
+        """Why no kernel of `gpu` reads one of `tp` shares as it is stored, or None."""
+        if self._dense:
+            return DENSE
+        if self._build.dtype not in KERNEL_DTYPES:
+            return f"kernels compute in bfloat16, not {self._build.dtype}"
         from firebox.kernels import _linear
         from firebox.kernels._experts import BLOCK
         from firebox.layers import _pack
 
-        kinds = {_pack.kind(format, self._columns) for format in self._formats}
-        if len(kinds) > 1:
+        rows, columns = self._share(tp)
+        if len({_pack.kind(format, columns) for format in self._formats}) > 1:
             return "the parts are in different formats"
-        name, group = kinds.pop()
-        if name == "fp8_block" and any(part % BLOCK for part in list(self.parts.values())[:-1]):
+        if self.format == "fp8_block" and any(part % BLOCK for part in rows[:-1]):
             return f"stacked parts are not whole blocks of {BLOCK} rows"
-        if rows == 0 or self._columns == 0:
+        if sum(rows) == 0 or columns == 0:
             return "has no weight"
-        return _linear.refuse(_linear.Problem(rows, self._columns, name, group), build.gpu)
+        why = next(filter(None, map(_pack.refusal, self._formats)), None)
+        return why or _linear.refuse(self.problem(tp), gpu)
+
+    def problem(self, tp: int = 1, format: Format | None = None) -> Any:
+        """The kernels' problem (kernels/_linear.py) of one of `tp` shares. `format`: of a weight that is
+        another layer's, instead of its own."""
+        from firebox.kernels import _linear
+        from firebox.layers import _pack
+
+        rows, columns = self._share(tp)
+        name, group = _pack.kind(format or self._formats[0], columns)
+        dtype = KERNEL_DTYPES[self._build.dtype]
+        out = "f32" if self._out_dtype == torch.float32 else dtype
+        return _linear.Problem(sum(rows), columns, name, group, self._has_bias, self._residual, dtype, out)
+
+    def operation(self, name: str, setting: Setting) -> Operation:
+        """What it launches, for the plan: its kernels, or torch's where they refuse."""
+        from firebox.kernels.plan import Library, Operation
+        from firebox.layers import dense_gpu
+
+        why = self.refused(setting.gpu, setting.tp)
+        if why is not None:
+            return Library(name, self.format, dense_gpu, why)
+        return Operation(name, self.format, dense_gpu, self.problem(setting.tp))
+
+    def _share(self, tp: int) -> tuple[list[int], int]:
+        """Each part's rows, and the columns, of one of `tp` ranks."""
+        along = [cut if cut is not None and cut.axis == 0 else None for cut in self.cuts]
+        rows = [cut.share(n, tp) if cut else n for n, cut in zip(self.parts.values(), along, strict=True)]
+        across = next((cut for cut in self.cuts if cut is not None and cut.axis == 1), None)
+        return rows, across.share(self._columns, tp) if across else self._columns
 
     def _keep(self, part: int, rows: int, format: Format, tensors: Mapping[str, torch.Tensor]) -> None:
         from firebox.layers import _pack
@@ -142,7 +186,9 @@ class Linear:
         from firebox.layers import _pack
 
         assert self._build.shared is not None
-        dtype = KERNEL_DTYPES[self._build.dtype]
-        out = "f32" if self._out_dtype == torch.float32 else dtype
-        problem = _pack.problem(packed, residual=self._residual, dtype=dtype, out_dtype=out)
+        problem = self.problem(format=None if packed.format != "bf16" else bf16.Format())
+        of_weights = _pack.problem(
+            packed, residual=self._residual, dtype=problem.dtype, out_dtype=problem.out_dtype
+        )
+        assert problem == of_weights, f"planned {problem}, loaded {of_weights}"
         self._kernels = self._build.shared.linear(problem, packed.weights)

@@ -4,57 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
-from firebox.formats.base import Cut, OneOf, PlainSlot, Slot, Slots, WeightSlot
+from firebox.formats.base import Cut, Format, OneOf, PlainSlot, Slot, Slots, WeightSlot
 from firebox.kernels import cpu_moe_block
 from firebox.kernels.cpu_moe_block import Problem
 from firebox.kernels.select import TORCH, Choice, select
 from firebox.layers.base import Build
 from firebox.layers.linear import Linear
+from firebox.layers.moe_names import MoeNames
 from firebox.layers.norm import RMSNorm
 
 if TYPE_CHECKING:  # Triton is imported where there is a GPU, and not before
+    from firebox.kernels.plan import Operation, Setting
     from firebox.layers.moe_gpu import MoeKernels
-
-
-@dataclass(frozen=True)
-class MoeNames:
-    """How a checkpoint names the parts of one MoE layer. `expert` has "{e}" for the expert's index. `fused`:
-    the module under which all experts' gate_up_proj and down_proj are one tensor each, another layout of the
-    same weights."""
-
-    router: str
-    expert: str = ""
-    correction_bias: str = ""
-    shared: str = ""
-    shared_gate: str = ""
-    gate: str = "gate_proj"
-    up: str = "up_proj"
-    down: str = "down_proj"
-    fused: str = ""
-
-    def down_of(self, expert: int) -> str:
-        """The path of an expert's last matrix, or of all experts' where only that is known."""
-        path = self.expert.format(e=expert) if self.expert else ""
-        return f"{path}.{self.down}" if path else f"{self.fused}.down_proj"
-
-    @classmethod
-    def usual(cls, mlp: str, shared: str = "shared_experts") -> MoeNames:
-        """The names that GLM, Qwen and DeepSeek share."""
-        return cls(
-            router=f"{mlp}.gate",
-            expert=f"{mlp}.experts.{{e}}",
-            correction_bias=f"{mlp}.gate.e_score_correction_bias",
-            shared=f"{mlp}.{shared}",
-            shared_gate=f"{mlp}.shared_expert_gate",
-            fused=f"{mlp}.experts",
-        )
 
 
 class MoeBlock:
@@ -81,7 +48,7 @@ class MoeBlock:
         p = self.problem = Problem(hidden=hidden, eps=norm.eps, dtype=build.dtype, **options)
         self.norm, self.names = norm, names
         self._rows, self._columns = (Cut(axis, p.inter, inter_key) for axis in (0, 1))
-        self._format_of, self._kept_groups, self._interleaved = build.format_of, kept_groups, interleaved
+        self.format_of, self.kept_groups, self._interleaved = build.format_of, kept_groups, interleaved
         self._kernels = self._of_a_gpu(build)
         self.router = build.empty(p.experts, p.hidden)
         self.router_bias = build.empty(p.experts if p.biases else 0)
@@ -111,16 +78,22 @@ class MoeBlock:
         self._why_not = None
         if build.shared is None:
             return None
+        from firebox.layers import moe_gpu
+
+        self._why_not = moe_gpu.refusal(build.gpu, p, self.expert_formats)
+        if self._why_not is not None or build.moe_backend == TORCH:
+            return None
+        return moe_gpu.MoeKernels(build, p, names, self.kept_groups, (self._rows, self._columns))
+
+    @property
+    def expert_formats(self) -> set[Format]:
+        """Of the routed experts' matrices."""
+        names = self.names
         if names.expert:
             parts = [f"{names.expert.format(e=0)}.{part}" for part in (names.gate, names.up, names.down)]
         else:
             parts = [f"{names.fused}.gate_up_proj", f"{names.fused}.down_proj"]
-        from firebox.layers import moe_gpu
-
-        self._why_not = moe_gpu.refusal(build, p, {build.format_of(path) for path in parts})
-        if self._why_not is not None or build.moe_backend == TORCH:
-            return None
-        return moe_gpu.MoeKernels(build, p, names, self._kept_groups, (self._rows, self._columns))
+        return {self.format_of(path) for path in parts}
 
     def _chosen(self, build: Build) -> Choice:
         if build.shared is None:
@@ -128,6 +101,18 @@ class MoeBlock:
         if self._kernels is not None:
             return Choice(cpu_moe_block.OP, None, "kernels of kernels/moe_*.py", {TORCH: "slower"}, "moe_gpu")
         return Choice(cpu_moe_block.OP, None, "no kernel accepts", {"moe_gpu": self._why_not or "not wanted"})
+
+    @property
+    def format(self) -> str:
+        """Of the routed experts' weights; of several, all."""
+        return " and ".join(sorted({format.name for format in self.expert_formats}))
+
+    def operations(self, setting: Setting) -> tuple[Operation, ...] | str:
+        """What it launches on one of `setting.tp` NVIDIA GPUs, for the plan; or why it is composed of torch
+        operators there."""
+        from firebox.layers import moe_gpu
+
+        return moe_gpu.operations(self, setting)
 
     @property
     def capturable(self) -> bool:
@@ -170,7 +155,7 @@ class MoeBlock:
                 (names.down, self.down[e], self._columns),
             ):
                 path = f"{expert}.{part}"
-                yield WeightSlot(path, self._format_of(path), target, cut=cut)
+                yield WeightSlot(path, self.format_of(path), target, cut=cut)
 
     def _all_in_one(self) -> Iterator[Slot]:
         """Unquantised: [experts, 2 · inter, hidden], gate rows first, and [experts, hidden, inter]."""
@@ -187,7 +172,7 @@ class MoeBlock:
             ("down_proj", self.down, self.down_bias, _as_it_is, self._columns),
         ):
             path = f"{fused}.{part}"
-            format = self._format_of(path)
+            format = self.format_of(path)
             if format.name != "bf16":
                 yield WeightSlot(path, format, target, separator="_", arrange=arrange, cut=cut)
             else:
@@ -272,7 +257,7 @@ class MoeBlock:
         choice = scores + self.correction_bias if p.scoring == "sigmoid" else scores
         if p.expert_groups > 1:
             groups = choice.unflatten(-1, (p.expert_groups, -1))  # [tokens, groups, experts per group]
-            best = groups.topk(2, dim=-1).values.sum(-1).topk(self._kept_groups, dim=-1).indices
+            best = groups.topk(2, dim=-1).values.sum(-1).topk(self.kept_groups, dim=-1).indices
             keep = torch.zeros_like(groups[..., 0], dtype=torch.bool).scatter_(1, best, True)
             choice = groups.masked_fill(~keep.unsqueeze(-1), -torch.inf).flatten(1)
         expert_ids = choice.topk(p.top_k, dim=-1).indices

@@ -8,49 +8,132 @@ otherwise two linear layers and silu_mul. Weights stay in their format.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
 
-from firebox.formats.base import Cut, Format, OneOf, PlainSlot, Slot, Slots, StoredSlot
+from firebox.formats.base import Cut, Format, FormatOf, OneOf, PlainSlot, Slot, Slots, StoredSlot
+from firebox.hardware.base import Gpu
 from firebox.layers.base import Build
 from firebox.layers.device import KERNEL_DTYPES
 
 if TYPE_CHECKING:
     from firebox.kernels.cpu_moe_block import Problem
+    from firebox.kernels.plan import Operation, Setting
     from firebox.layers.linear import Linear
-    from firebox.layers.moe import MoeNames
+    from firebox.layers.moe_names import MoeNames
     from firebox.layers.norm import RMSNorm
 
 
-def refusal(build: Build, p: Problem, formats: set[Format]) -> str | None:
-    """Why the GPU kernels cannot run such a layer, or None."""
-    if build.shared is None:
-        return "is made for NVIDIA GPUs"
-    if build.dtype not in KERNEL_DTYPES:
-        return f"computes in bfloat16, not {build.dtype}"
+class Layer(Protocol):
+    """What is read of a layers.moe.MoeBlock."""
+
+    problem: Problem
+    names: MoeNames
+    format_of: FormatOf
+    kept_groups: int
+    shared_gate_up: Linear
+    shared_down: Linear
+    shared_gate: Linear
+
+    @property
+    def expert_formats(self) -> set[Format]:
+        """Of an expert's matrices."""
+        ...
+
+
+def refusal(gpu: Gpu, p: Problem, formats: set[Format]) -> str | None:
+    """Why the kernels of `gpu` cannot run such a layer, or None."""
+    if p.dtype not in KERNEL_DTYPES:
+        return f"hidden states are {str(p.dtype).removeprefix('torch.')}; kernels know bfloat16 and float16"
     if len(formats) > 1:
         return "the matrices of an expert are in different formats"
     from firebox.kernels import moe_gate_up_few, moe_route
     from firebox.layers import _pack
 
-    name, group = _pack.kind(next(iter(formats)), p.hidden)
+    format = next(iter(formats))
+    name, group = _pack.kind(format, p.hidden)
     if name == "int4_group" and group != 32:
         return f"knows int4 in groups of 32, not {group}"
-    why = moe_gate_up_few.accepts(_experts_problem(build, p, name), build.gpu)
-    return why or moe_route.accepts(_route_problem(p, 0), build.gpu)
+    why = _pack.refusal(format) or moe_gate_up_few.accepts(_experts_problem(p, name), gpu)
+    return why or moe_route.accepts(_route_problem(p, 0), gpu)
 
 
-def _experts_problem(build: Build, p: Problem, format: str, shared: int = 0) -> Any:
+def operations(layer: Layer, setting: Setting) -> tuple[Operation, ...] | str:
+    """What such a layer launches on one of `setting.tp` GPUs, for the plan; or why the kernels cannot run
+    it."""
+    from firebox.kernels import moe_route, rms_norm
+    from firebox.kernels.plan import Operation, Single
+    from firebox.layers import _pack, dense_gpu, experts
+
+    p = layer.problem
+    share = dataclasses.replace(p, inter=p.inter // setting.tp)
+    formats = layer.expert_formats
+    why = refusal(setting.gpu, share, formats)
+    if why is not None:
+        return why
+    dtype, format = KERNEL_DTYPES[p.dtype], next(iter(formats))
+    fused = fused_experts(p, layer.names, layer.format_of)
+    routed = _experts_problem(share, _pack.kind(format, p.hidden)[0], fused)
+    gate = (layer.shared_gate.operation("shared_gate", setting),) if p.shared_gate else ()
+    return (
+        Single("norm", dtype, rms_norm, _norm_problem(p)),
+        Operation("router", "bf16", dense_gpu, router_problem(p)),
+        *gate,
+        Single("route", "f32", moe_route, _route_problem(p, fused, layer.kept_groups)),
+        *(() if fused or not p.shared_experts else _shared_operations(layer, share, setting)),
+        Operation("experts", format.name, experts, routed),
+    )
+
+
+def _shared_operations(layer: Layer, share: Problem, setting: Setting) -> Iterator[Operation]:
+    from firebox.kernels import silu_mul
+    from firebox.kernels.plan import Single
+
+    yield layer.shared_gate_up.operation("shared_gate_up", setting)
+    yield Single("shared_silu_mul", KERNEL_DTYPES[share.dtype], silu_mul, _activation_problem(share))
+    yield layer.shared_down.operation("shared_down", setting)
+
+
+def fused_experts(p: Problem, names: MoeNames, format_of: FormatOf) -> int:
+    """How many shared experts are further experts to the kernels: one, if it has the routed ones'
+    format."""
+    shared = {format_of(f"{names.shared}.{part}") for part in (names.gate, names.up, names.down)}
+    return int(p.shared_experts == 1 and shared == {format_of(names.down_of(0))})
+
+
+def router_problem(p: Problem) -> Any:
+    """The router is never quantised, never cut, and its logits are float32."""
+    from firebox.kernels import _linear
+
+    dtype = KERNEL_DTYPES[p.dtype]
+    return _linear.Problem(p.experts, p.hidden, "bf16", bias=p.biases, dtype=dtype, out_dtype="f32")
+
+
+def _norm_problem(p: Problem) -> Any:
+    from firebox.kernels import rms_norm
+
+    return rms_norm.Problem(p.hidden, p.eps, dtype=KERNEL_DTYPES[p.dtype])
+
+
+def _activation_problem(p: Problem) -> Any:
+    from firebox.kernels import silu_mul
+
+    wide, dtype = p.shared_experts * p.inter, KERNEL_DTYPES[p.dtype]
+    return silu_mul.Problem(wide, p.activation, p.limit or 7.0, p.alpha or 1.702, dtype=dtype)
+
+
+def _experts_problem(p: Problem, format: str, shared: int = 0) -> Any:
     from firebox.kernels import _experts
 
     clamped = {"limit": p.limit, "alpha": p.alpha} if p.activation == "clamped_swiglu" else {}
     return _experts.Problem(
         p.hidden, p.inter, p.experts + shared, p.top_k + shared, format, p.activation, biases=p.biases,
-        dtype=KERNEL_DTYPES[build.dtype], residual=True, **clamped,
+        dtype=KERNEL_DTYPES[p.dtype], residual=True, **clamped,
     )  # fmt: skip
 
 
@@ -75,9 +158,8 @@ class MoeKernels:
         self._build, self._p, self._names, self._cuts = build, p, names, cuts
         self._format = build.format_of(names.down_of(0))
         name, _ = _pack.kind(self._format, p.hidden)
-        shared = {build.format_of(f"{names.shared}.{part}") for part in (names.gate, names.up, names.down)}
-        self.fused = p.shared_experts if p.shared_experts == 1 and shared == {self._format} else 0
-        self.problem = _experts_problem(build, p, name, self.fused)
+        self.fused = fused_experts(p, names, build.format_of)
+        self.problem = _experts_problem(p, name, self.fused)
         self._route = _route_problem(p, self.fused, kept_groups)
         self._store: Any = ExpertStore(self.problem, build.device)
 
@@ -188,21 +270,19 @@ class MoeKernels:
         """Binds. `shared`: gate and up, down, and the gate of both, as far as the layer has them."""
         from firebox.kernels import moe_route, rms_norm, silu_mul
 
-        p, device, dtype = self._p, self._build.shared, KERNEL_DTYPES[self._build.dtype]
+        p, device = self._p, self._build.shared
         assert device is not None
         if p.biases:
             gate_up, down = self._biases
             self._store.keep_biases(gate_up[:, ::2], gate_up[:, 1::2], down)
+            self._biases.clear()
         self._norm_weight, self._router, self._correction = norm.weight, router, correction_bias
         self._shared = shared
-        self._norm = device.launcher(rms_norm, rms_norm.Problem(p.hidden, p.eps, dtype=dtype))
+        self._norm = device.launcher(rms_norm, _norm_problem(p))
         self._choose = device.launcher(moe_route, self._route)
         self._experts = device.experts(self.problem, self._store.gate_up, self._store.down)
-        wide = p.shared_experts * p.inter
-        if wide and not self.fused:
-            self._activate = device.launcher(
-                silu_mul, silu_mul.Problem(wide, p.activation, p.limit or 7.0, p.alpha or 1.702, dtype=dtype)
-            )
+        if p.shared_experts and not self.fused:
+            self._activate = device.launcher(silu_mul, _activation_problem(p))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [tokens, hidden], which becomes the result."""

@@ -34,6 +34,9 @@ def rotary_tables(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin [max_positions, rotary_dim / 2] float32 of position · theta^(−2i / rotary_dim), or
     YaRN's."""
+    if device.type == "meta":  # there torch.arange imports half a second of torch
+        shape = (max_positions, rotary_dim // 2)
+        return torch.empty(shape, device=device), torch.empty(shape, device=device)
     exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device) / rotary_dim
     wavelengths = theta**exponents  # in tokens, over 2π
     frequencies = 1.0 / wavelengths  # multiplied by below: dividing the position rounds otherwise

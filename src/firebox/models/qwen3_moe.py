@@ -20,7 +20,8 @@ from firebox.layers.decoder import Decoder
 from firebox.layers.dense import DenseBlock
 from firebox.layers.embedding import Embedding
 from firebox.layers.head import Head
-from firebox.layers.moe import MoeBlock, MoeNames
+from firebox.layers.moe import MoeBlock
+from firebox.layers.moe_names import MoeNames
 from firebox.layers.norm import RMSNorm
 from firebox.layers.rope import Yarn, rotary_tables
 from firebox.models.base import need, require, rotary

@@ -70,13 +70,13 @@ class Opened:
     parts: tuple[Part, ...]
 
 
-def kv_itemsize(source: Source, asked: str) -> int:
-    """Bytes of a stored number of keys and values under `--kv-cache-dtype`. Raises ConfigError,
+def kv_dtype(source: Source, asked: str) -> torch.dtype:
+    """Of a stored number of keys and values under `--kv-cache-dtype`. Raises ConfigError,
     UnsupportedFormat."""
     kv = cast(KvFormat, load("formats.kv", kv_format_of(asked, source.dtype)))
     if kv.SCALED:
         require_fp8_scales(source.config)
-    return kv.DTYPE.itemsize
+    return kv.DTYPE
 
 
 def open_source(source: Source, gpu: Gpu) -> Opened:

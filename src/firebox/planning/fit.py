@@ -2,10 +2,10 @@
 
     open_source(source, gpu) → Opened       the model without memory
     plan(opened, gpu, tp, engine) → Fit     memory and roof
-    compiled(fit) → Fit                     and every launch of its expert layers, compiled for the GPU
+    compiled(fit) → Fit                     and every launch of its layers, compiled for the GPU
 
-The check is partial, and the answer says so: memory and experts. Operations without a GPU kernel are listed
-by name; what they will ask for is not part of `fits`.
+The check is partial, and the answer says so: operations that are composed of torch operators on a GPU are
+listed by name; what they will ask for is not part of `fits`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from firebox.config import EngineConfig
 from firebox.errors import ConfigError, FireboxError, UnsupportedFormat
 from firebox.hardware.base import Gpu
-from firebox.kernels import cpu_moe_block
+from firebox.kernels import cpu_attention_block, cpu_dense_block, cpu_head, cpu_moe_block
+from firebox.kernels.plan import Library, Setting
 from firebox.layers.decoder import Decoder
+from firebox.layers.linear import DENSE
 from firebox.models.base import need
-from firebox.planning import launches as experts
-from firebox.planning._parts import Opened, Source, all_slots, kv_itemsize, open_source
-from firebox.planning.launches import Experts, Launch
+from firebox.planning import launches
+from firebox.planning._parts import Opened, Source, all_slots, kv_dtype, open_source
+from firebox.planning.launches import Launch, Layers
 from firebox.planning.memory import GIB, Memory, Sizes, cache_bytes, ledger
 from firebox.planning.roof import Roof, roof
 from firebox.weights.cuts import SIZES, check_cuts, refusal
@@ -34,13 +34,16 @@ __all__ = ["Fit", "Opened", "Source", "compiled", "open_source", "plan"]
 
 CONTEXT_TOKENS = 4096  # unless --context-length says otherwise
 MAX_TOKENS = 8192  # launches are planned for at least so many tokens a step
-NO_KERNEL = "no GPU kernel yet"
+PLANNED = (cpu_attention_block.OP, cpu_moe_block.OP, cpu_dense_block.OP, cpu_head.OP)
+EMBEDDING = "embedding"
+TORCH_ONLY = "composed of torch operators on a GPU"
 
 
 @dataclass(frozen=True)
 class Fit:
     """The answer. `refusal`: why the model cannot be cut this way; memory and roof are then None. `launches`
-    None: not compiled. `not_planned`: operations that have no GPU kernel. `help`: what would make it fit."""
+    None: not compiled. `not_planned`: operations that are composed of torch operators. `help`: what would
+    make it fit."""
 
     source: Source
     gpu: Gpu
@@ -51,7 +54,7 @@ class Fit:
     refusal: str | None = None
     memory: Memory | None = None
     roof: Roof | None = None
-    experts: tuple[Experts, ...] = ()
+    layers: tuple[Layers, ...] = ()
     launches: tuple[Launch, ...] | None = None
     help: tuple[str, ...] = field(default=())
 
@@ -66,11 +69,17 @@ class Fit:
         return not self.problems
 
     @property
+    def fallbacks(self) -> tuple[str, ...]:
+        """What --strict refuses, one sentence each: layers that fall back to torch operators, and launches
+        written for a tensor instruction that the compiler did not use."""
+        return tuple(_fallbacks(self))
+
+    @property
     def checked(self) -> tuple[str, ...]:
         """What `fits` is about."""
         if self.memory is None:
             return ("tp",)
-        return ("memory",) if self.launches is None else ("memory", "experts")
+        return ("memory",) if self.launches is None else ("memory", "launches")
 
     def document(self) -> dict[str, Any]:
         """As `firebox fit MODEL --json` prints it."""
@@ -81,17 +90,18 @@ class Fit:
             "tp": self.tp,
             "checked": list(self.checked),
             "problems": list(self.problems),
+            "fallbacks": list(self.fallbacks),
             "help": list(self.help),
             "tp_that_work": list(self.working_tp),
             "memory": self.memory and self.memory.document(),
             "roof": self.roof and self.roof.document(),
             "launches": [launch.document() for launch in self.launches or ()],
             "refused": [
-                {"op": "experts", "layers": e.layers, "format": e.format, "why": e.refusal}
-                for e in self.experts
+                {"op": e.op, "layers": e.layers, "format": e.format, "why": e.refusal}
+                for e in self.layers
                 if e.refusal is not None
             ],
-            "not_planned": [{"op": op, "why": NO_KERNEL} for op in self.not_planned],
+            "not_planned": [{"op": op, "why": TORCH_ONLY} for op in self.not_planned],
         }
 
 
@@ -113,7 +123,7 @@ def plan(opened: Opened, gpu: Gpu, tp: int, engine: EngineConfig) -> Fit:
         fit,
         memory=memory,
         roof=roof(parts, memory.cache, gpu, tp, memory.context_tokens),
-        experts=experts.problems(parts, opened.build.dtype, gpu, tp),
+        layers=_layers(opened, gpu, tp, engine),
     )
     return fit if fit.fits else dataclasses.replace(fit, help=tuple(_help(opened, fit, engine)))
 
@@ -122,7 +132,7 @@ def compiled(fit: Fit) -> Fit:
     """The same with its launches, compiled; nothing is compiled for a cut that the model does not allow."""
     if fit.refusal is not None:
         return fit
-    found = experts.launches(fit.experts, fit.gpu, fit.max_tokens)
+    found = launches.launches(fit.layers, fit.gpu, fit.max_tokens)
     return dataclasses.replace(fit, launches=found)
 
 
@@ -131,16 +141,21 @@ def _memory(opened: Opened, gpu: Gpu, tp: int, engine: EngineConfig) -> Memory:
     for part in opened.parts:
         weights[part.name] = weights.get(part.name, 0) + part.shard_bytes(tp)
     model, dtype = opened.model, opened.build.dtype
-    layers = experts.problems(opened.parts, dtype, gpu, tp)
+    layers = _layers(opened, gpu, tp, engine)
     return ledger(
         gpu,
         weights,
-        cache_bytes(model.cache_specs, kv_itemsize(opened.source, engine.kv_cache_dtype), tp),
-        experts.workspace_bytes(layers, engine.max_batch_tokens),
+        cache_bytes(model.cache_specs, kv_dtype(opened.source, engine.kv_cache_dtype).itemsize, tp),
+        launches.workspace_bytes(layers, gpu, engine.max_batch_tokens),
         Sizes(model.embedding.weight.shape[1], model.head.vocab, len(model.blocks), dtype.itemsize),
         engine,
         _context_tokens(opened.source, engine.context_length),
     )
+
+
+def _layers(opened: Opened, gpu: Gpu, tp: int, engine: EngineConfig) -> tuple[Layers, ...]:
+    setting = Setting(gpu, tp, kv_dtype(opened.source, engine.kv_cache_dtype), engine.page_tokens)
+    return launches.layers_of(opened.model, setting)
 
 
 def _help(opened: Opened, fit: Fit, engine: EngineConfig) -> Iterator[str]:
@@ -148,8 +163,9 @@ def _help(opened: Opened, fit: Fit, engine: EngineConfig) -> Iterator[str]:
     gpu, tp, memory = fit.gpu, fit.tp, fit.memory
     assert memory is not None
     yield from _other_sizes(opened, fit, engine)
-    if not _all_run(opened, opened.build.dtype, gpu, tp):
-        if _all_run(opened, torch.bfloat16, gpu, tp):
+    if not _all_run(opened, gpu, tp, engine):
+        as_bf16 = dataclasses.replace(opened.source, dtype="bfloat16")
+        if opened.source.dtype != "bfloat16" and _all_run(open_source(as_bf16, gpu), gpu, tp, engine):
             yield "--dtype bfloat16"
         return
     if _fits_with(opened, gpu, tp, engine, kv_cache_dtype="fp8"):
@@ -164,17 +180,16 @@ def _other_sizes(opened: Opened, fit: Fit, engine: EngineConfig) -> Iterator[str
     found = [
         n
         for n in fit.working_tp
-        if n != fit.tp
-        and _memory(opened, fit.gpu, n, engine).fits
-        and _all_run(opened, opened.build.dtype, fit.gpu, n)
+        if n != fit.tp and _memory(opened, fit.gpu, n, engine).fits and _all_run(opened, fit.gpu, n, engine)
     ]
     if found:
         yield f"--tp {' or '.join(map(str, found))}"
 
 
-def _all_run(opened: Opened, dtype: torch.dtype, gpu: Gpu, tp: int) -> bool:
+def _all_run(opened: Opened, gpu: Gpu, tp: int, engine: EngineConfig) -> bool:
     """Are there kernels for all expert layers?"""
-    return all(e.problem is not None for e in experts.problems(opened.parts, dtype, gpu, tp))
+    layers = _layers(opened, gpu, tp, engine)
+    return all(alike.refusal is None for alike in layers if alike.op == cpu_moe_block.OP)
 
 
 def _fits_with(opened: Opened, gpu: Gpu, tp: int, engine: EngineConfig, **other: Any) -> bool:
@@ -193,16 +208,36 @@ def _problems(fit: Fit) -> Iterator[str]:
             f"{fit.memory.missing_bytes / GIB:.1f} GiB are missing on each GPU for one request of "
             f"{fit.memory.context_tokens} tokens"
         )
-    for layers in fit.experts:
-        if layers.refusal is not None:
+    for layers in fit.layers:
+        if layers.refusal is not None and layers.op == cpu_moe_block.OP:
             yield f"no kernel runs the experts of {layers.layers} layers ({layers.format}): {layers.refusal}"
     for launch in fit.launches or ():
         compiled, planned = launch.compiled, launch.planned
-        if not compiled.fits:
+        if compiled is not None and not compiled.fits:
             said = (
                 compiled.error or f"{compiled.shared_bytes} bytes of shared memory of {compiled.limit_bytes}"
             )
-            yield f"{planned.op} at {planned.first} to {planned.last} tokens: {said}"
+            where = f"{launch.layers.op}, {planned.operation.name}: {planned.op}"
+            yield f"{where} at {planned.first} to {planned.last} tokens: {said}"
+
+
+def _fallbacks(fit: Fit) -> Iterator[str]:
+    for op in fit.not_planned:
+        if op != EMBEDDING:  # one gather, of which torch's is as good as any
+            yield f"{op} is {TORCH_ONLY}"
+    for layers in fit.layers:
+        if layers.refusal is not None:
+            yield f"{layers.op} of {layers.layers} layers falls back to torch operators: {layers.refusal}"
+        for operation in layers.operations:
+            if isinstance(operation, Library) and operation.problem != DENSE:
+                yield f"{layers.op}, {operation.name} falls back to torch operators: {operation.problem}"
+    for launch in fit.launches or ():
+        if launch.emulated and launch.compiled is not None and launch.planned.request is not None:
+            planned, wanted = launch.planned, " and ".join(launch.planned.request.declares)
+            yield (
+                f"{launch.layers.op}, {planned.operation.name}: {planned.op} at {planned.first} to "
+                f"{planned.last} tokens is written for {wanted} and runs {launch.compiled.instruction}"
+            )
 
 
 def _rule(model: Decoder, tp: int) -> str:
@@ -215,16 +250,9 @@ def _rule(model: Decoder, tp: int) -> str:
 
 
 def _not_planned(opened: Opened) -> Iterator[str]:
-    """Everything a step does but routed experts, under the names that the ledger uses."""
-    yield "embedding"
-    for op in dict.fromkeys(choice.op for choice in opened.build.choices):
-        if op != cpu_moe_block.OP:
-            yield op
-            continue
-        yield "moe_routing"
-        if any(part.block.problem.shared_experts for part in opened.parts if part.block is not None):
-            yield "shared_experts"
-    yield "sampling"
+    """What no layer launches as a kernel of ours, under the names that the ledger uses."""
+    yield EMBEDDING
+    yield from dict.fromkeys(choice.op for choice in opened.build.choices if choice.op not in PLANNED)
 
 
 def _context_tokens(source: Source, asked: int | None) -> int:

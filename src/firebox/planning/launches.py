@@ -1,186 +1,157 @@
-"""The launches of a model's expert layers on one GPU: for every number of tokens which kernels run and at
-which configuration, compiled for that GPU and read back.
+"""The launches of a model on one GPU: for every number of tokens which kernels run and at which
+configuration, compiled for that GPU and read back.
 
-    problems(parts, dtype, gpu, tp)       the model's expert layers on one of `tp` GPUs, or why none runs them
-    planned(problem, gpu, max_tokens)     every compile that 1 … max_tokens tokens can launch
-    launches(experts, gpu, max_tokens)    the same, compiled
+    layers_of(model, setting)             the model's layers, those that are alike together
+    rows(layers, gpu, max_tokens)         every launch that 1 … max_tokens tokens can make
+    launches(layers, gpu, max_tokens)     the same, compiled
 
-Imports Triton; compiles nothing before `launches`.
+What a layer launches it says itself (`operations`); what an operation launches, the module that does it
+(kernels/plan.py). Imports Triton; compiles nothing before `launches`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
-from firebox.formats import bf16, fp8_block, int4_group
-from firebox.formats.base import Format, WeightSlot
 from firebox.hardware.base import Gpu
-from firebox.kernels._experts import BLOCK, Problem
-from firebox.kernels.compile import Compiled, CompileRequest, compile_all
-from firebox.kernels.moe_gate_up_few import accepts
-from firebox.layers.experts import Path, Workspace, like, path_of, requests
+from firebox.kernels import cpu_attention_block, cpu_dense_block, cpu_head, cpu_moe_block, sample
+from firebox.kernels.compile import Compiled, CompileRequest, compile_all, limit_bytes
+from firebox.kernels.plan import CUBLAS, Operation, Planned, Setting, planned
+from firebox.layers import dense_gpu, experts, gated_delta, latent_attention
+from firebox.layers.attention import AttentionBlock
+from firebox.layers.decoder import Decoder
+from firebox.layers.dense import DenseBlock
+from firebox.layers.gated_delta import GatedDeltaBlock
+from firebox.layers.latent_attention import LatentAttentionBlock
 from firebox.layers.moe import MoeBlock
-from firebox.planning._parts import Part
 
-DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
+NO_TENSOR_CORE = "none"
+SAMPLING = "sampling"
+OPS = {
+    AttentionBlock: cpu_attention_block.OP,
+    MoeBlock: cpu_moe_block.OP,
+    DenseBlock: cpu_dense_block.OP,
+    LatentAttentionBlock: latent_attention.OP,
+    GatedDeltaBlock: gated_delta.OP,
+}
 
 
 @dataclass(frozen=True)
-class Experts:
-    """`layers` expert layers that are alike. `problem` None: no kernel can run them, and `refusal` says
-    why."""
+class Layers:
+    """`layers` layers that are alike; `op` as the ledger names them. `refusal`: why no kernels run them;
+    there are then no operations. `format`: of their weights."""
 
+    op: str
     layers: int
     format: str
-    problem: Problem | None
+    operations: tuple[Operation, ...] = ()
     refusal: str | None = None
 
 
 @dataclass(frozen=True)
-class Planned:
-    """One compile and the numbers of tokens, `first` … `last`, that launch it."""
+class Launch:
+    """One launch of a model, and what became of its compile; None for a library's kernel."""
 
-    op: str
-    first: int
-    last: int
-    path: Path
-    request: CompileRequest
+    layers: Layers
+    planned: Planned
+    compiled: Compiled | None
+    limit_bytes: int
 
     @property
-    def config(self) -> dict[str, Any]:
-        """What was chosen for it."""
-        chosen = {"moe_gate_up": self.path.gate_up, "moe_down": self.path.down}.get(self.op)
-        if chosen is not None:
-            return asdict(chosen)
-        return {"warps": self.request.num_warps, "stages": self.request.num_stages}
+    def fits(self) -> bool:
+        """It compiles within the limit; of a library's kernel that is taken for granted."""
+        return self.compiled is None or self.compiled.fits
 
-
-@dataclass(frozen=True)
-class Launch:
-    """One compile of a model, and what became of it."""
-
-    experts: Experts
-    planned: Planned
-    compiled: Compiled
+    @property
+    def emulated(self) -> bool:
+        """It is written for a tensor instruction that the compiler did not use."""
+        request = self.planned.request
+        return bool(request and request.declares) and self.compiled is not None and not self.compiled.native
 
     def document(self) -> dict[str, Any]:
         """As `firebox fit --json` prints it."""
         planned, compiled = self.planned, self.compiled
         return {
+            "layer": self.layers.op,
+            "layers": self.layers.layers,
+            "operation": planned.operation.name,
             "op": planned.op,
-            "kernel": compiled.kernel,
-            "format": self.experts.format,
-            "layers": self.experts.layers,
+            "variant": planned.compile.variant,
+            "kernel": compiled.kernel if compiled else CUBLAS,
+            "format": planned.operation.format,
             "tokens": [planned.first, planned.last],
-            "path": planned.path.name,
-            "why": planned.path.why,
+            "path": planned.path,
+            "why": planned.why,
             "config": planned.config,
-            "shared_bytes": compiled.shared_bytes,
-            "limit_bytes": compiled.limit_bytes,
-            "registers": compiled.registers,
-            "spill_bytes": compiled.spill_bytes,
-            "instruction": compiled.instruction,
-            "native": compiled.native,
-            "fits": compiled.fits,
-            "error": compiled.error,
+            "shared_bytes": compiled.shared_bytes if compiled else 0,
+            "limit_bytes": self.limit_bytes,
+            "registers": compiled.registers if compiled else 0,
+            "spill_bytes": compiled.spill_bytes if compiled else 0,
+            "instruction": compiled.instruction if compiled else NO_TENSOR_CORE,
+            "native": compiled.native if compiled else True,
+            "fits": self.fits,
+            "error": compiled.error if compiled else None,
         }
 
 
-def problems(parts: Sequence[Part], dtype: torch.dtype, gpu: Gpu, tp: int) -> tuple[Experts, ...]:
-    """The model's expert layers, those that are alike together, on one of `tp` GPUs, which the weights' cuts
-    allow."""
-    return tuple(_experts(part.block, part, dtype, gpu, tp) for part in parts if part.block is not None)
+def layers_of(model: Decoder, setting: Setting) -> tuple[Layers, ...]:
+    """What one of `setting.tp` GPUs launches, which the weights' cuts allow, in the order of a step."""
+    blocks = (block for pair in model.blocks for block in pair)
+    found = [_layers(OPS[type(block)], block, setting) for block in blocks]
+    head = _layers(cpu_head.OP, model.head, setting)
+    drawn = (Operation("sample", "f32", sample, model.head.vocab),)
+    return (*_counted(found), head, Layers(SAMPLING, 1, "f32", drawn))
 
 
-def planned(problem: Problem, gpu: Gpu, max_tokens: int) -> list[Planned]:
-    """Every compile that 1 … `max_tokens` tokens can launch, successive numbers that share one together."""
-    made: dict[tuple[int, Path], dict[str, CompileRequest]] = {}
-    rows: list[Planned] = []
-    open_rows: dict[str, int] = {}  # operation → the index of its latest row
-    for tokens in range(1, max_tokens + 1):
-        path = path_of(problem, tokens, gpu)
-        key = (like(problem, tokens, path), path)
-        if key not in made:
-            made[key] = requests(problem, key[0], path, gpu)
-        for op, request in made[key].items():
-            at = open_rows.get(op)
-            before = rows[at] if at is not None else None
-            if at is not None and before is not None and _continues(before, request, tokens):
-                rows[at] = Planned(op, before.first, tokens, before.path, request)
-            else:
-                open_rows[op] = len(rows)
-                rows.append(Planned(op, tokens, tokens, path, request))
-    return rows
+def rows(layers: Iterable[Layers], gpu: Gpu, max_tokens: int) -> Iterator[tuple[Layers, Planned]]:
+    """Everything that can be launched for 1 … `max_tokens` tokens."""
+    made: dict[Operation, list[Planned]] = {}
+    for alike in layers:
+        for operation in alike.operations:
+            if operation not in made:
+                made[operation] = planned(operation, gpu, max_tokens)
+            yield from ((alike, row) for row in made[operation])
 
 
-def launches(experts: Sequence[Experts], gpu: Gpu, max_tokens: int) -> tuple[Launch, ...]:
-    """Compiles everything that can be launched for 1 … `max_tokens` tokens."""
-    rows = [
-        (layers, row)
-        for layers in experts
-        if layers.problem is not None
-        for row in planned(layers.problem, gpu, max_tokens)
-    ]
-    results = compile_all([row.request for _, row in rows])
-    return tuple(Launch(layers, row, result) for (layers, row), result in zip(rows, results, strict=True))
-
-
-def workspace_bytes(experts: Sequence[Experts], max_tokens: int) -> int:
-    """What lies between the launches of a layer, which all layers share: the largest. Layers that no kernel
-    runs count nothing."""
-    found = (Workspace(e.problem, max_tokens, "meta") for e in experts if e.problem is not None)
-    return max(map(_nbytes, found), default=0)
-
-
-def _nbytes(value: Any) -> int:
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
-    return 0 if value is None else sum(_nbytes(part) for part in vars(value).values())
-
-
-def _continues(before: Planned, request: CompileRequest, tokens: int) -> bool:
-    return before.last == tokens - 1 and before.request == request
-
-
-def _experts(block: MoeBlock, part: Part, dtype: torch.dtype, gpu: Gpu, tp: int) -> Experts:
-    formats = {slot.format for slot, _ in part.slots if isinstance(slot, WeightSlot)} or {bf16.Format()}
-    name = " and ".join(sorted(format.name for format in formats))
-    refusal = _refusal(formats, dtype)
-    if refusal is not None:
-        return Experts(part.layers, name, None, refusal)
-    p = block.problem
-    problem = Problem(
-        hidden=p.hidden,
-        inter=p.inter // tp,
-        experts=p.experts,
-        top_k=p.top_k,
-        format=name,
-        biases=p.biases,
-        dtype=DTYPES[dtype],
+def launches(layers: Sequence[Layers], gpu: Gpu, max_tokens: int) -> tuple[Launch, ...]:
+    """The same, compiled."""
+    found = list(rows(layers, gpu, max_tokens))
+    ours: list[CompileRequest] = [row.request for _, row in found if row.request is not None]
+    results = iter(compile_all(ours))
+    limit = limit_bytes(gpu)
+    return tuple(
+        Launch(alike, row, None if row.request is None else next(results), limit) for alike, row in found
     )
-    if p.activation != problem.activation:  # the numbers count for this one only
-        problem = replace(problem, activation=p.activation, limit=p.limit, alpha=p.alpha)
-    refusal = accepts(problem, gpu)
-    return Experts(part.layers, name, None if refusal else problem, refusal)
 
 
-def _refusal(formats: set[Format], dtype: torch.dtype) -> str | None:
-    """Why no expert kernel takes such weights, or None."""
-    if len(formats) > 1:
-        return "the matrices of one expert are in different formats"
-    if dtype not in DTYPES:
-        return f"hidden states are {str(dtype).removeprefix('torch.')}; kernels know bfloat16 and float16"
-    return next(_details(next(iter(formats))), None)
+def workspace_bytes(layers: Sequence[Layers], gpu: Gpu, max_tokens: int) -> int:
+    """What lies between the launches: one workspace for all linear layers, as large as the largest needs, and
+    one for each kind of expert layers. Layers that no kernel runs count nothing."""
+    operations = dict.fromkeys(operation for alike in layers for operation in alike.operations)
+    linears = [o.problem for o in operations if o.source is dense_gpu and type(o) is Operation]
+    routed = dict.fromkeys(o.problem for o in operations if o.source is experts)
+    found = [experts.Workspace(problem, max_tokens, "meta") for problem in routed]
+    return sum(map(tensor_bytes, [*found, dense_gpu.Workspace(linears, max_tokens, gpu, "meta")]))
 
 
-def _details(format: Format) -> Iterator[str]:
-    """What a kernel takes for granted of a format."""
-    if isinstance(format, fp8_block.Format) and format.block != (BLOCK, BLOCK):
-        yield f"blocks are {format.block[0]} × {format.block[1]}; kernels know {BLOCK} × {BLOCK}"
-    if isinstance(format, int4_group.Format) and (format.group, format.symmetric) != (32, True):
-        kind = "symmetric" if format.symmetric else "with zero points"
-        yield f"int4 in groups of {format.group}, {kind}; kernels know groups of 32, symmetric"
+def tensor_bytes(value: Any) -> int:
+    """Of all tensors in a workspace."""
+    if hasattr(value, "nbytes"):
+        return int(value.nbytes)
+    return 0 if value is None else sum(tensor_bytes(part) for part in vars(value).values())
+
+
+def _layers(op: str, block: Any, setting: Setting) -> Layers:
+    found = block.operations(setting)
+    if isinstance(found, str):
+        return Layers(op, 1, block.format, refusal=found)
+    return Layers(op, 1, block.format, found)
+
+
+def _counted(found: Sequence[Layers]) -> Iterator[Layers]:
+    counts: dict[Layers, int] = {}
+    for layers in found:
+        counts[layers] = counts.get(layers, 0) + 1
+    return (replace(layers, layers=count) for layers, count in counts.items())

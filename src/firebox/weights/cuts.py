@@ -69,9 +69,7 @@ def _working(slots: Sequence[Slot]) -> tuple[int, ...]:
 
 def pieces_of(cut: Cut, tp: int) -> int | None:
     """How many of the pieces a rank has, or None if they cannot be shared out equally."""
-    if cut.count % tp == 0:
-        return cut.count // tp
-    return 1 if cut.shared and tp % cut.count == 0 else None
+    return cut.pieces(tp)
 
 
 def _size(target: torch.Tensor, axis: int) -> int:

@@ -22,7 +22,7 @@ from collections.abc import Callable
 
 import torch
 
-from firebox.formats.base import Slot, StoredSlot
+from firebox.formats.base import Slot
 from firebox.models.base import Model
 from firebox.weights.load import chosen_slots
 
@@ -38,7 +38,7 @@ def load_dummy(model: Model, seed: int = 0, on_filled: Callable[[Slot], None] = 
     for slot in chosen_slots(model, None):
         if all(spec.optional for spec in slot.tensors.values()):
             continue
-        device = slot.device if isinstance(slot, StoredSlot) else slot.target.device
+        device = getattr(slot, "device", slot.target.device)
         if device not in generators:
             generators[device] = torch.Generator(device).manual_seed(seed)
         _fill(slot, generators[device])
@@ -47,8 +47,9 @@ def load_dummy(model: Model, seed: int = 0, on_filled: Callable[[Slot], None] = 
 
 
 def _fill(slot: Slot, generator: torch.Generator) -> None:
-    if isinstance(slot, StoredSlot):
-        slot.invent(generator)
+    invent = getattr(slot, "invent", None)  # of what is kept as it is stored
+    if invent is not None:
+        invent(generator)
         return
     target, name = slot.target, next(iter(slot.tensors))
     if name.endswith("e_score_correction_bias"):

@@ -46,7 +46,7 @@ def test_a_model_that_fits(folder: Path) -> None:
     found = document(done)
     assert (done.returncode, found["fits"], found["problems"]) == (0, True, [])
     assert (found["model"], found["gpu"], found["tp"]) == ("gpt-oss-20b", "gb10", 1)
-    assert found["checked"] == ["memory", "experts"]
+    assert found["checked"] == ["memory", "launches"]
     memory, roof = found["memory"], found["roof"]
     assert memory["weights_bytes"] / 2**30 == pytest.approx(12.8, abs=0.05)
     assert memory["kv_bytes_per_token"] == 24_576 and memory["kv_tokens"] > 1_000_000
@@ -58,24 +58,31 @@ def test_a_model_that_fits(folder: Path) -> None:
     gate_up = [row["tokens"] for row in rows if row["op"] == "moe_gate_up"]
     assert gate_up[0][0] == 1 and gate_up[-1][1] == 8192
     assert all(before[1] + 1 == after[0] for before, after in itertools.pairwise(gate_up))
-    assert "attention_block" in {row["op"] for row in found["not_planned"]}
+    assert [row["op"] for row in found["not_planned"]] == ["embedding"]
+    assert {row["layer"] for row in rows} == {"attention_block", "moe_block", "head", "sampling"}
+    library = [row for row in rows if row["kernel"] == "cublas"]
+    assert library and all((row["shared_bytes"], row["config"]) == (0, {}) for row in library)
 
 
 def test_without_a_model_it_is_firebox_tiny(folder: Path) -> None:
     """Which computes in float32, and no kernel for experts does; in bf16 it fits."""
     no = fit(folder, "--gpu", "rtx-5090", "--json")
     found = document(no)
-    assert (no.returncode, found["model"], found["launches"]) == (1, "firebox-tiny", [])
-    assert [row["why"] for row in found["refused"]] == [
-        "hidden states are float32; kernels know bfloat16 and float16"
-    ]
+    assert (no.returncode, found["model"], [row["op"] for row in found["launches"]]) == (
+        1,
+        "firebox-tiny",
+        ["sample", "sample"],
+    )
+    assert "hidden states are float32; kernels know bfloat16 and float16" in {
+        row["why"] for row in found["refused"]
+    }
     assert found["help"] == ["--dtype bfloat16"]
     yes = fit(folder, "--gpu", "rtx-5090", "--dtype", "bfloat16")
     assert yes.returncode == 0, yes.stdout
     lines = yes.stdout.splitlines()
     assert lines[-1] == "firebox-tiny on 1 × rtx-5090: fits, as far as was checked"
     (partial,) = [line for line in lines if line.startswith("this check is partial")]
-    assert "No GPU kernel yet, and so not checked: embedding, attention_block" in partial
+    assert partial.endswith("Composed of torch operators on a GPU, and so not checked: embedding")
     (row,) = [line for line in lines if "gate_up_few" in line and "│        1 │" in line]
     for cell in ("101,376", "rows 64", "few, default", "mma.bf16", "yes", "fits"):
         assert cell in row
@@ -90,6 +97,14 @@ def test_what_is_missing_and_what_would_help(folder: Path) -> None:
     assert "does not fit: " in done.stdout and "GiB are missing on each GPU" in done.stdout
     assert "has no tile for 1440 columns" in done.stdout
     assert done.stdout.splitlines()[-1] == "gpt-oss-120b on 2 × rtx-5090: does not fit, as far as was checked"
+
+
+def test_strict_is_1_where_a_layer_falls_back(folder: Path) -> None:
+    arguments = ("kimi-k2.5-int4", "--gpu", "rtx-pro-6000", "--tp", "8", "--json")
+    assert fit(folder, *arguments).returncode == 0
+    strict = fit(folder, *arguments, "--strict")
+    assert strict.returncode == 1 and document(strict)["fits"]
+    assert document(strict)["fallbacks"] == ["latent_attention_block is composed of torch operators on a GPU"]
 
 
 def test_a_cut_that_the_format_does_not_allow_is_1(folder: Path) -> None:

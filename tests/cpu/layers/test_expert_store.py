@@ -22,8 +22,8 @@ from firebox.layers._invented import invented
 from firebox.layers._pack import pack
 from firebox.layers.base import Build
 from firebox.layers.device import Device
-from firebox.layers.moe import MoeNames
 from firebox.layers.moe_gpu import MoeKernels
+from firebox.layers.moe_names import MoeNames
 from tests.support import quantise
 from tests.support.small_models import fp8_blocks, mxfp4_groups
 

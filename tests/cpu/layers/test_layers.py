@@ -35,7 +35,8 @@ from firebox.layers.dense import DenseBlock
 from firebox.layers.embedding import Embedding
 from firebox.layers.head import Head
 from firebox.layers.linear import Linear
-from firebox.layers.moe import MoeBlock, MoeNames
+from firebox.layers.moe import MoeBlock
+from firebox.layers.moe_names import MoeNames
 from firebox.layers.norm import RMSNorm
 from firebox.layers.rope import Yarn, rotary_tables, rotate
 from tests.support.checkpoints import load_reference, reference_greedy, write_checkpoint

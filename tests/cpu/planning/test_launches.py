@@ -1,46 +1,91 @@
-"""Which launches the experts of a model can make: every number of tokens is covered, by the requests that the
-layer itself would make; and what no kernel runs is refused with its reason."""
+"""Which launches a model can make: every number of tokens is covered, by the requests that the layers
+themselves would make; and what no kernel runs is refused with its reason."""
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
+from firebox.attention import triton_paged
 from firebox.formats import fp8_block, int4_group
 from firebox.hardware.base import find_gpu
-from firebox.kernels import _tuned
+from firebox.kernels import _attention, _linear, _tuned, attention_decode, attention_extend
 from firebox.kernels._experts import Problem
+from firebox.kernels.plan import Operation, Planned, Setting, planned
+from firebox.layers import dense_gpu, experts, moe_gpu
 from firebox.layers.experts import Workspace, path_of, requests
 from firebox.planning._parts import open_source
-from firebox.planning.launches import Experts, Planned, planned, problems, workspace_bytes
+from firebox.planning.launches import Layers, layers_of, rows, workspace_bytes
 from tests.support.planning import FP8_BLOCK, opened, source_of
 
 GB10 = find_gpu("gb10")
-OSS = Problem(2880, 2880, 32, 4, "mxfp4", "clamped_swiglu", 7.0, 1.702, True, "bf16")
-GLM = Problem(5120, 384, 160, 8, "fp8_channel")
+OSS = Problem(2880, 2880, 32, 4, "mxfp4", "clamped_swiglu", 7.0, 1.702, True, "bf16", residual=True)
+GLM = Problem(5120, 384, 161, 9, "fp8_channel", residual=True)
+FP8 = _linear.Problem(3584, 5120, "fp8_channel")
+BF16 = _linear.Problem(160, 5120, "bf16", out_dtype="f32")
+GQA = _attention.Problem(24, 2, 128, 128, 16)
+TOKENS = (*range(1, 70), 127, 128, 129, 511, 512, 1143, 1144, 1145, 1279, 1280, 4096, 8191, 8192)
 
 
-def experts(card: str, tp: int = 1, gpu: str = "gb10", **changes: Any) -> Experts:
+def operation(problem: Problem) -> Operation:
+    return Operation("experts", problem.format, experts, problem)
+
+
+def model_layers(card: str, tp: int = 1, gpu: str = "gb10", **changes: Any) -> dict[str, Layers]:
+    """The first of each kind."""
     found = open_source(source_of(card, **changes), find_gpu(gpu)) if changes else opened(card)
-    (layers,) = problems(found.parts, found.build.dtype, find_gpu(gpu), tp)
-    return layers
+    kinds: dict[str, Layers] = {}
+    for layers in layers_of(found.model, Setting(find_gpu(gpu), tp)):
+        kinds.setdefault(layers.op, layers)
+    return kinds
+
+
+def moe(card: str, tp: int = 1, gpu: str = "gb10", **changes: Any) -> Layers:
+    return model_layers(card, tp, gpu, **changes)["moe_block"]
 
 
 @pytest.mark.parametrize("problem", [OSS, GLM], ids=lambda p: p.format)
-def test_every_number_of_tokens_has_its_launches(problem: Problem) -> None:
-    rows = planned(problem, GB10, 8192)
-    for tokens in (*range(1, 70), 127, 128, 511, 512, 1279, 1280, 4096, 8191, 8192):
+def test_every_number_of_tokens_has_its_experts(problem: Problem) -> None:
+    rows = planned(operation(problem), GB10, 8192)
+    for tokens in TOKENS:
         here = {row.op: row.request for row in rows if row.first <= tokens <= row.last}
         assert here == requests(problem, tokens, path_of(problem, tokens, GB10), GB10), tokens
     assert max(row.last for row in rows) == 8192 and min(row.first for row in rows) == 1
 
 
+@pytest.mark.parametrize("problem", [FP8, BF16], ids=lambda p: p.format)
+def test_every_number_of_tokens_has_its_product(problem: _linear.Problem) -> None:
+    rows = planned(Operation("qkv", problem.format, dense_gpu, problem), GB10, 8192)
+    for tokens in TOKENS:
+        here = [row for row in rows if row.first <= tokens <= row.last]
+        ours = {row.op: row.request for row in here if row.request is not None}
+        assert ours == dense_gpu.requests(problem, tokens, GB10), tokens
+        assert [row.path for row in here if row.request is None] == ([] if ours else ["cublas"])
+
+
+def test_every_division_of_a_step_among_requests_has_its_attention() -> None:
+    """A step of n tokens may hold requests of 1 to 16 queries, keys divided or not, and longer ones."""
+    rows = planned(Operation("attention", "bf16", triton_paged, GQA), GB10, 8192)
+    for tokens in (1, 2, 3, 15, 16, 17, 300, 8192):
+        here = [row.request for row in rows if row.first <= tokens <= row.last]
+        expected = []
+        for queries in range(1, min(tokens, 16) + 1):
+            config = attention_decode.default(GQA, GB10, queries)
+            for split in (False, True):
+                expected += attention_decode.requests(GQA, config, GB10, split=split)
+        if tokens > 16:
+            expected += attention_extend.requests(GQA, attention_extend.default(GQA, GB10), GB10)
+        assert all(request in here for request in expected), tokens
+        assert all(request in expected for request in here), tokens
+
+
 @pytest.mark.parametrize("problem", [OSS, GLM], ids=lambda p: p.format)
 def test_neighbours_that_share_a_compile_are_one_row(problem: Problem) -> None:
-    rows = planned(problem, GB10, 8192)
+    rows = planned(operation(problem), GB10, 8192)
     for before in rows:
         for after in rows:
             if before.op == after.op and before.last + 1 == after.first:
@@ -58,7 +103,11 @@ def measured(monkeypatch: pytest.MonkeyPatch, paths: dict[str, str]) -> list[Pla
     tiles = {"few": FEW_TILE, "sorted": SORTED_TILE}
     entries = {n: {"path": p, "gate_up": tiles[p], "down": tiles[p]} for n, p in paths.items()}
     monkeypatch.setattr(_tuned, "_file", lambda name: {_tuned.key(GLM): entries})
-    return planned(GLM, GB10, 8)
+    experts._path_of.cache_clear()
+    try:
+        return planned(operation(GLM), GB10, 8)
+    finally:
+        experts._path_of.cache_clear()
 
 
 def test_measured_paths_are_planned_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,13 +115,13 @@ def test_measured_paths_are_planned_too(monkeypatch: pytest.MonkeyPatch) -> None
     rows."""
     found = measured(monkeypatch, {"2": "few", "4": "sorted", "8": "few"})
     rows = [row for row in found if row.op == "moe_down"]
-    assert [(row.first, row.last, row.path.name) for row in rows] == [
+    assert [(row.first, row.last, row.path) for row in rows] == [
         (1, 1, "few"),
         (2, 2, "few"),
         (3, 5, "sorted"),
         (6, 8, "few"),
     ]
-    assert {row.path.why for row in rows} == {"measured"} and rows[1].request == rows[3].request
+    assert {row.why for row in rows} == {"measured"} and rows[1].request == rows[3].request
     assert rows[2].config["rows"] == 256
 
 
@@ -87,64 +136,119 @@ def test_a_launch_that_is_not_made_in_between_is_not_listed_there(monkeypatch: p
     [
         ("gpt-oss-20b", 1, OSS),
         ("glm-4.7-fp8", 4, GLM),
-        ("kimi-k2.5-int4", 8, Problem(7168, 256, 384, 8, "int4_group")),
-        ("qwen3.5-397b-a17b-nvfp4", 4, Problem(4096, 256, 512, 10, "nvfp4")),
-        ("qwen3-30b-a3b", 1, Problem(2048, 768, 128, 8, "bf16")),
+        ("kimi-k2.5-int4", 8, Problem(7168, 256, 384, 8, "int4_group", residual=True)),
+        ("qwen3.5-397b-a17b-nvfp4", 4, Problem(4096, 256, 512, 10, "nvfp4", residual=True)),
+        ("qwen3-30b-a3b", 1, Problem(2048, 768, 128, 8, "bf16", residual=True)),
     ],
 )
-def test_the_problem_is_the_models(card: str, tp: int, expected: Problem) -> None:
-    found = experts(card, tp)
-    assert (found.problem, found.refusal) == (expected, None)
+def test_the_experts_problem_is_the_models(card: str, tp: int, expected: Problem) -> None:
+    """A shared expert in the routed ones' format is one more."""
+    found = moe(card, tp)
+    (routed,) = [o.problem for o in found.operations if o.name == "experts"]
+    assert (routed, found.refusal) == (expected, None)
+
+
+def test_a_quarter_of_glm() -> None:
+    """96 query heads, 8 key heads of 128; dense layers of 12,288; 151,552 tokens."""
+    kinds = model_layers("glm-4.7-fp8", 4)
+    found = {(kind, o.name): o.problem for kind, layers in kinds.items() for o in layers.operations}
+    L = _linear.Problem
+    assert found["attention_block", "qkv"] == L(28 * 128, 5120, "fp8_channel", bias=True)
+    assert found["attention_block", "o"] == L(5120, 24 * 128, "fp8_channel", residual=True)
+    assert found["attention_block", "attention"] == GQA
+    assert found["dense_block", "gate_up"] == L(2 * 3072, 5120, "fp8_channel")
+    assert found["dense_block", "down"] == L(5120, 3072, "fp8_channel", residual=True)
+    assert found["dense_block", "silu_mul"].inter == 3072
+    assert found["moe_block", "router"] == BF16
+    assert found["head", "head"] == L(37_888, 5120, "bf16", out_dtype="f32")
+    assert found["sampling", "sample"] == 151_552, "one rank draws from all of them"
+    assert [kinds[kind].layers for kind in ("attention_block", "dense_block", "moe_block")] == [92, 3, 89]
+
+
+def test_a_shared_expert_in_another_format_is_computed_apart() -> None:
+    names = [o.name for o in moe("kimi-k2.5-int4", 8).operations]
+    assert names == [
+        *("norm", "router", "route", "shared_gate_up", "shared_silu_mul", "shared_down", "experts")
+    ]
+
+
+def test_windows_and_sinks_are_problems_of_their_own() -> None:
+    found = [
+        o.problem
+        for layers in layers_of(opened("gpt-oss-20b").model, Setting(GB10, kv_dtype=torch.float8_e4m3fn))
+        for o in layers.operations
+        if o.name == "attention"
+    ]
+    assert [(p.window, p.sinks, p.kv_dtype) for p in found] == [
+        (True, torch.bfloat16, torch.float8_e4m3fn),
+        (False, torch.bfloat16, torch.float8_e4m3fn),
+    ]
+
+
+def test_alike_operations_are_planned_once() -> None:
+    """The norms of attention and MoE layers are one compile, and two rows."""
+    layers = layers_of(opened("glm-4.7-fp8").model, Setting(GB10, 4))
+    norms = [(alike.op, row) for alike, row in rows(layers, GB10, 64) if row.op == "rms_norm"]
+    assert [op for op, _ in norms] == ["attention_block", "dense_block", "moe_block", "head"]
+    assert len({id(row.request) for _, row in norms}) == 1
 
 
 def test_all_expert_layers_are_counted() -> None:
     """46 layers, the first dense; the MTP layer runs in no step."""
-    assert experts("glm-4.5-air-fp8").layers == 45
+    assert moe("glm-4.5-air-fp8").layers == 45
 
 
 @pytest.mark.parametrize(
     ("found", "sentence"),
     [
-        (lambda: experts("firebox-tiny"), "hidden states are float32; kernels know bfloat16 and float16"),
-        (lambda: experts("qwen3-30b-a3b", 16), "has no tile for 48 columns in bf16"),
-        (lambda: experts("glm-4.7-fp8", gpu="a100"), "has no FP8 type on a100"),
+        (lambda: moe("firebox-tiny"), "hidden states are float32; kernels know bfloat16 and float16"),
+        (lambda: moe("qwen3-30b-a3b", 16), "has no tile for 48 columns in bf16"),
+        (lambda: moe("glm-4.7-fp8", gpu="a100"), "has no FP8 type on a100"),
         (
-            lambda: experts(
+            lambda: moe(
                 "qwen3-30b-a3b",
                 quantization_config={"quant_method": "awq", "bits": 4, "group_size": 128},
             ),
-            "knows no awq weights",
+            "knows no int4_zero weights",
         ),
         (
-            lambda: experts("qwen3-30b-a3b", quantization_config=FP8_BLOCK | {"weight_block_size": [64, 64]}),
+            lambda: moe("qwen3-30b-a3b", quantization_config=FP8_BLOCK | {"weight_block_size": [64, 64]}),
             "blocks are 64 × 64; kernels know 128 × 128",
         ),
     ],
 )
 def test_what_no_kernel_runs_is_refused(found: Any, sentence: str) -> None:
     layers = found()
-    assert layers.problem is None and sentence in layers.refusal
+    assert layers.operations == () and sentence in layers.refusal
 
 
 def test_int4_of_other_groups_is_refused() -> None:
-    from firebox.planning.launches import _refusal
-
-    for format in (int4_group.Format(64), int4_group.Format(32, symmetric=False)):
-        assert "kernels know groups of 32, symmetric" in str(_refusal({format}, torch.bfloat16))
-    assert _refusal({int4_group.Format(32)}, torch.bfloat16) is None
-    both = _refusal({int4_group.Format(32), fp8_block.Format()}, torch.bfloat16)
-    assert both == "the matrices of one expert are in different formats"
+    p = dataclasses.replace(
+        next(b for _, b in opened("qwen3-30b-a3b").model.blocks).problem, dtype=torch.bfloat16
+    )
+    refusal = moe_gpu.refusal(GB10, p, {int4_group.Format(64)})
+    assert refusal == "knows int4 in groups of 32, not 64"
+    assert "int4_zero" in str(moe_gpu.refusal(GB10, p, {int4_group.Format(32, symmetric=False)}))
+    assert moe_gpu.refusal(GB10, p, {int4_group.Format(32)}) is None
+    both = moe_gpu.refusal(GB10, p, {int4_group.Format(32), fp8_block.Format()})
+    assert both == "the matrices of an expert are in different formats"
 
 
 def test_the_workspace_is_the_layers_own() -> None:
-    """Against real memory, at a small size."""
-    small = Problem(256, 128, 16, 4, "fp8_channel")
-    space = Workspace(small, 100, "cpu")
-    sizes = collections.Counter[str]()
-    for name, value in vars(space).items():
-        parts = [value] if isinstance(value, torch.Tensor) else list(vars(value).values()) if value else []
-        sizes[name] = sum(part.numel() * part.element_size() for part in parts)
-    one = Experts(3, "fp8_channel", small)
-    assert workspace_bytes([one], 100) == sizes.total() > 100 * 4 * (128 + 2 * 256)
-    assert workspace_bytes([one, Experts(1, "awq", None, "no")], 100) == sizes.total()
-    assert workspace_bytes([Experts(1, "awq", None, "no")], 100) == 0
+    """Against real memory, at a small size: one for all linear layers, as large as the largest needs, and one
+    for each kind of experts."""
+    small, line = Problem(256, 128, 16, 4, "fp8_channel"), _linear.Problem(512, 256, "fp8_channel")
+
+    def real(value: Any) -> int:
+        sizes = collections.Counter[str]()
+        for name, part in vars(value).items():
+            parts = [part] if isinstance(part, torch.Tensor) else list(vars(part).values()) if part else []
+            sizes[name] = sum(one.numel() * one.element_size() for one in parts)
+        return sizes.total()
+
+    routed, linears = real(Workspace(small, 100, "cpu")), real(dense_gpu.Workspace([line], 100, GB10, "cpu"))
+    assert routed > 100 * 4 * (128 + 2 * 256) and linears > 100 * 256
+    product = Operation("qkv", "fp8_channel", dense_gpu, line)
+    one = Layers("moe_block", 3, "fp8_channel", (product, operation(small), product))
+    no = Layers("moe_block", 1, "awq", refusal="no")
+    assert workspace_bytes([one], GB10, 100) == workspace_bytes([one, one, no], GB10, 100) == routed + linears

@@ -1,0 +1,179 @@
+"""The launch plan: which compiled kernels a number of tokens launches, for every number of tokens.
+
+    Operation   one thing that a layer does: a norm, a product, its experts
+    Made        what so many tokens make of it: compiles, or a library's own kernel
+    Planned     one compile, and the numbers of tokens that launch it
+
+What launches an operation says what it launches: `made` of layers/dense_gpu.py, layers/experts.py,
+attention/triton_paged.py and kernels/sample.py, `request` of a kernel that has one compile. The engine asks
+the same functions when it launches.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import Any
+
+import torch
+
+from firebox.hardware.base import Gpu
+from firebox.kernels.compile import CompileRequest
+
+CUBLAS = "cublas"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What layers are planned for: one of `tp` GPUs, a cache that stores `kv_dtype` in pages of
+    `page_tokens`."""
+
+    gpu: Gpu
+    tp: int = 1
+    kv_dtype: torch.dtype = torch.bfloat16
+    page_tokens: int = 16
+
+
+@dataclass(frozen=True)
+class Compile:
+    """One launch. `request` None: a library's kernel, which is not ours to compile. `config`: what was chosen
+    for it, a kernel's Config or None. `variant` tells apart compiles that one number of tokens may launch
+    under the same name."""
+
+    op: str
+    request: CompileRequest | None
+    config: Any = None
+    variant: str = ""
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The configuration by name."""
+        if self.request is None:
+            return {}
+        if is_dataclass(self.config) and not isinstance(self.config, type):
+            return asdict(self.config)
+        return {"warps": self.request.num_warps, "stages": self.request.num_stages}
+
+
+@dataclass(frozen=True)
+class Made:
+    """What some number of tokens launches of an operation. `path` and `why` of the choice."""
+
+    path: str
+    why: str
+    compiles: tuple[Compile, ...]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """`name`: what the layer calls it; `format`: of its weights, or of what it computes in. `source`: the
+    module whose `made(problem, tokens, gpu)` says what is launched."""
+
+    name: str
+    format: str
+    source: Any
+    problem: Any
+
+    def made(self, tokens: int, gpu: Gpu) -> Made:
+        """The same object for numbers of tokens that share everything, as far as is cheap."""
+        found: Made = self.source.made(self.problem, tokens, gpu)
+        return found
+
+
+@dataclass(frozen=True)
+class Single(Operation):
+    """An operation of one compile, `request(problem, gpu)` of the kernel `source`, for any number of
+    tokens."""
+
+    def made(self, tokens: int, gpu: Gpu) -> Made:
+        """See Operation."""
+        return _single(self.source, self.problem, gpu)
+
+
+@dataclass(frozen=True)
+class Library(Operation):
+    """A product that torch gives to cuBLAS; `problem` says why."""
+
+    def made(self, tokens: int, gpu: Gpu) -> Made:
+        """See Operation."""
+        return _library(self.problem)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One launch and the numbers of tokens, `first` … `last`, that make it."""
+
+    operation: Operation
+    compile: Compile
+    first: int
+    last: int
+    path: str
+    why: str
+
+    @property
+    def op(self) -> str:
+        """The launch's name."""
+        return self.compile.op
+
+    @property
+    def request(self) -> CompileRequest | None:
+        """What is compiled; None for a library's kernel."""
+        return self.compile.request
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What was chosen for it."""
+        return self.compile.chosen
+
+
+def planned(operation: Operation, gpu: Gpu, max_tokens: int) -> list[Planned]:
+    """Every launch that 1 … `max_tokens` tokens can make, successive numbers that share one together."""
+    rows: list[Planned] = []
+    open_rows: dict[tuple[str, str], int] = {}  # (name, variant) → the index of its latest row
+    for first, last, made in _runs(operation, gpu, max_tokens):
+        for compile in made.compiles:
+            key = (compile.op, compile.variant)
+            at = open_rows.get(key)
+            before = rows[at] if at is not None else None
+            if at is not None and before is not None and _continues(before, compile, first):
+                rows[at] = Planned(operation, compile, before.first, last, before.path, before.why)
+            else:
+                open_rows[key] = len(rows)
+                rows.append(Planned(operation, compile, first, last, made.path, made.why))
+    return rows
+
+
+def all_requests(operations: Sequence[Operation], gpu: Gpu, max_tokens: int) -> list[CompileRequest]:
+    """Everything that is compiled for these operations."""
+    rows = (row for operation in operations for row in planned(operation, gpu, max_tokens))
+    return [row.request for row in rows if row.request is not None]
+
+
+def _runs(operation: Operation, gpu: Gpu, max_tokens: int) -> Iterator[tuple[int, int, Made]]:
+    """Successive numbers of tokens that make the very same."""
+    if isinstance(operation, Single | Library):
+        yield 1, max_tokens, operation.made(1, gpu)
+        return
+    first, before = 1, operation.made(1, gpu)
+    for tokens in range(2, max_tokens + 1):
+        made = operation.made(tokens, gpu)
+        if made is not before:
+            yield first, tokens - 1, before
+            first, before = tokens, made
+    yield first, max_tokens, before
+
+
+def _continues(before: Planned, compile: Compile, tokens: int) -> bool:
+    return before.last == tokens - 1 and before.request == compile.request
+
+
+@functools.cache
+def _single(kernel: Any, problem: Any, gpu: Gpu) -> Made:
+    request = kernel.request(problem, gpu)
+    return Made("one", "default", (Compile(kernel.OP, request),))
+
+
+@functools.cache
+def _library(why: str) -> Made:
+    return Made(CUBLAS, why, (Compile("linear", None),))

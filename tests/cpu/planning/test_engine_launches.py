@@ -1,0 +1,56 @@
+"""Nothing is launched that is not in the plan: a real engine under random traffic, launches recorded, on a
+GPU that is not there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from firebox.hardware.base import find_gpu
+from firebox.kernels.compile import CompileRequest
+from firebox.kernels.plan import Setting
+from firebox.planning.launches import layers_of, rows
+from tests.support.dry import MAX_TOKENS, PAGE_TOKENS, model_of, nothing_runs, random_traffic
+
+MXFP4 = {
+    "quantization_config": {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"],
+    }
+}
+SIZES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"intermediate_size": 256, "moe_intermediate_size": 128},
+    "glm4_moe": {"intermediate_size": 256, "moe_intermediate_size": 128, "num_nextn_predict_layers": 0},
+    "gpt_oss": {"intermediate_size": 128} | MXFP4,
+    "minimax_m2": {"intermediate_size": 128},
+    "qwen3_5_moe_text": {"moe_intermediate_size": 128, "shared_expert_intermediate_size": 128},
+}
+FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+CASES = {
+    **{name: (name, sizes) for name, sizes in SIZES.items()},
+    "fp8": ("glm4_moe", SIZES["glm4_moe"] | FP8),
+}
+COMMON = {"hidden_size": 256, "head_dim": 64, "dtype": "bfloat16"}
+
+
+def missing(seen: list[CompileRequest], plan: list[CompileRequest]) -> list[str]:
+    """The launches that the plan does not have, by their kernels' names."""
+    return sorted({request.kernel.__name__ for request in seen if request not in plan})
+
+
+@pytest.mark.parametrize("gpu_name", ["gb10", "h200"])
+@pytest.mark.parametrize("case", CASES)
+def test_every_launch_is_in_the_plan(case: str, gpu_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = find_gpu(gpu_name)
+    model_type, sizes = CASES[case]
+    model = model_of(model_type, gpu, **COMMON, **sizes)
+    layers = layers_of(model, Setting(gpu, page_tokens=PAGE_TOKENS))
+    assert [alike.op for alike in layers if alike.refusal] == []
+    plan = [row.request for _, row in rows(layers, gpu, MAX_TOKENS) if row.request is not None]
+    seen = nothing_runs(monkeypatch, gpu)
+    random_traffic(model, gpu, seed=7)
+    assert missing(seen, plan) == []
+    kernels = {request.kernel.__name__ for request in seen}
+    assert kernels >= {"normalise_rows", "linear_rows", "route", "sample_rows", "decode", "extend"}
+    assert kernels == {request.kernel.__name__ for request in plan}, "all kinds of launches were made"
