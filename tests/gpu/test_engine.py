@@ -38,7 +38,7 @@ BF16, LATENT, RECURRENT = Bound(0.02, 0.12), Bound(0.025, 0.15), Bound(0.03, 0.2
 # numbers), four a layer that add up as squares, diluted by the residual.
 # H200, 2026-11-21: 0.072 with blocks of 128.
 FP8_PRODUCTS = Bound(0.08, 0.12)
-# gpt-oss's logits: the same median, but single rows whose two likeliest tokens lie 0.36 apart flipped on the H200.
+# gpt-oss's logits: the same median, but a row whose two likeliest tokens lay 0.36 apart flipped on the H200.
 GPT_OSS = Bound(0.025, 0.12)
 # E4M3 keys and values without scales: on a CPU 0.029 to 0.044, with latent rows 0.066.
 FP8_CACHE = {"qwen3_moe": Bound(0.065, 0.15), "gpt_oss": Bound(0.045, 0.15), "deepseek_v3": Bound(0.1, 0.2)}

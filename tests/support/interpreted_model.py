@@ -43,13 +43,13 @@ class Recorded:
     """A scheduler and a runner whose logits are kept: request → rows."""
 
     def __init__(self, checkpoint: Checkpoint, gpu: Gpu, dtype: torch.dtype) -> None:
-        kv = dataclasses.replace(Build(gpu, CPU, dtype, dtype, 64), moe_backend="auto")
+        build = Build(gpu, CPU, dtype, dtype, 64)
         if gpu.kind == "cuda":
-            kv = dataclasses.replace(kv, shared=Device(gpu, CPU, 64))
+            build = dataclasses.replace(build, shared=Device(gpu, CPU, 64))
         else:
-            kv = dataclasses.replace(kv, moe_backend="torch", attention_backend="torch_reference")
-        self.choices = kv.choices
-        self.model: Any = make_model(checkpoint, kv)
+            build = dataclasses.replace(build, moe_backend="torch", attention_backend="torch_reference")
+        self.choices = build.choices
+        self.model: Any = make_model(checkpoint, build)
         load_weights(self.model, checkpoint)
         name = {torch.float16: "float16", torch.float32: "float32"}[dtype]
         window = next((s.window_tokens for s in self.model.cache_specs if hasattr(s, "window_tokens")), None)

@@ -58,6 +58,10 @@ def start(
     checkpoint = open_checkpoint(Path(config.model.model))
     dtype = checkpoint.dtype if config.model.dtype == "auto" else config.model.dtype
     gpu, why = device_of(config.engine.device, dtype)
+    if gpu.kind == "cuda" and config.model.requantize != "none":
+        raise ConfigError(
+            "--requantize does not know the kernels of a GPU yet", hint="leave it out, or --device cpu"
+        )
     found = facts(checkpoint, config, gpu)
     settings = resolve(config.engine, config.model.dtype, found, gpu)
     torch.set_num_threads(settings.threads)
@@ -153,10 +157,6 @@ def _load(
 ) -> list[str]:
     """Fills the model; what --requantize did, in lines of text."""
     check_choice(ModelConfig, "requantize", config.requantize)
-    if config.requantize != "none" and getattr(model.head.linear, "refusal", "") is None:
-        raise ConfigError(
-            "--requantize does not know the kernels of a GPU yet", hint="without it, or --device cpu"
-        )
     requantiser = Requantiser(config.requantize_limit) if config.requantize == "fp8" else None
     on_filled = requantiser or (lambda slot: None)
     assert isinstance(model, Decoder)
