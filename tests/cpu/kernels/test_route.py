@@ -57,7 +57,7 @@ def test_the_reference_is_the_layers_own_routing(name: str) -> None:
         ),
         router=torch.eye(p.experts),
         correction_bias=bias,
-        _kept_groups=p.kept_groups,
+        kept_groups=p.kept_groups,
     )
     wanted_ids, wanted = MoeBlock._route(layer, logits)
     ids, weights = moe_route.reference(p, logits, bias, gate)
