@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -48,7 +49,7 @@ def test_interrupted_while_loading():
     try:
         wait_for(lambda: _children(server) == 1, 10)
         engine = server.engine_pid()
-        time.sleep(0.3)  # its imports alone take twice as long
+        wait_for(lambda: _catches(server, signal.SIGTERM), 10)  # its handlers stand: it loads now
         server.process.send_signal(signal.SIGINT)
         assert server.wait_for_exit(10) == 0
         wait_for(lambda: not is_alive(engine), 5)
@@ -64,6 +65,13 @@ def test_taken_port_is_found_before_loading():
         second = ServerProcess("--port", port)
         assert second.wait_for_exit(10) == 2
         assert any(line.startswith("error: cannot listen") for line in second.log)
+
+
+def _catches(server: ServerProcess, number: signal.Signals) -> bool:
+    """Does the server process have a handler for this signal?"""
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    (caught,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) >> (number - 1) & 1)
 
 
 def _accepts(server: ServerProcess) -> bool:
