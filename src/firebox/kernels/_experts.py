@@ -372,13 +372,14 @@ def four_products(
 
 @triton.jit
 def chunk(
-    acc, w, tiles, first_row, rows, scale, x, x_scale, token_live, first,
+    acc, w, tiles, first_row, rows, scale, x, token_live, first,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr,
-    GROUP: tl.constexpr, X_GROUP: tl.constexpr, ASM: tl.constexpr,
+    GROUP: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """acc [ROWS, TOKENS] += the columns `first` … first + DEPTH. `w` points at the expert's matrix, `tiles`
     is a tensor descriptor of all experts' or None. DTYPE: what weights are turned into, None for a product of
-    their own type. X_GROUP: columns of x that share an `x_scale` (0: nothing to apply here)."""
+    their own type. `scale`: with groups, points at the rows' [ROWS, 1]; with blocks, at the rows' blocks; or
+    None."""
     if GROUP > 0:
         if tiles is None:
             i = first // 4 + tl.arange(0, DEPTH // 4)
@@ -399,13 +400,8 @@ def chunk(
         if DTYPE is not None:
             wt = wt.to(DTYPE)
             xt = xt.to(DTYPE)
-        if X_GROUP > 0 or scale is not None:
-            part = tl.dot(wt, tl.trans(xt))
-            if X_GROUP > 0:
-                part *= tl.load(x_scale + first // X_GROUP, mask=token_live, other=0.0)[None, :]
-            if scale is not None:
-                part *= tl.load(scale + first // 128)
-            acc += part
+        if scale is not None:
+            acc += tl.dot(wt, tl.trans(xt)) * tl.load(scale + first // 128)
         else:
             acc = tl.dot(wt, tl.trans(xt), acc)
     return acc
@@ -413,23 +409,23 @@ def chunk(
 
 @triton.jit
 def tile(
-    w, tiles, first_row, rows, scale, x, x_scale, token_live,
+    w, tiles, first_row, rows, scale, x, token_live,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
     FORMAT: tl.constexpr,
-    DTYPE: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+    DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Σ over all columns: chunks of DEPTH in a pipeline of STAGES, then what is left."""
     acc = tl.zeros((ROWS, TOKENS), tl.float32)
     WHOLE: tl.constexpr = COLUMNS // DEPTH * DEPTH
     for first in tl.range(0, WHOLE, DEPTH, num_stages=STAGES):
         acc = chunk(
-            acc, w, tiles, first_row, rows, scale, x, x_scale, token_live, first,
-            COLUMNS, ROWS, DEPTH, FORMAT, DTYPE, GROUP, X_GROUP, ASM,
+            acc, w, tiles, first_row, rows, scale, x, token_live, first,
+            COLUMNS, ROWS, DEPTH, FORMAT, DTYPE, GROUP, ASM,
         )  # fmt: skip
     if WHOLE < COLUMNS:
         acc = chunk(
-            acc, w, None, first_row, rows, scale, x, x_scale, token_live, WHOLE,
-            COLUMNS, ROWS, COLUMNS - WHOLE, FORMAT, DTYPE, GROUP, X_GROUP, ASM,
+            acc, w, None, first_row, rows, scale, x, token_live, WHOLE,
+            COLUMNS, ROWS, COLUMNS - WHOLE, FORMAT, DTYPE, GROUP, ASM,
         )  # fmt: skip
     return acc
 

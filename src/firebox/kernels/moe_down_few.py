@@ -114,8 +114,8 @@ def _pass(
 ):  # fmt: skip
     row_of_h = h + place[:, None].to(tl.int64) * INTER
     acc = tile(
-        matrix, tiles, first_row, rows, scale, row_of_h, None, live,
-        INTER, ROWS, TOKENS, DEPTH, FORMAT, DTYPE, GROUP, 0, STAGES, ASM,
+        matrix, tiles, first_row, rows, scale, row_of_h, live,
+        INTER, ROWS, TOKENS, DEPTH, FORMAT, DTYPE, GROUP, STAGES, ASM,
     )  # fmt: skip
     _store(acc, factor, bias, routing_weights, partial, rows, place, live, HIDDEN)
 

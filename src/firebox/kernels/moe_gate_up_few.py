@@ -138,8 +138,8 @@ def _pass(
     """One tile of ROWS by TOKENS; `place` [TOKENS]: where each token's choice stands."""
     row_of_x = x + token[:, None].to(tl.int64) * HIDDEN
     acc = tile(
-        w, tiles, first_row, rows, scale, row_of_x, None, live,
-        HIDDEN, ROWS, TOKENS, DEPTH, FORMAT, DTYPE, GROUP, 0, STAGES, ASM,
+        w, tiles, first_row, rows, scale, row_of_x, live,
+        HIDDEN, ROWS, TOKENS, DEPTH, FORMAT, DTYPE, GROUP, STAGES, ASM,
     )  # fmt: skip
     if factor is not None:
         acc *= factor[:, None]

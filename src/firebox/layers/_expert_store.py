@@ -65,13 +65,6 @@ class ExpertStore:
             if getattr(self.down, name) is not None:
                 _copy(getattr(self.down, name)[expert], getattr(packed.weights, name))
 
-    def keep_biases(self, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> None:
-        """`gate` and `up` [experts, inter], `down` [experts, hidden]."""
-        assert self.gate_up.bias is not None and self.down.bias is not None
-        halves = (half.float().unsqueeze(-1) for half in (gate, up))
-        self.gate_up.bias.copy_(layouts.interleave(*halves).squeeze(-1))
-        self.down.bias.copy_(down.float())
-
     def invent(self, generator: torch.Generator) -> None:
         """All of both, made up."""
         p = self.problem

@@ -25,16 +25,18 @@ class Device:
     def __init__(self, gpu: Gpu, device: torch.device, max_tokens: int) -> None:
         self.gpu, self.device, self.max_tokens = gpu, device, max_tokens
         self._linears: dense_gpu.Workspace | None = None
+        self._counted: set[_linear.Problem] = set()
         self._experts: dict[Any, experts.Workspace] = {}
 
     def linear(self, problem: _linear.Problem, weights: _linear.Weights) -> dense_gpu.LinearKernels:
         """A linear layer, with room for it in the workspace that all of them share."""
         from firebox.layers import dense_gpu
 
-        needed = dense_gpu.Workspace([problem], self.max_tokens, self.gpu, self.device)
         if self._linears is None:
-            self._linears = needed
-        self._linears.grow(needed)
+            self._linears = dense_gpu.Workspace([], self.max_tokens, self.gpu, self.device)
+        if problem not in self._counted:
+            self._counted.add(problem)
+            self._linears.grow(dense_gpu.Workspace([problem], self.max_tokens, self.gpu, self.device))
         return dense_gpu.LinearKernels(problem, weights, self.gpu, self._linears)
 
     def experts(

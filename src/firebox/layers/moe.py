@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from firebox.errors import ConfigError
 from firebox.formats.base import Cut, Format, OneOf, PlainSlot, Slot, Slots, WeightSlot
 from firebox.kernels import cpu_moe_block
 from firebox.kernels.cpu_moe_block import Problem
@@ -22,6 +23,9 @@ from firebox.layers.norm import RMSNorm
 if TYPE_CHECKING:  # Triton is imported where there is a GPU, and not before
     from firebox.kernels.plan import Operation, Setting
     from firebox.layers.moe_gpu import MoeKernels
+
+
+ON_GPU = "moe_gpu"  # the file that composes such a layer of kernels
 
 
 class MoeBlock:
@@ -80,7 +84,13 @@ class MoeBlock:
             return None
         from firebox.layers import moe_gpu
 
+        if build.moe_backend not in ("auto", ON_GPU, TORCH):
+            raise ConfigError(
+                f"no kernel {build.moe_backend!r} for experts", hint=f"there are: {ON_GPU}, {TORCH}"
+            )
         self._why_not = moe_gpu.refusal(build.gpu, p, self.expert_formats)
+        if self._why_not is not None and build.moe_backend == ON_GPU:
+            raise ConfigError(f"{ON_GPU} cannot run these experts: {self._why_not}")
         if self._why_not is not None or build.moe_backend == TORCH:
             return None
         return moe_gpu.MoeKernels(build, p, names, self.kept_groups, (self._rows, self._columns))
@@ -99,8 +109,10 @@ class MoeBlock:
         if build.shared is None:
             return select(cpu_moe_block.OP, self.problem, build.gpu, build.moe_backend)
         if self._kernels is not None:
-            return Choice(cpu_moe_block.OP, None, "kernels of kernels/moe_*.py", {TORCH: "slower"}, "moe_gpu")
-        return Choice(cpu_moe_block.OP, None, "no kernel accepts", {"moe_gpu": self._why_not or "not wanted"})
+            return Choice(cpu_moe_block.OP, None, "kernels of kernels/moe_*.py", {TORCH: "slower"}, ON_GPU)
+        if build.moe_backend == TORCH:
+            return Choice(cpu_moe_block.OP, None, "asked for", {ON_GPU: f"{TORCH} was asked for"})
+        return Choice(cpu_moe_block.OP, None, "no kernel accepts", {ON_GPU: self._why_not or ""})
 
     @property
     def format(self) -> str:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from firebox.formats.base import Cut, Format, FormatOf, OneOf, PlainSlot, Slot, Slots, StoredSlot
+from firebox.formats.layouts import interleave
 from firebox.hardware.base import Gpu
 from firebox.layers.base import Build
 from firebox.layers.device import KERNEL_DTYPES
@@ -240,11 +241,9 @@ class MoeKernels:
                 yield _Whole(path, stored, device, partial(self._keep_transposed, keep), cut, invent)
             else:
                 yield StoredSlot(path, self._format, shape, device, keep, invent, separator="_", cut=cut)
-        self._biases = [torch.zeros(p.experts, n, device=device) for n in (2 * p.inter, p.hidden)]
-        for part, bias, cut_or_none in (
-            ("gate_up_proj", self._biases[0], rows), ("down_proj", self._biases[1], None)
-        ):  # fmt: skip
-            yield PlainSlot(f"{fused}.{part}_bias", bias, cut=cut_or_none)
+        gate_up, down = self._store.gate_up.bias, self._store.down.bias
+        yield PlainSlot(f"{fused}.gate_up_proj_bias", gate_up, tuple(gate_up.shape), _in_runs, cut=rows)
+        yield PlainSlot(f"{fused}.down_proj_bias", down)
 
     def _keep_transposed(self, keep: Any, tensor: torch.Tensor) -> None:
         keep({"weight": tensor.transpose(1, 2)})
@@ -272,10 +271,6 @@ class MoeKernels:
 
         p, device = self._p, self._build.shared
         assert device is not None
-        if p.biases:
-            gate_up, down = self._biases
-            self._store.keep_biases(gate_up[:, ::2], gate_up[:, 1::2], down)
-            self._biases.clear()
         self._norm_weight, self._router, self._correction = norm.weight, router, correction_bias
         self._shared = shared
         self._norm = device.launcher(rms_norm, _norm_problem(p))
@@ -309,6 +304,12 @@ class MoeKernels:
         silu_mul.run(self._activate, gate_up(h), out=inner)
         y = down(inner)
         x += y if gate is None else y * F.sigmoid(gate).unsqueeze(-1).to(y.dtype)
+
+
+def _in_runs(bias: torch.Tensor) -> torch.Tensor:
+    """`bias` [experts, 2 · inter], gate and up in turn → as the kernels read it."""
+    halves = (bias[:, half::2].float().unsqueeze(-1) for half in (0, 1))
+    return interleave(*halves).squeeze(-1)
 
 
 class _Whole:
