@@ -80,7 +80,7 @@ TABLE: dict[str, tuple[str, ...]] = {
         "config",
     ),
     # level 9
-    "bench": ("kernels", "formats", "llm", "engine.client"),
+    "bench": ("kernels", "formats", "llm", "engine.client", "text", "planning", "config"),
     # level 10
     "tuning": ("kernels", "formats", "bench.timer"),
     "matrix": ("bench", "planning", "config"),
@@ -322,7 +322,7 @@ RED: dict[Rule, list[tuple[str, str]]] = {
         ("models/glm4_moe.py", "from firebox.cache.pool import LayerCache"),
         ("weights/load.py", "from firebox.models.glm4_moe import Model"),
         ("server/app.py", "from firebox.engine.messages import Delta"),
-        ("bench/offline.py", "from firebox.text.tokenizer import Tokenizer"),
+        ("bench/offline.py", "from firebox.models.glm4_moe import Model"),
         ("planning/fit.py", "from firebox.engine import scheduler"),
         ("planning/fit.py", "from firebox.weights.load import load_weights"),
         ("config.py", "from firebox.env import cache_dir"),
