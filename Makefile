@@ -32,7 +32,7 @@ demo: setup
 	@$(PYTHON) tools/setup_venv.py
 
 test: setup
-	$(PYTHON) -m pytest tests/cpu tests/e2e
+	$(PYTHON) -m pytest tests/cpu tests/e2e --numprocesses 2 --dist worksteal
 
 check: setup
 	$(PYTHON) -m ruff check

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,17 +10,16 @@ import torch
 from firebox.cache.pool import LayerStore
 from firebox.engine.graphs import DecodeGraph, GpuSampler, Shape
 from firebox.engine.request import Request
-from firebox.engine.runner import Runner
+from firebox.engine.runner import GRAPH, Runner
 from firebox.engine.sampler import sample
 from firebox.engine.scheduler import Plan, Sampled
+from firebox.errors import ConfigError
 from firebox.hardware.base import Gpu
 from firebox.models.base import Model
 
-GRAPH, EAGER = "graph", "eager"
-
 
 class GpuRunner(Runner):
-    """`steps` counts (mode, reason). `graphs`: "off" or "decode"."""
+    """`graphs`: "off" or "decode". With `strict` a decode step that no graph can hold is refused at once."""
 
     def __init__(
         self,
@@ -35,14 +33,17 @@ class GpuRunner(Runner):
         context_tokens: int,
         vocab: int,
         graphs: str,
+        strict: bool = False,
     ) -> None:
         super().__init__(model, caches, page_tokens, eos_token_ids, device)
-        self.gpu, self.steps = gpu, Counter[tuple[str, str]]()
+        self.gpu = gpu
         self._shape = Shape(page_tokens, -(-context_tokens // page_tokens), self._has_window, vocab)
         self._sampler = GpuSampler(vocab, gpu, device)
         self._graphs: dict[int, DecodeGraph] = {}
         self._pool: Any = torch.cuda.graph_pool_handle() if graphs != "off" else None
         self._why_eager = self._refusal(graphs)
+        if strict and self._why_eager:
+            raise ConfigError(f"--strict: decode steps run launch by launch: {self._why_eager}")
 
     def _refusal(self, graphs: str) -> str:
         """Why no step of this model can be replayed, or ""."""
@@ -58,9 +59,7 @@ class GpuRunner(Runner):
     @torch.inference_mode()
     def run(self, plan: Plan) -> list[Sampled]:
         """As Runner.run."""
-        reason = self._why_eager or _prefill(plan)
-        if reason:
-            self.steps[EAGER, reason] += 1
+        if self._eager_because(plan):
             return super().run(plan)
         self.steps[GRAPH, "decode"] += 1
         graph = self._graph(len(plan.chunks))
@@ -68,6 +67,9 @@ class GpuRunner(Runner):
         if all(_is_drawn_plainly(chunk.request) for chunk in plan.chunks):
             return [Sampled(token_id) for token_id in token_ids]
         return self._sample(plan.chunks, graph.logits, [1] * graph.rows)
+
+    def _eager_because(self, plan: Plan) -> str:
+        return self._why_eager or _prefill(plan)
 
     def _graph(self, rows: int) -> DecodeGraph:
         if rows not in self._graphs:

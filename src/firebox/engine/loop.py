@@ -8,7 +8,7 @@ import time
 import msgspec
 import zmq
 
-from firebox.engine.messages import Abort, Drain, FromEngine, Generate, Outputs, Progress, ToEngine
+from firebox.engine.messages import Abort, Drain, FromEngine, Generate, Outputs, Progress, Stats, ToEngine
 from firebox.engine.request import Request
 from firebox.engine.runner import Runner
 from firebox.engine.scheduler import Plan, Scheduler
@@ -71,15 +71,12 @@ def run(connection: Connection, scheduler: Scheduler, runner: Runner) -> None:
         plan = scheduler.plan()
         if plan is None:
             # an abort that emptied the engine: the gauges must show it
-            connection.send(
-                Outputs([], msgspec.structs.replace(scheduler.stats(), step_seconds=step_seconds))
-            )
+            connection.send(Outputs([], _stats(scheduler, runner, step_seconds)))
             continue
         began = time.perf_counter()
         deltas = scheduler.apply(plan, runner.run(plan))
         step_seconds += time.perf_counter() - began
-        stats = msgspec.structs.replace(scheduler.stats(), step_seconds=step_seconds)
-        connection.send(Outputs(deltas, stats, _progress(plan)))
+        connection.send(Outputs(deltas, _stats(scheduler, runner, step_seconds), _progress(plan)))
 
 
 def take(message: ToEngine, scheduler: Scheduler) -> None:
@@ -89,6 +86,11 @@ def take(message: ToEngine, scheduler: Scheduler) -> None:
     elif isinstance(message, Abort):
         for request_id in message.request_ids:
             scheduler.abort(request_id)
+
+
+def _stats(scheduler: Scheduler, runner: Runner, step_seconds: float) -> Stats:
+    modes = {"/".join(mode): count for mode, count in runner.steps.items()}
+    return msgspec.structs.replace(scheduler.stats(), step_seconds=step_seconds, step_modes=modes)
 
 
 def _progress(plan: Plan) -> list[Progress]:

@@ -111,6 +111,7 @@ class Stats(msgspec.Struct, frozen=True):
     aborted_requests: int = 0
     finished_requests: int = 0
     step_seconds: float = 0.0
+    step_modes: dict[str, int] = {}  # "graph/…" or "eager/…", and why → steps
 
 
 class Outputs(msgspec.Struct, frozen=True, tag=True):

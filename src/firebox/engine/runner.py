@@ -3,6 +3,7 @@ verb of the engine."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,9 +19,11 @@ from firebox.engine.scheduler import Chunk, Plan, Sampled
 from firebox.models.base import Model
 from firebox.step import Pages, Step
 
+GRAPH, EAGER = "graph", "eager"
+
 
 class Runner:
-    """Owns the model and the cache tensors."""
+    """Owns the model and the cache tensors. `steps` counts them by (mode, reason)."""
 
     def __init__(
         self,
@@ -35,12 +38,14 @@ class Runner:
         self._page_tokens = page_tokens
         self._eos_token_ids = eos_token_ids
         self._device = device
+        self.steps = Counter[tuple[str, str]]()
         self._has_window = any(isinstance(spec, WindowSpec) for spec in model.cache_specs)
         self._has_states = any(isinstance(spec, RecurrentSpec) for spec in model.cache_specs)
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> list[Sampled]:
         """One Sampled per chunk, in the plan's order. Writes the step's keys and values to the cache."""
+        self.steps[EAGER, self._eager_because(plan)] += 1
         self._copy_states(plan.state_copies)
         token_ids, step = self._build(plan)
         hidden = self.model(self._tensor(token_ids), step)  # [tokens, hidden]
@@ -50,6 +55,10 @@ class Runner:
         flat = [row for chunk_rows in rows for row in chunk_rows]
         logits = self.model.logits(hidden if len(flat) == step.tokens else hidden[flat])  # [rows, vocab]
         return self._sample(plan.chunks, logits, [len(chunk_rows) for chunk_rows in rows])
+
+    def _eager_because(self, plan: Plan) -> str:
+        """Why this step does not come from a graph, or ""."""
+        return "no graphs on a CPU"
 
     def _copy_states(self, copies: Sequence[tuple[int, int]]) -> None:
         for source, target in copies:

@@ -13,6 +13,7 @@ import bisect
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from firebox.cache.kv_cache import Holding, KVCache
 from firebox.engine.messages import Delta, Stats, TokenLogprobs
@@ -160,13 +161,14 @@ class Scheduler:
 
     def stats(self) -> Stats:
         """Counters and gauges as they stand."""
+        counts: dict[str, Any] = self._counts
         return Stats(
             running_requests=len(self.running),
             waiting_requests=len(self._waiting),
             kv_pages_total=self.cache.allocator.total_pages,
             kv_pages_free=self.cache.allocator.free_pages,
             kv_pages_cached=self.cache.tree.pages,
-            **self._counts,
+            **counts,
         )
 
     def _make_room(self, request: Request, tokens: int, chunks: dict[int, Chunk]) -> bool:

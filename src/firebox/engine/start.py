@@ -92,7 +92,9 @@ def start(
         from firebox.engine.gpu_runner import GpuRunner
 
         context, graphs = settings.context_tokens, config.engine.cuda_graph
-        runner = GpuRunner(*common, gpu, context_tokens=context, vocab=vocab, graphs=graphs)
+        runner = GpuRunner(
+            *common, gpu, context_tokens=context, vocab=vocab, graphs=graphs, strict=config.engine.strict
+        )
     window_tokens = found.window_tokens
     warm_up(runner, make_scheduler(settings, window_tokens, prefix_cache=False, eos_token_ids=frozenset()))
     scheduler = make_scheduler(settings, window_tokens, config.engine.prefix_cache, checkpoint.eos_token_ids)
@@ -241,6 +243,7 @@ def warm_up(runner: Runner, scheduler: Scheduler) -> None:
     scheduler.add(Request(-1, [0, 0, 0], SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)))
     while (plan := scheduler.plan()) is not None:
         scheduler.apply(plan, runner.run(plan))
+    runner.steps.clear()  # counted are steps for users
 
 
 def _kv_format(name: str) -> KvFormat:

@@ -118,3 +118,9 @@ class _EngineStats(Collector):
             ("engine_step_seconds", "Time in forward passes", stats.step_seconds),
         ):
             yield CounterMetricFamily(f"firebox_{name}", help, value)
+        steps = CounterMetricFamily(
+            "firebox_steps", "Forward passes by how they ran and why", labels=("mode", "reason")
+        )
+        for mode, count in stats.step_modes.items():
+            steps.add_metric(mode.split("/", 1), count)
+        yield steps

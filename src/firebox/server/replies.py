@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
+
+
+def _is_none(value: object) -> bool:
+    return value is None
+
+
+def only_when_asked() -> Any:
+    """A field that stands in a reply only if it has a value."""
+    return Field(None, exclude_if=_is_none)
 
 
 class PromptTokensDetails(BaseModel):
@@ -58,6 +67,7 @@ class ChatChoice(BaseModel):
     message: ChatMessageReply
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length"]
+    token_ids: list[int] | None = only_when_asked()
 
 
 class ChatCompletion(BaseModel):
@@ -69,6 +79,7 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: list[int] | None = only_when_asked()
 
 
 class CompletionLogprobs(BaseModel):
@@ -89,6 +100,8 @@ class CompletionChoice(BaseModel):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"]
+    token_ids: list[int] | None = only_when_asked()
+    prompt_token_ids: list[int] | None = only_when_asked()
 
 
 class Completion(BaseModel):

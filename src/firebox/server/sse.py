@@ -35,6 +35,10 @@ class Chunks(Protocol):
         """The JSON of the choice, or None when there is nothing to show."""
         ...
 
+    def opening(self) -> bytes:
+        """Fields of the first event, as JSON with a comma behind."""
+        ...
+
 
 class EventStream(Response):
     """Streams the answers of one request; a client that leaves ends them. `usage` is asked at the end, if at
@@ -57,8 +61,9 @@ class EventStream(Response):
         self._answers = answers
         self._chunks = chunks
         self._usage = usage
+        self._opening = chunks.opening()
         fields = {"id": head.id, "object": kind, "created": head.created, "model": head.model}
-        self._before = b"data: " + to_json(fields)[:-1] + b',"choices":['
+        self._before = b"data: " + to_json(fields)[:-1] + b","
         self._after = b"]}\n\n" if usage is None else b'],"usage":null}\n\n'
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -85,10 +90,11 @@ class EventStream(Response):
             watch.tokens(len(piece.ids))
             choice = self._chunks.choice(index, answer, piece)
             if choice is not None:
-                data = self._before + choice + self._after
+                opening, self._opening = self._opening, b""
+                data = self._before + opening + b'"choices":[' + choice + self._after
                 await send({"type": "http.response.body", "body": data, "more_body": True})
 
     def _usage_chunk(self) -> bytes:
         if self._usage is None:
             return b""
-        return self._before + b'],"usage":' + self._usage().model_dump_json().encode() + b"}\n\n"
+        return self._before + b'"choices":[],"usage":' + self._usage().model_dump_json().encode() + b"}\n\n"

@@ -66,6 +66,9 @@ class Sampled(Body):
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    return_token_ids: bool = Field(
+        False, description="vLLM's: token_ids beside each piece of text, prompt_token_ids once"
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] = Field(0, description="Lower runs first")

@@ -89,7 +89,7 @@ class Paced:
     """A runner that can be held: then each step waits until it is allowed."""
 
     def __init__(self, runner: Runner) -> None:
-        self._runner = runner
+        self._runner, self.steps = runner, runner.steps
         self._permits: threading.Semaphore | None = None
 
     def hold(self) -> None:
@@ -225,6 +225,8 @@ def test_stats_grow_with_every_step_and_settle(loop: Loop) -> None:
     messages = loop.until(finished(1, 2))
     stats = [message.stats for message in messages]
     assert [s.steps for s in stats] == list(range(1, len(stats) + 1))
+    before = stats[0].step_modes["eager/no graphs on a CPU"]  # the module's model has served other tests
+    assert [s.step_modes["eager/no graphs on a CPU"] - before for s in stats] == list(range(len(stats)))
     for earlier, later in pairwise(stats):
         assert (
             later.generated_tokens >= earlier.generated_tokens and later.step_seconds > earlier.step_seconds

@@ -139,3 +139,37 @@ def test_tokenize_and_detokenize_are_inverse(serve, tokenizer):
     )
     assert chat["tokens"][: bare.json()["count"]] == bare.json()["tokens"]
     assert bare.json()["count"] < chat["count"]
+
+
+def streamed(reply):
+    return [event for event in events(reply.text) if event != "[DONE]"]
+
+
+def test_token_ids_when_asked_for_and_only_then(serve, tokenizer):
+    """vLLM's return_token_ids: every id once, also of tokens whose text is held back or hidden."""
+    server = serve(says(tokenizer, "naïve 🔥 end"))
+    prompt, said = tokenizer.encode("def f("), tokenizer.encode("naïve 🔥 end")
+    whole = server.complete("def f(", return_token_ids=True).json()["choices"][0]
+    assert whole["prompt_token_ids"] == prompt and whole["token_ids"][: len(said)] == said
+    choices = [
+        event["choices"][0]
+        for event in streamed(server.complete("def f(", return_token_ids=True, stream=True))
+    ]
+    assert [id for choice in choices for id in choice["token_ids"]] == whole["token_ids"]
+    assert [choice.get("prompt_token_ids") for choice in choices] == [prompt] + [None] * (len(choices) - 1)
+    assert "".join(choice["text"] for choice in choices) == whole["text"]
+    assert "token_ids" not in server.complete("def f(").text
+
+
+def test_token_ids_of_a_chat(serve, tokenizer):
+    server = serve(says(tokenizer, "naïve 🔥 end"))
+    whole = server.chat(return_token_ids=True).json()
+    [generated] = server.engine.generated[-1:]
+    assert whole["prompt_token_ids"] == generated.prompt_ids
+    found = streamed(server.chat(return_token_ids=True, stream=True))
+    assert [event.get("prompt_token_ids") for event in found] == [generated.prompt_ids] + [None] * (
+        len(found) - 1
+    )
+    ids = [id for event in found for id in event["choices"][0]["token_ids"]]
+    assert ids == whole["choices"][0]["token_ids"] and ids
+    assert "token_ids" not in server.chat().text

@@ -47,6 +47,7 @@ def test_metrics_report_the_engines_last_step(serve, tokenizer):
         cached_prompt_tokens=400,
         generated_tokens=77,
         retractions=5,
+        step_modes={"graph/decode": 9, "eager/prefill": 2},
     )
     found = samples(server)
     assert found["firebox_requests_running"] == 3
@@ -60,6 +61,8 @@ def test_metrics_report_the_engines_last_step(serve, tokenizer):
     assert found["firebox_cached_prompt_tokens_total"] == 400
     assert found["firebox_generated_tokens_total"] == 77
     assert found["firebox_retractions_total"] == 5
+    assert found['firebox_steps_total{mode="graph",reason="decode"}'] == 9
+    assert found['firebox_steps_total{mode="eager",reason="prefill"}'] == 2
     assert found["firebox_engine_up"] == 1
 
 

@@ -48,7 +48,12 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     ids = [prompt.ids for prompt in prompts]
     answers = service.text.submit(ids, params, priority=body.priority)
     writers = [
-        ChoiceWriter(tokenizer, params, prompts[i // params.n] if body.echo else None)
+        ChoiceWriter(
+            tokenizer,
+            params,
+            prompts[i // params.n] if body.echo else None,
+            prompts[i // params.n].ids if body.return_token_ids else None,
+        )
         for i in range(len(answers))
     ]
     head = reply_head("cmpl", service)
@@ -72,10 +77,19 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
 
 
 class ChoiceWriter:
-    """One answer's text and logprobs, whole or piece by piece. `echo`: the prompt that comes before it."""
+    """One answer's text and logprobs, whole or piece by piece. `echo`: the prompt that comes before it.
+    `prompt_ids`: given when token ids are asked for."""
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, echo: Prompt | None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        echo: Prompt | None,
+        prompt_ids: list[int] | None,
+    ) -> None:
         self._echo = echo
+        self._prompt_ids = prompt_ids
+        self.shows_ids = prompt_ids is not None
         self._logprobs = None
         if params.logprobs is not None:
             skipped = tokenizer.special_ids if params.skip_special_tokens else frozenset()
@@ -88,8 +102,23 @@ class ChoiceWriter:
             answer, Piece(answer.text, answer.ids, answer.logprobs, answer.finish_reason)
         )
         return CompletionChoice.model_validate(
-            {"index": index, "text": text, "logprobs": logprobs, "finish_reason": answer.finish_reason}
+            {
+                "index": index,
+                "text": text,
+                "logprobs": logprobs,
+                "finish_reason": answer.finish_reason,
+                "token_ids": answer.ids if self.shows_ids else None,
+                "prompt_token_ids": self._prompt_ids,
+            }
         )
+
+    def ids(self, piece: Piece) -> bytes:
+        """The ids of a piece as JSON fields, those of the prompt with the first one."""
+        if not self.shows_ids:
+            return b""
+        prompt_ids, self._prompt_ids = self._prompt_ids, None
+        prompt = b"" if prompt_ids is None else b',"prompt_token_ids":' + to_json(prompt_ids)
+        return b',"token_ids":' + to_json(piece.ids) + prompt
 
     def part(self, answer: Answer, piece: Piece) -> tuple[str, CompletionLogprobs | None]:
         """The next piece; the first one brings the echo."""
@@ -111,12 +140,18 @@ class CompletionChunks:
 
     def choice(self, index: int, answer: Answer, piece: Piece) -> bytes | None:
         """The piece as a choice."""
-        text, logprobs = self._writers[index].part(answer, piece)
-        if not (text or piece.finish_reason or logprobs):
+        writer = self._writers[index]
+        text, logprobs = writer.part(answer, piece)
+        if not (text or piece.finish_reason or logprobs or (writer.shows_ids and piece.ids)):
             return None
-        return b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}' % (
+        return b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b%b}' % (
             index,
             to_json(text),
             b"null" if logprobs is None else logprobs.model_dump_json().encode(),
             to_json(piece.finish_reason),
+            writer.ids(piece),
         )
+
+    def opening(self) -> bytes:
+        """Nothing: each choice has its own prompt."""
+        return b""
