@@ -71,12 +71,14 @@ class Phase(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Piece(NamedTuple):
-    """What one event of a stream brought. `ids`: token ids, where the server tells them."""
+    """What one event of a stream brought. `ids`: token ids, `logprobs`: the natural logarithms of those tokens'
+    probabilities, where the server tells them."""
 
     at_s: float
     text: str
     reasoning: bool = False
     ids: tuple[int, ...] | None = None
+    logprobs: tuple[float, ...] | None = None
 
 
 class Usage(msgspec.Struct, frozen=True):

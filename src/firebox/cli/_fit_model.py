@@ -29,7 +29,7 @@ def fit_model(
     from firebox.planning.fit import compiled, open_source, plan
 
     on = find_gpu(gpu)
-    found = compiled(plan(open_source(_source(model, dtype), on), on, tp, engine))
+    found = compiled(plan(open_source(source_of(model, dtype), on), on, tp, engine))
     if as_json:
         print(json.dumps(found.document()))
     else:
@@ -37,7 +37,8 @@ def fit_model(
     return found.fits and not (strict and found.fallbacks)
 
 
-def _source(model: str, dtype: str) -> Source:
+def source_of(model: str, dtype: str) -> Source:
+    """What planning needs of a card, a folder or a Hugging Face id."""
     from firebox.config import ModelConfig, check_choice
     from firebox.planning.fit import Source
     from firebox.text.folder import resolve_folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import resource
+import subprocess
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from firebox.hardware import cpu
 from firebox.hardware._families import FAMILIES
 from firebox.hardware.base import Gpu, known_gpus
 
+_SENSORS = {"clocks.sm": "clock_mhz", "power.draw": "power_w", "temperature.gpu": "temperature_c"}
 _CPU_FACTS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd")
 
 
@@ -75,6 +77,27 @@ def describe_gpu(properties: Any, free_bytes: int, smem_limit_bytes: int | None)
 def peak_resident_bytes() -> int:
     """The most physical memory this process has held so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def gpu_sensors() -> dict[str, dict[str, float]]:
+    """Per GPU index what nvidia-smi reads just now: clock_mhz, power_w, temperature_c; {} where there is no
+    nvidia-smi, and without the sensors that a GPU does not have (GB10 has no power limit, for one)."""
+    command = ["nvidia-smi", f"--query-gpu=index,{','.join(_SENSORS)}", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return read_sensors(lines)
+
+
+def read_sensors(lines: str) -> dict[str, dict[str, float]]:
+    """nvidia-smi's table, one GPU a line; what it writes as "[N/A]" is left out."""
+    found: dict[str, dict[str, float]] = {}
+    for line in lines.splitlines():
+        index, *values = [cell.strip() for cell in line.split(",")]
+        known = zip(_SENSORS.values(), values, strict=True)
+        found[index] = {name: float(v) for name, v in known if v.replace(".", "", 1).isdigit()}
+    return found
 
 
 def _by_device_name(name: str, capability: tuple[int, int]) -> Gpu | None:

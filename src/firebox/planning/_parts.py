@@ -26,7 +26,7 @@ from firebox.hardware.base import Gpu
 from firebox.layers.base import Build
 from firebox.layers.decoder import Decoder
 from firebox.layers.moe import MoeBlock
-from firebox.weights.cuts import pieces_of
+from firebox.weights.cuts import pieces_of, refusal
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -150,6 +150,11 @@ def first_layout(slots: Slots) -> Iterator[Slot]:
 def all_slots(parts: Iterable[Part]) -> Sequence[Slot]:
     """One of each kind."""
     return [slot for part in parts for slot, _ in part.slots]
+
+
+def refused(parts: Iterable[Part], tp: int) -> str | None:
+    """Why the model cannot be cut among `tp` GPUs, or None: the first reason."""
+    return next((str(why) for slot in all_slots(parts) if (why := refusal(slot, tp)) is not None), None)
 
 
 def shard_bytes(slot: Slot, tp: int) -> int:

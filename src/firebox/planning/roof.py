@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from firebox.errors import ConfigError
+from firebox.formats.base import WeightSlot
 from firebox.hardware.base import Gpu
 from firebox.planning._parts import Part
 from firebox.planning.memory import CacheBytes
@@ -95,14 +96,44 @@ def roof(parts: Sequence[Part], cache: CacheBytes, gpu: Gpu, tp: int, context_to
     return Roof(bandwidth, gpu.read_gb_s is not None, context_tokens, tp, steps)
 
 
-def weights_bytes(parts: Sequence[Part], tp: int, batch: int) -> float:
-    """What one of `tp` GPUs reads of the weights in a decode step of `batch` requests."""
+def weights_bytes(parts: Sequence[Part], tp: int, batch: float) -> float:
+    """What one of `tp` GPUs reads of the weights in a decode step of `batch` requests, or, with drafts, of so
+    many tokens."""
     return sum(part.shard_bytes(tp) * _share(part, batch) for part in parts if part.read)
 
 
-def _share(part: Part, batch: int) -> float:
+def matrix_s(parts: Sequence[Part], gpu: Gpu) -> float | None:
+    """Seconds that one GPU's matrix units need for a prompt token: two operations for each weight it meets,
+    at the rate of the weight's width. Attention between tokens is left out, and the output matrix, which only
+    a prompt's last token meets. None where a rate is not known."""
+    seconds = 0.0
+    for part in parts:
+        if part.name in ("embedding", "head") or not part.read:
+            continue
+        for slot, count in part.slots:
+            if not isinstance(slot, WeightSlot):
+                continue
+            rate = _tflop_s(slot.format.name, gpu)
+            if rate is None:
+                return None
+            seconds += 2 * count * slot.target.numel() * _share(part, 1) / (rate * 1e12)
+    return seconds
+
+
+def _tflop_s(format: str, gpu: Gpu) -> float | None:
+    """The fastest that weights of this format can be multiplied: with activations as narrow as they are."""
+    rates = [gpu.bf16_tflop_s]
+    if format != "bf16":
+        rates.append(gpu.fp8_tflop_s)
+        if not format.startswith("fp8"):
+            rates.append(gpu.fp4_tflop_s)
+    return max((rate for rate in rates if rate is not None), default=None)
+
+
+def _share(part: Part, batch: float) -> float:
     """Of this part's weights that a step is expected to read."""
     if part.block is None:
         return 1.0
     problem = part.block.problem
-    return 1.0 - (1.0 - problem.top_k / problem.experts) ** batch
+    missed: float = (1.0 - problem.top_k / problem.experts) ** batch
+    return 1.0 - missed

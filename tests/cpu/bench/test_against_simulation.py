@@ -1,0 +1,173 @@
+"""Measurements of a server whose speed is known exactly: within 1 %, whatever it does to its stream."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import httpx
+import pytest
+
+from firebox.bench.base import Ask, Message, Phase, Session
+from firebox.bench.client import Client, Target
+from firebox.bench.drive import Run, drive
+from firebox.bench.row import Row, Slo, summarise, withhold
+from firebox.bench.tokens import count
+from tests.support.simulated_server import Behaviour, simulated
+
+FIRST_S, TOKEN_S, TOKENS = 0.4, 0.01, 60
+PLAIN = FIRST_S + (TOKENS - 1) * TOKEN_S  # seconds an answer takes
+
+
+def phase(concurrency: int, requests: int, tokens: int = TOKENS, **ask: Any) -> Phase:
+    session = Session(asks=(Ask(prompt="one two three", max_tokens=tokens, **ask),))
+    return Phase(workload="test", concurrency=concurrency, sessions=(session,) * requests)
+
+
+def run(behaviour: Behaviour, phase: Phase, limit_s: float | None = None, **target: Any) -> tuple[Run, Any]:
+    async def main(url: str) -> Run:
+        async with Client(Target(url=url, model="simulated", **target), silence_s=5) as client:
+            return await drive(client, phase, limit_s=limit_s)
+
+    with simulated(behaviour) as url:
+        found = asyncio.run(main(url))
+        truth = httpx.get(f"{url}/truth").json()
+    count(found.answers, None)
+    return found, truth
+
+
+def measured(behaviour: Behaviour, phase: Phase, **target: Any) -> Row:
+    return summarise([run(behaviour, phase, **target)[0]], [])
+
+
+def near(value: float) -> Any:
+    return pytest.approx(value, rel=0.01)
+
+
+def steady(**changes: Any) -> Behaviour:
+    return Behaviour(**{"first_token_s": FIRST_S, "token_s": TOKEN_S, **changes})
+
+
+def test_a_plain_stream() -> None:
+    row = measured(steady(), phase(4, 8))
+    assert row.verdict == "ok" and row.tokens_counted_by == "usage"
+    assert row.output_tok_s_wall == near(4 * TOKENS / PLAIN)
+    assert row.output_tok_s_sum == near(4 / TOKEN_S)
+    assert row.ttft_ms is not None and row.ttft_ms["mean"] == near(1000 * FIRST_S)
+    assert row.tpot_ms is not None and row.tpot_ms["mean"] == near(1000 * TOKEN_S)
+    assert row.e2e_ms is not None and row.e2e_ms["mean"] == near(1000 * PLAIN)
+    assert row.requests_per_s == near(4 / PLAIN)
+    assert row.prefill_tok_s == near(3 / FIRST_S)
+
+
+def test_drafts_come_in_bursts_and_are_not_counted_as_one_token() -> None:
+    row = measured(steady(burst=3, accepted=True), phase(4, 8))
+    span = FIRST_S + (TOKENS - 3) * TOKEN_S
+    assert row.output_tok_s_wall == near(4 * TOKENS / span)
+    assert row.tpot_ms is not None and row.tpot_ms["mean"] == near(1000 * TOKEN_S)
+    assert row.itl_ms is not None and row.itl_ms["mean"] == near(3000 * TOKEN_S)
+    assert row.tokens_per_event == near(3.0)
+    assert row.accept_length == near(3.0)
+
+
+def test_a_server_that_sends_three_tokens_at_a_time() -> None:
+    row = measured(steady(tokens_a_piece=3), phase(4, 8))
+    assert row.output_tok_s_wall == near(4 * TOKENS / PLAIN)
+    assert row.ttft_ms is not None and row.ttft_ms["mean"] == near(1000 * (FIRST_S + 2 * TOKEN_S))
+    assert row.tpot_ms is not None and row.tpot_ms["mean"] == near(1000 * TOKEN_S)
+
+
+def test_a_stall_is_in_the_rates_and_at_the_end_of_the_gaps() -> None:
+    row = measured(steady(stall_after=30, stall_s=0.5), phase(4, 8))
+    assert row.output_tok_s_wall == near(4 * TOKENS / (PLAIN + 0.5))
+    assert row.tpot_ms is not None and row.tpot_ms["mean"] == near(1000 * (TOKEN_S + 0.5 / (TOKENS - 1)))
+    assert row.itl_ms is not None and row.itl_ms["p99"] > 500
+
+
+def test_ids_count_where_there_is_no_usage_and_reasoning_is_timed_apart() -> None:
+    row = measured(steady(usage=False, ids=True, reasoning=20), phase(4, 8), chat=True)
+    assert row.tokens_counted_by == "ids" and row.output_tokens == TOKENS
+    assert row.ttft_reasoning_ms is not None and row.ttft_reasoning_ms["mean"] == near(1000 * FIRST_S)
+    assert row.ttft_ms is not None and row.ttft_ms["mean"] == near(1000 * (FIRST_S + 20 * TOKEN_S))
+
+
+def test_without_usage_ids_or_tokenizer_there_is_no_number() -> None:
+    row = measured(steady(usage=False, tokens_a_piece=3), phase(2, 2))
+    assert (row.verdict, row.output_tok_s_wall) == ("uncounted", None)
+
+
+def test_waiting_in_the_server_is_time_to_the_first_token() -> None:
+    row = measured(steady(slots=2), phase(4, 4))
+    assert row.output_tok_s_wall == near(2 * TOKENS / PLAIN)
+    assert row.ttft_ms is not None and row.ttft_ms["mean"] == near(1000 * (FIRST_S + PLAIN / 2))
+
+
+def test_cut_streams_fail_the_row_and_their_tokens_do_not_count() -> None:
+    found, truth = run(steady(abort_after=30), phase(2, 4))
+    row = summarise([found], [])
+    withhold(row)
+    assert (row.verdict, row.failed, row.output_tok_s_wall) == ("failed", 4, None)
+    assert row.errors == ["the connection was cut in mid-stream"]
+    assert [len(request["sent"]) for request in truth["requests"]] == [30] * 4
+
+
+def test_a_refusal_says_what_the_server_said() -> None:
+    row = measured(steady(status=429), phase(1, 1))
+    assert row.errors == ['HTTP 429: {"error": {"message": "as told"}}']
+
+
+def test_silence_and_limits_end_a_request() -> None:
+    silent, _ = run(steady(stall_after=3, stall_s=60.0), phase(1, 1))
+    assert silent.answers[0].error == "silent for 5 s"
+    began = time.perf_counter()
+    cut, _ = run(steady(), phase(2, 6), limit_s=1.5)
+    assert time.perf_counter() - began < 10
+    errors = [answer.error for answer in cut.answers]
+    assert errors == [None, None, *["not finished 1.5 s after the phase began"] * 2]
+
+
+def test_timed_arrivals_wait_for_a_place_and_say_how_long() -> None:
+    asks = [Ask(prompt="x", max_tokens=TOKENS) for _ in range(4)]
+    sessions = tuple(Session(asks=(ask,), starts_s=0.1 * n) for n, ask in enumerate(asks))
+    found, truth = run(steady(), Phase(workload="test", concurrency=2, sessions=sessions))
+    sent = [answer.sent_s - found.began_s for answer in found.answers]
+    assert sent == pytest.approx([0.0, 0.1, PLAIN, PLAIN + 0.1], abs=0.03)
+    row = summarise([found], [])
+    assert row.queue_ms is not None and row.queue_ms["mean"] == pytest.approx(
+        1000 * (PLAIN - 0.2) / 2, abs=20
+    )
+    assert truth["most_running"] == 2
+
+
+def test_a_conversation_carries_its_answers() -> None:
+    turns = tuple(Ask(messages=(Message("user", f"turn {n}"),), max_tokens=3) for n in range(3))
+    whole = Phase(workload="test", concurrency=1, sessions=(Session(asks=turns, pause_s=0.05),))
+    found, _ = run(steady(first_token_s=0.01), whole)
+    assert [len(answer.ask.messages) for answer in found.answers] == [1, 3, 5]
+    first, second = found.answers[:2]
+    assert second.ask.messages[1] == Message("assistant", first.content)
+    assert second.sent_s - first.ended_s >= 0.05
+
+
+def test_goodput_counts_requests_that_keep_the_limits() -> None:
+    found, _ = run(steady(slots=2), phase(4, 4))
+    row = summarise([found], [], Slo(ttft_ms=1000 * (FIRST_S + 0.1)))
+    assert row.goodput == {"share": 0.5, "requests_per_s": near(2 / (2 * PLAIN))}
+
+
+def test_bytes_cut_anywhere_and_a_hundred_streams() -> None:
+    row = measured(steady(cuts_bytes=True, token_s=0.02), phase(100, 200))
+    assert row.output_tok_s_wall == pytest.approx(100 * TOKENS / (FIRST_S + (TOKENS - 1) * 0.02), rel=0.02)
+
+
+def test_the_client_takes_less_than_a_twentieth_of_a_core_for_a_thousand_tokens_a_second() -> None:
+    async def main(url: str) -> float:
+        async with Client(Target(url=url, model="simulated")) as client:
+            before = time.process_time()
+            await drive(client, phase(20, 20, tokens=200))
+            return time.process_time() - before
+
+    with simulated(Behaviour(first_token_s=0.1, token_s=0.01)) as url:
+        spent_s = asyncio.run(main(url))
+    assert spent_s / (20 * 200) < 50e-6, f"{1e6 * spent_s / 4000:.1f} µs a token"
