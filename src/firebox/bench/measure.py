@@ -27,21 +27,21 @@ from firebox.bench.laws import violations
 from firebox.bench.prompts import CHARS_PER_TOKEN, Prompts, corpus
 from firebox.bench.report.base import Report
 from firebox.bench.roofline import Roofline
-from firebox.bench.row import Row, Slo, condemn, summarise, withhold
-from firebox.bench.server import Server, connect, counters, discover
-from firebox.bench.statistics import tied
+from firebox.bench.row import Row, Slo, condemn, mark_ties, summarise, withhold
+from firebox.bench.server import TIMEOUT_S, Server, connect, counters, discover
+from firebox.bench.timer import now
 from firebox.bench.tokens import LocalVocabulary, ServerVocabulary, Vocabulary, count, told_ids
 from firebox.bench.workloads.base import Options, workload
 from firebox.hardware.probe import gpu_sensors
 
 CALIBRATION_CHARS = 4000
-WALL = "output_tok_s_wall"
 REFERENCE, REFERENCE_TOKENS = "reference", 512
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """What the user asked for. `choices`: fields of Options that were given. `limit_s`: of one run of a
-    phase. `silence_s`: the longest wait for the next event of a stream."""
+    phase; `within_s`: of all, after which no run begins and the running one is cut off. `silence_s`: the
+    longest wait for the next event of a stream."""
 
     url: str
     profile: str = "quick"
@@ -54,6 +54,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     random_ids: bool = False
     seed: int | None = None
     limit_s: float | None = None
+    within_s: float | None = None
     silence_s: float = 300.0
     slo: Slo | None = None
     references: Mapping[str, Reference] = {}
@@ -64,11 +65,15 @@ OnRun = Callable[[str, int, int], None]
 """Called before each run with what it is, its number, and how many there are."""
 
 
-def measure(settings: Settings, on_run: OnRun | None = None) -> Report:
-    """Runs the benchmark. Raises ConfigError for a server that is not there or options that cannot work."""
+def measure(
+    settings: Settings, on_run: OnRun | None = None, go_on: Callable[[], bool] | None = None
+) -> Report:
+    """Runs the benchmark. `go_on` is asked before each run; once it says no, the rest is left out. Raises
+    ConfigError for a server that is not there or options that cannot work, Silent for one that takes a
+    request and does not answer it."""
     began = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     seed = random.SystemRandom().randrange(2**32) if settings.seed is None else settings.seed
-    with connect(settings.url, settings.api_key) as http:
+    with connect(settings.url, settings.api_key, min(TIMEOUT_S, settings.silence_s)) as http:
         server = discover(
             http,
             model=settings.model,
@@ -77,7 +82,7 @@ def measure(settings: Settings, on_run: OnRun | None = None) -> Report:
             fields=settings.fields,
         )
         session = _Session(settings, http, server, seed)
-        rows, runs = session.rows(on_run)
+        rows, runs = session.rows(on_run, go_on)
     return Report(
         url=server.target.url,
         model=server.target.model,
@@ -97,6 +102,7 @@ class _Session:
     def __init__(self, settings: Settings, http: httpx.Client, server: Server, seed: int) -> None:
         self.settings, self.http, self.server, self.seed = settings, http, server, seed
         self.notes = list(server.notes)
+        self.until = None if settings.within_s is None else now() + settings.within_s
         self.vocabulary = self._vocabulary()
         self.workload = workload(settings.profile)
         given = {**self.workload.DEFAULTS, **settings.choices}
@@ -109,7 +115,9 @@ class _Session:
             chars_per_token=CHARS_PER_TOKEN if self.vocabulary else self._chars_per_token(),
         )
 
-    def rows(self, on_run: OnRun | None) -> tuple[list[Row], list[list[Run]]]:
+    def rows(
+        self, on_run: OnRun | None, go_on: Callable[[], bool] | None
+    ) -> tuple[list[Row], list[list[Run]]]:
         by_phase: list[list[_Measured]] = []
         for repetition in range(self.options.repeat):
             self.prompts.seed(self.seed + repetition)
@@ -118,14 +126,19 @@ class _Session:
             order = list(range(len(phases)))
             random.Random(self.seed + repetition).shuffle(order)
             for place, index in enumerate(order):
+                if (go_on is not None and not go_on()) or self._left_s() == 0.0:
+                    break
                 if on_run is not None:
                     done = repetition * len(phases) + place
                     on_run(label(phases[index]), done + 1, self.options.repeat * len(phases))
                 by_phase[index].append(self._run(phases[index]))
         if not by_phase:
             self.notes.append(f"no phase of {self.settings.profile} fits into the server's context")
+        if any(len(measured) < self.options.repeat for measured in by_phase):
+            self.notes.append("there was no time for all runs")
+        by_phase = [measured for measured in by_phase if measured]
         rows = [self._row(measured) for measured in by_phase]
-        _mark_ties(rows)
+        mark_ties(rows)
         return rows, [[each.run for each in measured] for measured in by_phase]
 
     def _run(self, phase: Phase) -> _Measured:
@@ -144,7 +157,11 @@ class _Session:
     async def _drive(self, phase: Phase, watch: Watch) -> Run:
         target, silence_s = self.server.target, self.settings.silence_s
         async with Client(target, silence_s=silence_s, on_piece=watch.see) as client:
-            return await drive(client, phase, limit_s=self.settings.limit_s)
+            limits = [limit for limit in (self.settings.limit_s, self._left_s()) if limit is not None]
+            return await drive(client, phase, limit_s=min(limits, default=None))
+
+    def _left_s(self) -> float | None:
+        return None if self.until is None else max(0.0, self.until - now())
 
     def _reference_phase(self) -> list[Phase]:
         """The reference prompts, as many at once as the workload ever sends: broken kernels often are so at
@@ -255,17 +272,3 @@ def _miscounts(run: Run) -> list[str]:
         # an end-of-sequence token is counted, and may not be sent
         if not told <= a.usage.completion_tokens <= told + 1
     ]
-
-
-def _mark_ties(rows: list[Row]) -> None:
-    """Rows with the same axes but for concurrency compete; those that the intervals do not tell from the
-    best are marked, the best among them."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        if row.samples:
-            groups.setdefault(f"{row.workload} {sorted(row.axes.items())}", []).append(row)
-    for group in groups.values():
-        best = max(group, key=lambda row: row.output_tok_s_wall or 0.0)
-        equal = [row for row in group if row is best or tied(row.samples[WALL], best.samples[WALL])]
-        for row in equal if len(equal) > 1 else []:
-            row.tied = True

@@ -20,7 +20,7 @@ import numpy as np
 from firebox.bench.base import Answer, Finding
 from firebox.bench.drive import Run
 from firebox.bench.measures import Rates, rates, times, whole
-from firebox.bench.statistics import mean, percentiles
+from firebox.bench.statistics import mean, percentiles, tied
 
 WORST_FIRST = ("failed", "garbage", "repetition", "empty", "impossible", "suspicious", "uncounted", "ok")
 RATES = (
@@ -34,6 +34,7 @@ RATES = (
 )
 TIMES = ("ttft_ms", "ttft_reasoning_ms", "tpot_ms", "itl_ms", "e2e_ms", "queue_ms")
 SHOWN_ERRORS = 3
+WALL = "output_tok_s_wall"
 
 
 class Slo(msgspec.Struct, frozen=True, kw_only=True):
@@ -149,6 +150,20 @@ def withhold(row: Row) -> None:
     ):
         setattr(row, name, None)
     row.intervals, row.samples, row.tied = {}, {}, False
+
+
+def mark_ties(rows: list[Row]) -> None:
+    """Rows with the same axes but for concurrency compete; those that the intervals do not tell from the
+    best are marked, the best among them."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.samples:
+            groups.setdefault(f"{row.workload} {sorted(row.axes.items())}", []).append(row)
+    for group in groups.values():
+        best = max(group, key=lambda row: row.output_tok_s_wall or 0.0)
+        equal = [row for row in group if row is best or tied(row.samples[WALL], best.samples[WALL])]
+        for row in equal if len(equal) > 1 else []:
+            row.tied = True
 
 
 def _fill(row: Row, runs: Sequence[Run], good: Sequence[Answer], slo: Slo | None) -> None:

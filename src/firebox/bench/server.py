@@ -39,6 +39,10 @@ COUNTERS = {
 }
 
 
+class Silent(ConfigError):
+    """The server takes a request and does not answer it."""
+
+
 class Server(msgspec.Struct, frozen=True, kw_only=True):
     """`context_tokens`: the longest request, None where /v1/models does not tell. `notes`: what the server
     would not take."""
@@ -48,10 +52,10 @@ class Server(msgspec.Struct, frozen=True, kw_only=True):
     notes: tuple[str, ...]
 
 
-def connect(url: str, api_key: str | None = None) -> httpx.Client:
+def connect(url: str, api_key: str | None = None, timeout_s: float = TIMEOUT_S) -> httpx.Client:
     """For the few calls around a measurement."""
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-    return httpx.Client(base_url=base_url(url), headers=headers, timeout=TIMEOUT_S)
+    return httpx.Client(base_url=base_url(url), headers=headers, timeout=timeout_s)
 
 
 def base_url(url: str) -> str:
@@ -99,7 +103,12 @@ def _settle(http: httpx.Client, target: Target) -> tuple[Target, list[str]]:
     notes: list[str] = []
     for _ in range(len(OPTIONAL) + 1):
         route = "chat/completions" if target.chat else "completions"
-        reply = http.post(f"/v1/{route}", json=target.body(Ask(max_tokens=2, prompt="Hello")))
+        try:
+            reply = http.post(f"/v1/{route}", json=target.body(Ask(max_tokens=2, prompt="Hello")))
+        except httpx.TimeoutException as error:
+            raise Silent(f"{target.url} does not answer a plain request: {error}") from error
+        except httpx.HTTPError as error:
+            raise ConfigError(f"{target.url} breaks off a plain request: {error}") from error
         if reply.status_code == 200:
             return target, notes
         if reply.status_code not in (400, 422):

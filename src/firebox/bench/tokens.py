@@ -14,10 +14,9 @@ from typing import Any, Protocol
 import httpx
 
 from firebox.bench.base import Answer
+from firebox.errors import ConfigError
 from firebox.text.folder import resolve_folder
 from firebox.text.tokenizer import Tokenizer
-
-TIMEOUT_S = 60
 
 
 class Vocabulary(Protocol):
@@ -67,12 +66,12 @@ class ServerVocabulary:
                 ids = vocabulary.encode("The quick brown fox.")
                 if ids and "quick" in vocabulary.decode(ids):
                     return vocabulary
-            except (httpx.HTTPError, KeyError, TypeError, ValueError):
+            except (ConfigError, KeyError, TypeError, ValueError):
                 continue
         return None
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, no special tokens added. Raises httpx.HTTPError."""
+        """Ids of `text`, no special tokens added. Raises ConfigError."""
         named: dict[str, Any] = (
             {"content": text} if self._llama_cpp else {"prompt": text, "add_special_tokens": False}
         )
@@ -80,14 +79,17 @@ class ServerVocabulary:
         return [int(id) for id in ids]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Their text. Raises httpx.HTTPError."""
+        """Their text. Raises ConfigError."""
         reply = self._post("/detokenize", {"tokens": list(ids)})
         return str(reply["content" if self._llama_cpp else "prompt"])
 
     def _post(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
-        reply = self._http.post(route, json=body, timeout=TIMEOUT_S)
-        reply.raise_for_status()
-        document: dict[str, Any] = reply.json()
+        try:
+            reply = self._http.post(route, json=body)
+            reply.raise_for_status()
+            document: dict[str, Any] = reply.json()
+        except (httpx.HTTPError, ValueError) as error:
+            raise ConfigError(f"{route} of the server fails: {error}") from error
         return document
 
 

@@ -13,6 +13,7 @@ from firebox.bench.guards.base import Reference
 from firebox.bench.measure import Settings, measure
 from firebox.bench.report.base import Report
 from firebox.bench.roofline import roofline
+from firebox.bench.row import Row, mark_ties
 from firebox.cli import main as cli
 from firebox.cli._fit_model import source_of
 from firebox.errors import ConfigError
@@ -100,11 +101,17 @@ def test_answers_are_held_against_references() -> None:
     assert any("share 0% of their words" in why for why in found.rows[2].why)
 
 
-def test_equal_rows_are_shown_as_ties() -> None:
-    with simulated(Behaviour(**FAST, slots=1)) as url:
-        found = measure(Settings(url=url, choices={**SMALL, "requests": 3, "repeat": 3}, seed=5))
-    assert [row.tied for row in found.rows] == [True, True]
-    assert [row.tied for row in report({}).rows] == [False, False]
+def test_rows_that_the_intervals_do_not_tell_from_the_best_are_ties() -> None:
+    def row(concurrency: int, *walls: float, length: int = 1) -> Row:
+        wall = sum(walls) / len(walls)
+        common = dict(workload="w", requests=1, failed=0, repetitions=len(walls), verdict="ok")
+        samples = {"output_tok_s_wall": list(walls)}
+        axes = {"prompt_tokens": length}
+        return Row(concurrency=concurrency, axes=axes, output_tok_s_wall=wall, samples=samples, **common)
+
+    rows = [row(1, 50, 51, 52), row(2, 98, 100, 103), row(4, 99, 101, 102), row(8, 100.0, 100.1, length=2)]
+    mark_ties(rows)
+    assert [row.tied for row in rows] == [False, True, True, False]
 
 
 def test_no_server_and_no_such_model() -> None:

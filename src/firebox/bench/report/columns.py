@@ -22,8 +22,8 @@ NUMBERS = (
 
 
 class Table(NamedTuple):
-    """`caption`: what all rows have in common. `numeric`: which columns hold numbers; the first of them is the
-    throughput or the verdict. `cells`: one tuple a row."""
+    """`caption`: what all rows have in common. `numeric`: which columns hold numbers; the first of them is
+    the throughput or the verdict. `cells`: one tuple a row."""
 
     caption: str
     headers: tuple[str, ...]
