@@ -85,7 +85,7 @@ def sum_of_rates(claim: Claim) -> Ruling | None:
     decode_s = (tokens - 1) / one
     implied = places * tokens / (ttft / 1000 + decode_s)
     product = places * one
-    if abs(wall / product - 1) > 0.02:
+    if implied * 1.05 > product or abs(wall / product - 1) > 0.02:
         return _ruling("sum_of_rates", wall, product, "possible", "the rate is not the sum of rates")
     why = (
         f"{wall:,.4g} tok/s is {places:g} × {one:,.4g}, the sum of rates; with {ttft:,.0f} ms to the first "
