@@ -247,8 +247,10 @@ def _distributions(top: str) -> set[str]:
 
 
 def _declared() -> set[str]:
+    """Dependencies, and those of the extra `report`, which is for users too."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return {_normal(re.split(r"[^\w.-]", line)[0]) for line in project["dependencies"]}
+    lines = [*project["dependencies"], *project["optional-dependencies"]["report"]]
+    return {_normal(re.split(r"[^\w.-]", line)[0]) for line in lines}
 
 
 DISTRIBUTIONS = packages_distributions()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from firebox.cli._roof import roof_of
 from firebox.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def audit(
     }
     given = {name: value for name, value in defaults.items() if value is not None}
     _check_positive(given)
-    roof = _roofline(card, gpu, gpus, tp)
+    roof = roof_of(card, gpu, gpus, tp)
     found = read_rows(read(_text(file)), _columns(column or ()), given)
     _log(found)
     if roof is not None:
@@ -93,22 +94,6 @@ def _check_positive(given: Mapping[str, float]) -> None:
     for name, value in given.items():
         if value < 0 or (value == 0 and name != "drafts"):
             raise ConfigError(f"--{name.replace('_', '-')} {value:g}", hint="a number above 0")
-
-
-def _roofline(card: str | None, gpu: str | None, gpus: int | None, tp: int | None) -> Roofline | None:
-    if card is None and gpu is None and gpus is None and tp is None:
-        return None
-    if card is None or gpu is None:
-        raise ConfigError("--card and --gpu belong together", hint="--card glm-4.7-nvfp4 --gpu gb10 --tp 4")
-    if gpus is not None and tp is not None:
-        raise ConfigError(
-            "--gpus and --tp say the same", hint="--tp for tensor parallelism, --gpus for others"
-        )
-    from firebox.bench.roofline import roofline
-    from firebox.cli._fit_model import source_of
-    from firebox.hardware.base import find_gpu
-
-    return roofline(source_of(card, "auto"), find_gpu(gpu), tp or gpus or 1, tp=tp is not None)
 
 
 def _log(found: Read) -> None:

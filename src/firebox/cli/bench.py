@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from firebox.cli._roof import roof_of
 from firebox.errors import ConfigError
 
 if TYPE_CHECKING:
     from firebox.bench.compare import Comparison
     from firebox.bench.report.base import Report
-    from firebox.bench.roofline import Roofline
     from firebox.bench.row import Slo
 
 STORE = Path("~/.local/share/firebox/results.db")
@@ -71,7 +71,8 @@ def run(
     reference: Annotated[Path | None, typer.Option(help="JSON lines {prompt, answer} that are right")] = None,
     card: Annotated[str | None, typer.Option(help="the model, for its roof; with --gpu")] = None,
     gpu: Annotated[str | None, typer.Option(help="the GPU, for the roof")] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="how many GPUs the server uses")] = 1,
+    gpus: Annotated[int | None, typer.Option(min=1, help="how many, shared out in any way")] = None,
+    tp: Annotated[int | None, typer.Option(min=1, help="how many, by tensor parallelism")] = None,
     limit: Annotated[float | None, typer.Option(help="seconds a run of a phase may take")] = None,
     silence: Annotated[float, typer.Option(help="seconds without an event that end a request")] = 300.0,
     seed: Annotated[int | None, typer.Option(help="of the prompts; default: another each time")] = None,
@@ -113,7 +114,7 @@ def run(
         silence_s=silence,
         slo=_slo(slo),
         references=_references(reference),
-        roof=_roof(card, gpu, gpus),
+        roof=roof_of(card, gpu, gpus, tp),
     )
     with _progress() as on_run:
         report = measure(settings, on_run)
@@ -186,18 +187,6 @@ def _references(file: Path | None) -> dict[str, Any]:
     from firebox.bench.guards import load_references
 
     return {} if file is None else load_references(file)
-
-
-def _roof(card: str | None, gpu: str | None, gpus: int) -> Roofline | None:
-    if card is None and gpu is None:
-        return None
-    if card is None or gpu is None:
-        raise ConfigError("the roof needs both --card and --gpu")
-    from firebox.bench.roofline import roofline
-    from firebox.cli._fit_model import source_of
-    from firebox.hardware.base import find_gpu
-
-    return roofline(source_of(card, "auto"), find_gpu(gpu), gpus)
 
 
 @contextlib.contextmanager
