@@ -1,7 +1,7 @@
 """The engine on one NVIDIA GPU: decode and prefill of a card's real shapes with random weights, no server.
 
     PYTHONPATH=src:. python benchmarks/engine.py gpt-oss-120b [--batches 1,8,64,256] [--prompt 128]
-        [--tokens 256] [--layers N] [--ttft 2048] [--profile] [--json]
+        [--tokens 256] [--layers N] [--ttft 2048] [--overlap] [--profile] [--json]
 
 ms_per_token: the median time between two steps in which every request of the batch gets one token, greedy,
 host work and the tokens' way to the host included. replay_ms: the same step's graph alone. of_roof: the bytes
@@ -27,6 +27,7 @@ import torch
 
 from firebox.config import Config, EngineConfig, ModelConfig
 from firebox.engine.messages import SamplingParams
+from firebox.engine.pipeline import Pipeline
 from firebox.engine.request import Request
 from firebox.engine.start import start
 from firebox.layers.experts import Experts
@@ -68,14 +69,15 @@ def serve(scheduler: Any, runner: Any, batch: list[Request]) -> tuple[float, lis
     """Seconds to the first token of all, and of each step that decodes the whole batch."""
     for request in batch:
         scheduler.add(request)
-    began, first, steps = time.perf_counter(), 0.0, []
-    while (plan := scheduler.plan()) is not None:
-        before = time.perf_counter()
-        scheduler.apply(plan, runner.run(plan))
-        if all(chunk.count == 1 for chunk in plan.chunks):
+    began = before = time.perf_counter()
+    first, steps, pipeline = 0.0, [], Pipeline(scheduler, runner)
+    while (done := pipeline.step()) is not None:
+        ended, chunks = time.perf_counter(), done[0].chunks
+        if all(chunk.count == 1 for chunk in chunks):
             first = first or before
-            if len(plan.chunks) == len(batch):
-                steps.append(time.perf_counter() - before)
+            if len(chunks) == len(batch):
+                steps.append(ended - before)
+        before = ended
     return (first or before) - began, steps
 
 
@@ -119,6 +121,7 @@ def main() -> int:
     parser.add_argument("--ttft", type=int, default=2048)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--overlap", action="store_true")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     batches = [int(b) for b in arguments.batches.split(",")]
@@ -128,7 +131,7 @@ def main() -> int:
     engine = EngineConfig(
         max_running_requests=max(batches), max_batch_tokens=8192, prefill_chunk_tokens=8192, page_tokens=64,
         context_length=4096, prefix_cache=False, device="cuda",
-        cuda_graph="off" if arguments.eager else "decode",
+        cuda_graph="off" if arguments.eager else "decode", overlap=arguments.overlap,
     )  # fmt: skip
     scheduler, runner, ready = start(Config(model=model, engine=engine))
     print("\n".join(ready.reasons))

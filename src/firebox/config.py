@@ -91,6 +91,9 @@ class EngineConfig:
         "decode: decode steps are captured, one graph for each batch size; off: every step launch by launch",
         choices=("decode", "off"),
     )
+    overlap: bool = option(
+        False, "on a GPU: launch a decode step before the last one's tokens have reached the host"
+    )
     threads: int | None = option(
         None, "CPU threads of the engine process; default: one core is left to the server"
     )

@@ -172,6 +172,42 @@ def test_graph_equals_eager(case: Case, engines: Engines) -> None:
     assert {reason for _, reason in eager.runner.steps} == {"asked for"}
 
 
+@captured
+def test_steps_launched_ahead_choose_the_same_tokens(case: Case, engines: Engines) -> None:
+    """Requests of many lengths, some that draw, some that end by a stop token: the step after the last one is
+    under way when each of its tokens is read."""
+    ahead, waiting = engines.gpu(case, overlap=True), engines.gpu(case)
+    prompts = prompts_of(*SEVENTEEN)
+    greedy = waiting.generate(prompts, replace(GREEDY, max_tokens=40))
+    params = [
+        replace(
+            GREEDY, max_tokens=7 + 2 * n, temperature=0.8 * (n % 2), seed=n, stop_token_ids=(greedy[n][5],)
+        )
+        for n in range(len(prompts))
+    ]
+    steps = Counter(ahead.runner.steps)
+    found = ahead.generate(prompts, params)
+    assert found == waiting.generate(prompts, params)
+    assert any(len(ids) == 6 for ids in found), "no request was stopped by its token"
+    assert ahead.runner.steps["graph", "decode"] - steps["graph", "decode"] > 30
+
+
+def test_the_steady_state_never_waits_for_the_device_but_for_tokens(engines: Engines) -> None:
+    case = Case("qwen3_moe", "bf16", BF16, graphs=True)
+    engine = engines.gpu(case, overlap=True)
+    for prompt in prompts_of(5, 9, 17):
+        engine.submit(prompt, replace(GREEDY, max_tokens=40))
+    for _ in range(6):  # the prompts' steps, and the capture
+        engine.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(20):
+            assert len(engine.step()) == 3
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    engine.deltas()
+
+
 @pytest.mark.parametrize("case", [c for c in (*PLAIN, *QUANTISED) if not c.graphs], ids=str)
 def test_what_cannot_be_captured_runs_eagerly_and_says_why(case: Case, engines: Engines) -> None:
     engine = engines.gpu(case)

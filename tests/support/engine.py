@@ -9,7 +9,9 @@ from pathlib import Path
 
 from firebox.config import Config, EngineConfig, ModelConfig, Resolved, resolve
 from firebox.engine.messages import Delta, SamplingParams
+from firebox.engine.pipeline import Pipeline
 from firebox.engine.request import Request
+from firebox.engine.scheduler import Scheduler
 from firebox.engine.start import facts, make_scheduler, start
 from firebox.hardware.probe import probe_cpu
 from firebox.weights.checkpoint import open_checkpoint
@@ -40,8 +42,18 @@ class InProcessEngine:
             requantize_limit=requantize_limit,
         )
         self._config = Config(model=model, engine=engine)
-        self.scheduler, self.runner, self.ready = start(self._config)
+        scheduler, self.runner, self.ready = start(self._config)
+        self.scheduler = scheduler
         self._next_id = 0
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """A test may put another in its place."""
+        return self._pipeline.scheduler
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Scheduler) -> None:
+        self._pipeline = Pipeline(scheduler, self.runner)
 
     def restart(self, prefill_chunk_tokens: int) -> None:
         """A new scheduler with an empty cache and this prefill chunk, over the same model and pages."""
@@ -67,19 +79,22 @@ class InProcessEngine:
 
     def step(self) -> list[Delta]:
         """One step of the engine; nothing when there is nothing to do."""
-        plan = self.scheduler.plan()
-        return [] if plan is None else self.scheduler.apply(plan, self.runner.run(plan))
+        done = self._pipeline.step()
+        return [] if done is None else done[1]
 
     def deltas(self) -> dict[int, list[Delta]]:
         """Runs until nothing is left; the deltas of each request."""
         found: dict[int, list[Delta]] = {}
-        while self.scheduler.has_work:
+        while self._pipeline.has_work:
             for delta in self.step():
                 found.setdefault(delta.request_id, []).append(delta)
         return found
 
-    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams = GREEDY) -> list[list[int]]:
-        """The output ids of prompts that run together."""
-        request_ids = [self.submit(prompt, params) for prompt in prompts]
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams] = GREEDY
+    ) -> list[list[int]]:
+        """The output ids of prompts that run together; `params`: of all, or of each."""
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        request_ids = [self.submit(*pair) for pair in zip(prompts, each, strict=True)]
         found = self.deltas()
         return [[token_id for delta in found[i] for token_id in delta.ids] for i in request_ids]

@@ -71,8 +71,8 @@ class Phase(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Piece(NamedTuple):
-    """What one event of a stream brought. `ids`: token ids, `logprobs`: the natural logarithms of those
-    tokens' probabilities, where the server tells them."""
+    """What one event of a stream brought. `ids`: token ids, `logprobs`: natural, of those tokens; both
+    where the server tells them."""
 
     at_s: float
     text: str

@@ -21,7 +21,6 @@ from firebox.bench.base import Answer, Ask, Finding, Phase, Session
 from firebox.bench.claim import Claim, Spread
 from firebox.bench.client import Client
 from firebox.bench.drive import Run, drive
-from firebox.bench.guards import Watch, judge
 from firebox.bench.guards.base import Reference
 from firebox.bench.laws import violations
 from firebox.bench.prompts import CHARS_PER_TOKEN, Prompts, corpus
@@ -31,6 +30,7 @@ from firebox.bench.row import Row, Slo, condemn, mark_ties, summarise, withhold
 from firebox.bench.server import TIMEOUT_S, Server, connect, counters, discover
 from firebox.bench.timer import now
 from firebox.bench.tokens import LocalVocabulary, ServerVocabulary, Vocabulary, count, told_ids
+from firebox.bench.watch import Watch, judge
 from firebox.bench.workloads.base import Options, workload
 from firebox.hardware.probe import gpu_sensors
 
@@ -177,7 +177,7 @@ class _Session:
         return [Phase(workload=REFERENCE, concurrency=places, sessions=sessions)]
 
     def _row(self, measured: list[_Measured]) -> Row:
-        findings = [finding for each in measured for finding in each.findings]
+        findings = [each.findings for each in measured]
         row = summarise([each.run for each in measured], findings, self.settings.slo)
         for each in measured:
             _judge(row, each, self.settings.roof)
@@ -223,7 +223,7 @@ def label(phase: Phase) -> str:
 
 def claim_of(run: Run, moved: Mapping[str, float]) -> Claim | None:
     """What the numbers of one run state, for the laws; None for a run without any."""
-    row = summarise([run], [])
+    row = summarise([run])
     if row.output_tok_s_wall is None:
         return None
     tokens = sum(answer.output_tokens or 0 for answer in run.answers)

@@ -184,9 +184,9 @@ def _slo(text: str | None) -> Slo | None:
 
 
 def _references(file: Path | None) -> dict[str, Any]:
-    from firebox.bench.guards import load_references
+    from firebox.bench.guards.reference import load
 
-    return {} if file is None else load_references(file)
+    return {} if file is None else load(file)
 
 
 @contextlib.contextmanager
@@ -233,7 +233,7 @@ def _show(report: Report) -> None:
         console = Console(width=WIDE_CHARACTERS)
     console.print(shown)
     for row in report.rows:
-        for why in row.why:
+        for why in row.why + row.notes:
             console.print(f"concurrency {row.concurrency}, {row.verdict}: {why}", markup=False)
     for note in report.notes:
         console.print(note, markup=False)

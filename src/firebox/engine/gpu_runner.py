@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from firebox.cache.pool import LayerStore
-from firebox.engine.graphs import DecodeGraph, GpuSampler, Shape
+from firebox.engine.graphs import DecodeGraph, GpuSampler, Launched, Shape
 from firebox.engine.request import Request
 from firebox.engine.runner import GRAPH, Runner
 from firebox.engine.sampler import sample
@@ -19,7 +19,8 @@ from firebox.models.base import Model
 
 
 class GpuRunner(Runner):
-    """`graphs`: "off" or "decode". With `strict` a decode step that no graph can hold is refused at once."""
+    """`graphs`: "off" or "decode". `overlap`: decode steps may be launched before the last one's tokens are
+    known. With `strict` a decode step that no graph can hold is refused at once."""
 
     def __init__(
         self,
@@ -32,13 +33,17 @@ class GpuRunner(Runner):
         *,
         context_tokens: int,
         vocab: int,
+        max_rows: int,
         graphs: str,
+        overlap: bool = False,
         strict: bool = False,
     ) -> None:
         super().__init__(model, caches, page_tokens, eos_token_ids, device)
         self.gpu = gpu
         self._shape = Shape(page_tokens, -(-context_tokens // page_tokens), self._has_window, vocab)
         self._sampler = GpuSampler(vocab, gpu, device)
+        self._last_tokens = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self._overlap = overlap
         self._graphs: dict[int, DecodeGraph] = {}
         self._pool: Any = torch.cuda.graph_pool_handle() if graphs != "off" else None
         self._why_eager = self._refusal(graphs)
@@ -61,12 +66,22 @@ class GpuRunner(Runner):
         """As Runner.run."""
         if self._eager_because(plan):
             return super().run(plan)
-        self.steps[GRAPH, "decode"] += 1
-        graph = self._graph(len(plan.chunks))
-        token_ids = graph.run(plan.chunks)
-        if all(_is_drawn_plainly(chunk.request) for chunk in plan.chunks):
+        token_ids = self.launch(plan).token_ids()
+        if _plainly(plan):
             return [Sampled(token_id) for token_id in token_ids]
+        graph = self._graph(len(plan.chunks))
         return self._sample(plan.chunks, graph.logits, [1] * graph.rows)
+
+    def may_overlap(self, plan: Plan) -> bool:
+        """Whether `launch` can take this plan, and the next step can follow before its tokens are known."""
+        return self._overlap and not self._eager_because(plan) and _plainly(plan)
+
+    @torch.inference_mode()
+    def launch(self, plan: Plan, after: Launched | None = None) -> Launched:
+        """Starts a decode step and returns at once. `after`: the step before, if its tokens are not known
+        yet; requests of it take them from the device."""
+        self.steps[GRAPH, "decode"] += 1
+        return self._graph(len(plan.chunks)).launch(plan.chunks, after)
 
     def _eager_because(self, plan: Plan) -> str:
         return self._why_eager or _prefill(plan)
@@ -76,7 +91,7 @@ class GpuRunner(Runner):
             assert self.model.attention_backend is not None
             self._graphs[rows] = DecodeGraph(
                 rows, self._shape, self.model, self._caches, self.model.attention_backend, self._sampler,
-                self._pool,
+                self._last_tokens, self._pool,
             )  # fmt: skip
         return self._graphs[rows]
 
@@ -89,6 +104,10 @@ class GpuRunner(Runner):
 def _prefill(plan: Plan) -> str:
     alike = all(chunk.count == 1 and chunk.samples for chunk in plan.chunks)
     return "" if alike and not plan.state_copies else "prefill"
+
+
+def _plainly(plan: Plan) -> bool:
+    return all(_is_drawn_plainly(chunk.request) for chunk in plan.chunks)
 
 
 def _needs_host(request: Request) -> bool:

@@ -2,11 +2,14 @@
 the whole step: embedding, layers, head, and the choice of the next tokens.
 
 What changes from step to step lies in one block of pinned host memory, whose copy to the device is all that
-precedes a replay:
+precedes a replay. Host memory is there twice: a step can be filled in while the one before runs.
 
-    numbers [5, rows] int64     token ids | positions | slots of full pages | slots of window pages | seeds
+    numbers [6, rows] int64     token ids | positions | slots of full pages, of window pages | seeds | rows
     where [rows, …] int32       context | pages | window pages       (rows of all, then of the next kind)
     heat [rows] float32         temperatures
+
+A step that is launched before the one before has ended does not know its token ids: they are taken from row
+`rows` of the last step's tokens, which stay on the device. −1: the id is known.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from firebox.engine.scheduler import Chunk
 from firebox.models.base import Model
 from firebox.step import Pages, Step
 
-IDS, POSITIONS, SLOTS, WINDOW_SLOTS, SEEDS = range(5)
+IDS, POSITIONS, SLOTS, WINDOW_SLOTS, SEEDS, ROWS = range(6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +47,22 @@ class Shape:
         return self.max_pages * self.page_tokens
 
 
+class Launched:
+    """A step on its way. `requests`: the rows of its tokens, in order."""
+
+    def __init__(self, requests: Sequence[Request], tokens: torch.Tensor, done: Any) -> None:
+        self.requests = tuple(requests)
+        self._tokens, self._done = tokens, done
+
+    def token_ids(self) -> list[int]:
+        """The next token of each request; waits for the step, and for nothing behind it."""
+        self._done.synchronize()
+        found: list[int] = self._tokens.tolist()
+        return found
+
+
 class DecodeGraph:
-    """One batch size."""
+    """One batch size. `last_tokens` [most rows] int64 on the device: what the last step of any graph drew."""
 
     def __init__(
         self,
@@ -55,18 +72,16 @@ class DecodeGraph:
         caches: tuple[LayerStore, ...],
         backend: ModuleType,
         sampler: GpuSampler,
+        last_tokens: torch.Tensor,
         pool: Any,
     ) -> None:
         self.rows, self._shape, self._model, self._caches = rows, shape, model, caches
-        self._sampler = sampler
+        self._sampler, self._last_tokens = sampler, last_tokens
         device, kinds = sampler.device, 2 if shape.window else 1
-        self._host = _Inputs(rows, shape.max_pages, kinds, "cpu")
+        self._hosts = [_Host(_Inputs(rows, shape.max_pages, kinds, "cpu"), rows) for _ in range(2)]
         self._device = _Inputs(rows, shape.max_pages, kinds, device)
-        self._host.numbers.zero_()
-        self._host.where.zero_()
-        self._host.contexts.fill_(1)
         self._step = self._make_step(backend)
-        self._upload()
+        self._upload(self._hosts[0].inputs)
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):  # compiles, and lets libraries allocate what they keep
@@ -76,7 +91,6 @@ class DecodeGraph:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
             self.logits, self.token_ids = self._forward()
-        self._tokens_on_host = torch.empty(rows, dtype=torch.int64, pin_memory=True)
 
     def _make_step(self, backend: ModuleType) -> Step:
         rows, shape, inputs = self.rows, self._shape, self._device
@@ -100,18 +114,24 @@ class DecodeGraph:
 
     def _forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = self._device
-        hidden = self._model(inputs.numbers[IDS], self._step)
+        rows = inputs.numbers[ROWS]
+        ids = torch.where(rows < 0, inputs.numbers[IDS], self._last_tokens[rows.clamp(min=0)])
+        hidden = self._model(ids, self._step)
         logits = self._model.logits(hidden)
         positions = inputs.numbers[POSITIONS] + 1  # how many tokens are known
-        return logits, self._sampler.plain(logits, inputs.heat, inputs.numbers[SEEDS], positions)
+        token_ids = self._sampler.plain(logits, inputs.heat, inputs.numbers[SEEDS], positions)
+        self._last_tokens[: self.rows] = token_ids
+        return logits, token_ids
 
-    def _upload(self) -> None:
-        for source, target in zip(self._host.tensors, self._device.tensors, strict=True):
+    def _upload(self, inputs: _Inputs) -> None:
+        for source, target in zip(inputs.tensors, self._device.tensors, strict=True):
             target.copy_(source, non_blocking=True)
 
-    def fill(self, chunks: Sequence[Chunk]) -> None:
-        """Writes the step's integers into the host's memory."""
-        shape, host = self._shape, self._host
+    def fill(self, host: _Inputs, chunks: Sequence[Chunk], after: Launched | None) -> None:
+        """Writes the step's integers into the host's memory. `after`: the step before, if its tokens are not
+        known yet."""
+        shape = self._shape
+        row_of = {} if after is None else {request: row for row, request in enumerate(after.requests)}
         numbers, contexts, pages = (
             host.numbers.numpy(),
             host.contexts.numpy(),
@@ -127,20 +147,34 @@ class DecodeGraph:
             for kind, (table, ids) in enumerate(zip(pages, lists, strict=True)):
                 table[row, : len(ids)] = ids
                 numbers[SLOTS + kind, row] = ids[page] * shape.page_tokens + offset
-            numbers[IDS, row] = request.token_ids[position]
+            numbers[ROWS, row] = row_of.get(request, -1)
+            numbers[IDS, row] = 0 if request in row_of else request.token_ids[position]
             numbers[POSITIONS, row] = position
             numbers[SEEDS, row] = signed(request.params.seed or 0)
             contexts[row] = position + 1
             heat[row] = request.params.temperature
 
-    def run(self, chunks: Sequence[Chunk]) -> list[int]:
-        """The next token of each chunk; `logits` [rows, vocab] are then this step's."""
-        self.fill(chunks)
-        self._upload()
+    def launch(self, chunks: Sequence[Chunk], after: Launched | None = None) -> Launched:
+        """Starts the step and returns at once; `logits` [rows, vocab] will be this step's."""
+        self._hosts.reverse()
+        host = self._hosts[0]
+        host.done.synchronize()  # two launches ago
+        self.fill(host.inputs, chunks, after)
+        self._upload(host.inputs)
         self._graph.replay()
-        self._tokens_on_host.copy_(self.token_ids, non_blocking=True)
-        torch.cuda.current_stream(self._sampler.device).synchronize()
-        return self._tokens_on_host.tolist()
+        host.tokens.copy_(self.token_ids, non_blocking=True)
+        host.done.record()
+        return Launched([chunk.request for chunk in chunks], host.tokens, host.done)
+
+
+class _Host:
+    """Pinned memory of one launch: what goes in, the tokens that come out, and when they have come."""
+
+    def __init__(self, inputs: _Inputs, rows: int) -> None:
+        self.inputs = inputs
+        inputs.contexts.fill_(1)
+        self.tokens = torch.empty(rows, dtype=torch.int64, pin_memory=True)
+        self.done = torch.cuda.Event()
 
 
 class _Inputs:
@@ -152,7 +186,8 @@ class _Inputs:
         def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device, pin_memory=pinned)
 
-        self.numbers = empty(5, rows, dtype=torch.int64)
+        self.numbers = empty(6, rows, dtype=torch.int64)
+        self.numbers[ROWS] = -1
         self.where = empty(rows * (1 + kinds * max_pages), dtype=torch.int32)
         self.heat = empty(rows, dtype=torch.float32)
         self.contexts = self.where[:rows]

@@ -9,6 +9,7 @@ import msgspec
 import zmq
 
 from firebox.engine.messages import Abort, Drain, FromEngine, Generate, Outputs, Progress, Stats, ToEngine
+from firebox.engine.pipeline import Pipeline
 from firebox.engine.request import Request
 from firebox.engine.runner import Runner
 from firebox.engine.scheduler import Plan, Scheduler
@@ -64,17 +65,18 @@ def run(connection: Connection, scheduler: Scheduler, runner: Runner) -> None:
     """Serves until a Drain has been received and everything is finished, or the server process is gone."""
     draining = False
     step_seconds = 0.0
-    while scheduler.has_work or not draining:
-        for message in connection.receive(wait=not scheduler.has_work):
+    pipeline = Pipeline(scheduler, runner)
+    while pipeline.has_work or not draining:
+        for message in connection.receive(wait=not pipeline.has_work):
             draining |= isinstance(message, Drain)
             take(message, scheduler)
-        plan = scheduler.plan()
-        if plan is None:
+        began = time.perf_counter()
+        done = pipeline.step()
+        if done is None:
             # an abort that emptied the engine: the gauges must show it
             connection.send(Outputs([], _stats(scheduler, runner, step_seconds)))
             continue
-        began = time.perf_counter()
-        deltas = scheduler.apply(plan, runner.run(plan))
+        plan, deltas = done
         step_seconds += time.perf_counter() - began
         connection.send(Outputs(deltas, _stats(scheduler, runner, step_seconds), _progress(plan)))
 

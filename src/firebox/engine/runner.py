@@ -56,6 +56,14 @@ class Runner:
         logits = self.model.logits(hidden if len(flat) == step.tokens else hidden[flat])  # [rows, vocab]
         return self._sample(plan.chunks, logits, [len(chunk_rows) for chunk_rows in rows])
 
+    def may_overlap(self, plan: Plan) -> bool:
+        """Whether the step after this one may be launched before this one's tokens are known (`launch`)."""
+        return False
+
+    def launch(self, plan: Plan, after: Any = None) -> Any:
+        """Starts a step that `may_overlap`, for its `token_ids()` to be asked later."""
+        raise AssertionError("this runner's steps do not overlap")
+
     def _eager_because(self, plan: Plan) -> str:
         """Why this step does not come from a graph, or ""."""
         return "no graphs on a CPU"

@@ -139,6 +139,29 @@ class Scheduler:
         self.cache.state_copies.clear()
         return Plan(tuple(chunks.values()), copies)
 
+    def plan_ahead(self, plan: Plan) -> Plan | None:
+        """The step after `plan` while `plan`'s tokens are not known: its requests, one token on, less those
+        that it brings to their max_tokens. None where the tokens decide what comes: a prompt goes on,
+        somebody could be admitted or moved up, pages run out, states are kept."""
+        could_admit = bool(self._waiting) and len(self.running) < self._max_running_requests
+        if could_admit or self.cache.has_states:
+            return None
+        if any(chunk.count > 1 or not chunk.samples for chunk in plan.chunks):
+            return None
+        going_on = [chunk for chunk in plan.chunks if self._goes_on(chunk)]
+        for chunk in going_on:
+            assert chunk.request.holding is not None
+            if not self.cache.grow(chunk.request.holding, chunk.start + 2):
+                return None
+        return Plan(tuple(Chunk(c.request, c.start + 1, 1, True) for c in going_on)) if going_on else None
+
+    def _goes_on(self, chunk: Chunk) -> bool:
+        """Will this request need another token after this chunk's, as far as is known?"""
+        request = chunk.request
+        if self._requests.get(request.request_id) is not request or request.holding is None:
+            return False
+        return chunk.start + 2 - request.prompt_tokens < (request.params.max_tokens or 0)
+
     def apply(self, plan: Plan, sampled: Sequence[Sampled]) -> list[Delta]:
         """Takes a step's results in: computed catches up, tokens are appended, finished requests leave. One
         delta per request that has something to report. Requests aborted since the plan was made are passed

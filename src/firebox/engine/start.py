@@ -93,7 +93,14 @@ def start(
 
         context, graphs = settings.context_tokens, config.engine.cuda_graph
         runner = GpuRunner(
-            *common, gpu, context_tokens=context, vocab=vocab, graphs=graphs, strict=config.engine.strict
+            *common,
+            gpu,
+            context_tokens=context,
+            vocab=vocab,
+            max_rows=settings.max_running_requests,
+            graphs=graphs,
+            overlap=config.engine.overlap,
+            strict=config.engine.strict,
         )
     window_tokens = found.window_tokens
     warm_up(runner, make_scheduler(settings, window_tokens, prefix_cache=False, eos_token_ids=frozenset()))

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from firebox.bench.base import Answer, Ask, Finding, Phase, Piece
+from firebox.bench.drive import Run
 from firebox.bench.guards.base import Reference
 from firebox.bench.measure import Settings, measure
 from firebox.bench.report.base import Report
 from firebox.bench.roofline import roofline
-from firebox.bench.row import Row, mark_ties
+from firebox.bench.row import Row, mark_ties, summarise
 from firebox.cli import main as cli
 from firebox.cli._fit_model import source_of
 from firebox.errors import ConfigError
@@ -167,3 +169,27 @@ def test_wrong_flags_are_refused(flags: list[str]) -> None:
     with simulated(Behaviour(**FAST)) as url:
         done = CliRunner().invoke(cli.build(), ["bench", url, *flags])
     assert isinstance(done.exception, ConfigError), done.output
+
+
+def test_one_flagged_answer_of_many_is_noted_and_two_in_a_hundred_condemn() -> None:
+    phase = Phase(workload="w", concurrency=1, sessions=())
+    ask = Ask(max_tokens=2, prompt="x")
+
+    def run(first_s: float) -> Run:
+        answers = [
+            Answer(ask=ask, number=n, due_s=first_s, sent_s=first_s, ended_s=first_s + 1, output_tokens=2)
+            for n in range(60)
+        ]
+        for answer in answers:
+            answer.pieces = [Piece(first_s + 0.5, "a"), Piece(first_s + 1, "b")]
+        return Run(phase=phase, answers=answers, began_s=first_s, ended_s=first_s + 1, steady_s=first_s + 1)
+
+    def flagged(*numbers: int) -> list[Finding]:
+        return [Finding(guard="g", verdict="garbage", why="w", answers=(n,)) for n in numbers]
+
+    runs = [run(0.0), run(2.0)]
+    noted = summarise(runs, [flagged(7), flagged(7)])
+    assert noted.verdict == "ok" and noted.notes == ["2 of 120 answers were flagged: g: w"]
+    assert summarise(runs, [flagged(7), flagged(7, 8)]).verdict == "garbage"
+    of_all = Finding(guard="same_text", verdict="garbage", why="w")
+    assert summarise(runs, [[of_all], []]).verdict == "garbage"

@@ -52,7 +52,7 @@ def report() -> Report:
     with simulated(Behaviour(first_token_s=0.03, token_s=0.004)) as url:
         runs = [measured(url, concurrency) for concurrency in (1, 2, 4)]
     bad = [Finding(guard="one_token", verdict="garbage", why="'!' makes up 100 % <of> the text")]
-    rows = [summarise(each, bad if index == 1 else []) for index, each in enumerate(runs)]
+    rows = [summarise(each, [bad] if index == 1 else []) for index, each in enumerate(runs)]
     for row in rows:
         withhold(row)
     return Report(

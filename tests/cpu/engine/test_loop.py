@@ -104,6 +104,9 @@ class Paced:
         if permits is not None:
             permits.release(1000)
 
+    def may_overlap(self, plan: Plan) -> bool:
+        return False
+
     def run(self, plan: Plan) -> list[Sampled]:
         permits = self._permits
         assert permits is None or permits.acquire(timeout=20)

@@ -1,7 +1,7 @@
 """What a text repeats, told by its n-grams: stretches of N characters, each as a 64-bit number.
 
-Characters, not words: Chinese has no spaces and a table no words. Runs of one character count as two of it, so
-that rulers, indentation and padding are no repetition.
+Characters, not words: Chinese has no spaces and a table no words. Runs of one character count as two of it,
+so that rulers, indentation and padding are no repetition.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ def words(text: str) -> list[str]:
 
 
 def prompt_key(ask: Ask) -> str:
-    """What makes two prompts different. Words with a digit in them do not: they may be a nonce that a workload
-    adds so that nothing is found in a cache."""
+    """What makes two prompts different. Words with a digit in them do not: they may be a nonce that a
+    workload adds so that nothing is found in a cache."""
     if isinstance(ask.prompt, tuple):
         return " ".join(map(str, ask.prompt))
     text = prompt_text(ask)

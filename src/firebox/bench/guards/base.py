@@ -22,14 +22,14 @@ EXCERPT = 48  # characters of the text that a finding shows
 
 
 class StreamGuard(Protocol):
-    """Watches one channel (content or reasoning) of one stream. Findings name no answers: `Watch` adds them."""
+    """Watches one channel (content or reasoning) of one stream. `Watch` adds the numbers."""
 
     def see(self, block: str) -> Finding | None:
         """Takes the next BLOCK characters; says what is wrong with the stream up to here."""
 
     def end(self, rest: str) -> Finding | None:
-        """Judges the stream as if `rest`, fewer than BLOCK characters, were its end. Changes nothing, so that a
-        stream that still runs can be judged too."""
+        """Judges the stream as if `rest`, fewer than BLOCK characters, were its end. Changes nothing, so that
+        a stream that still runs can be judged too."""
 
 
 class Reference(msgspec.Struct, frozen=True):
@@ -42,7 +42,8 @@ class Reference(msgspec.Struct, frozen=True):
 
 
 class PhaseGuard(Protocol):
-    """A module with `judge`: reads all answers of a phase. `references`: by prompt; empty where none are given."""
+    """A module with `judge`: reads all answers of a phase. `references`: by prompt; empty where none
+    are given."""
 
     def judge(self, answers: Sequence[Answer], references: Mapping[str, Reference]) -> list[Finding]:
         """What is wrong with the phase; [] where nothing is. Failed requests are in `answers` too."""

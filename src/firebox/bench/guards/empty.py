@@ -2,11 +2,11 @@
 ("<|endoftext|>", "<unk>").
 
 Looks at the whole answer, content and reasoning together, once it has ended: a channel alone may well be
-blank. An answer that reasons and then has no content is `no_content`'s. No good answer is empty, however short:
-"42" passes. Failed requests are not judged; they are counted as failed.
+blank. An answer that reasons and then has no content is `no_content`'s. No good answer is empty, however
+short: "42" passes. Failed requests are not judged; they are counted as failed.
 
-Would have caught: `content: null` of gpt-oss on SM121 (vllm#37030), and output whose first Harmony token was
-lost (vllm#41477).
+Would have caught: `content: null` of gpt-oss on SM121 (vllm#37030), and output whose first Harmony token
+was lost (vllm#41477).
 """
 
 from __future__ import annotations

@@ -1,19 +1,20 @@
 """Text that is no text: replacement characters, control characters, halves of surrogate pairs, and words in
 which scripts that nobody mixes stand side by side.
 
-    U+FFFD              REPLACED in a window, those at the very end of a stream apart (a character that was cut)
+    U+FFFD              REPLACED in a window, less those at the very end (a character that was cut)
     control characters  CONTROLS in a window, other than tab, newline, carriage return, form feed and escape
     lone surrogates     one: no valid UTF-8 has any
     scripts in a word   MIXED neighbours of different scripts in a window with at least SCRIPTS scripts. Han,
                         kana, hangul and Latin may touch each other (Chinese writes 用Python编写), and so may
                         Greek and Latin (μm). A list of languages has many scripts, but blanks between them.
 
-Nearest good text: an answer about U+FFFD, which shows it once or twice; terminal output with escapes; a table of
-greetings. Random tokens of a byte-level vocabulary break a code point every few dozen tokens, so this finds random
-text unless it is all of whole ASCII words: that kind nothing here can tell from a style (see `reference`).
+Nearest good text: an answer about U+FFFD, which shows it once or twice; terminal output with escapes; a
+table of greetings. Random tokens of a byte-level vocabulary break a code point every few dozen tokens, so
+this finds random text unless it is all of whole ASCII words: that kind nothing here can tell from a style
+(see `reference`).
 
-Would have caught: random text of an FP8 cache under graphs (vllm#41651), word salad of layers loaded with the
-wrong scheme (sgl#23467).
+Would have caught: random text of an FP8 cache under graphs (vllm#41651), word salad of layers loaded with
+the wrong scheme (sgl#23467).
 """
 
 from __future__ import annotations

@@ -1,16 +1,19 @@
 """Few different n-grams over a window: loops with mutations, a handful of phrases shuffled again and again.
 
-For each window of WINDOWS (in n-grams of `_grams`) the share of different ones; less than the limit is a flood.
-Measured on 2026-11-21 over 4,114 passages of up to 5,000 characters from the Python library, Vim's, Perl's and
-Linux' files, manuals in eight languages, licences and this repository: the least share of a passage is below
-these limits in seven, all of them lists in which one item stands dozens of times (`"linear_attention",` in a
-config.json; rows of zeros); its 0.5 % quantile is 0.41, 0.33, 0.30 and 0.26. Greedy loops of the bundled
-model have 0.02 to 0.15.
+For each window of WINDOWS (in n-grams of `_grams`) the share of different ones; less than the limit is a
+flood. Not for texts of FEW characters: bits and DNA repeat by nature, and one_token judges those.
 
-Nearest good text: tables of numbers with few values, XML whose attributes hardly differ, tests of many cases.
+Measured on 2026-11-21 over 4,064 passages of up to 5,000 characters from the Python library, the files of
+Vim, Perl and Linux, manuals in eight languages, licences and this repository: ten of them fall below a
+limit. Four are config.json files in which one item stands dozens of times; the others are tables in which
+one word in ten differs. Loops in which one letter in sixty is changed have 0.17 of 1,024.
 
-Would have caught: the loops with small changes that suffix_loop misses, and floods of the same few tokens in
-any order (vllm#49886; sgl#23467 calls it word salad).
+Nearest good text: tables of numbers with few values (a matrix of zeros and ones), XML whose attributes
+hardly differ, tests of many cases. Missed: floods shorter than some 500 characters, and loops that change
+more often than once in sixty letters.
+
+Would have caught: the loops with small changes that suffix_loop misses, and floods of the same few tokens
+in any order (vllm#49886; sgl#23467 calls it word salad).
 """
 
 from __future__ import annotations
@@ -22,7 +25,8 @@ from firebox.bench.base import Finding
 from firebox.bench.guards._grams import Grams, distinct
 from firebox.bench.guards.base import excerpt
 
-WINDOWS = {256: 0.09, 512: 0.115, 1024: 0.18, 2048: 0.115}
+WINDOWS = {256: 0.09, 512: 0.075, 768: 0.16, 1024: 0.18, 2048: 0.115}
+FEW = 4  # different characters: DNA and bits repeat by nature; one_token judges such texts
 _KEPT = max(WINDOWS)
 
 
@@ -45,9 +49,12 @@ class Guard:
 
 def _judge(grams: NDArray[np.uint64], text: str) -> Finding | None:
     for window, limit in WINDOWS.items():
-        if len(grams) < window:
+        if len(grams) < window or len(set(text)) <= FEW:
             return None
         if (share := distinct(grams[-window:])) < limit:
-            why = f"{share:.0%} of the last {window} n-grams are different (limit {limit:.0%}): …{excerpt(text)}"
+            why = (
+                f"{share:.0%} of the last {window} n-grams are different (limit "
+                f"{limit:.0%}): …{excerpt(text)}"
+            )
             return Finding(guard="ngram_flood", verdict="repetition", why=why)
     return None

@@ -1,12 +1,12 @@
 """Answers that count tokens and have no content: numbers without anything to read.
 
-Two cases, and the finding says which. Nothing at all came, or only blanks and names of special tokens: garbage.
-Reasoning came and no content: "empty"; the model spent `max_tokens` on thinking, or its end-of-reasoning tag is
-not parsed. Such a row may be a true speed, but it is not the answers that were asked for.
+Two cases, and the finding says which. Nothing at all came, or only blanks and names of special tokens:
+garbage. Reasoning came and no content: "empty"; the model spent `max_tokens` on thinking, or its end-of-
+reasoning tag is not parsed. Such a row may be a true speed, but it is not the answers that were asked for.
 
-Threshold: more than SHARE of the finished requests. A single request may end without a word; good models do so
-less than once in a hundred. Would have caught: `content: null` of gpt-oss on SM121 (vllm#37030), chunks without
-text that were counted as tokens (eugr/llama-benchy#11).
+Threshold: more than SHARE of the finished requests. A single request may end without a word; good models do
+so less than once in a hundred. Would have caught: `content: null` of gpt-oss on SM121 (vllm#37030), chunks
+without text that were counted as tokens (eugr/llama-benchy#11).
 """
 
 from __future__ import annotations

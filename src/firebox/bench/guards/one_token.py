@@ -1,10 +1,11 @@
 """One token or character over and over: "!!!!", "GGGG", " the the the", "+".
 
-A stretch with a period of at most UNIT characters. Within a text it counts from RUN characters on; at the end of
-the stream from LAST on, or LAST_RULER if only of what rulers, padding and zeros are made of; an answer that is
-nothing else from ALONE repeats on, wherever that many do not write a number. Two or three tokens in any order
-are found by their characters: at most FEW different ones in WINDOW. Nearest good text: rulers and rows
-of dashes (200 characters in wide tables), "AAAA" in base64 of zeros (76 a line), rows of zeros in a dump.
+A stretch with a period of at most UNIT characters. Within a text it counts from RUN characters on; at the
+end of the stream from LAST on, or LAST_RULER if only of what rulers, padding and zeros are made of; an
+answer that is nothing else from ALONE repeats on, wherever that many do not write a number. Two or three
+tokens in any order are found by their characters: at most FEW different ones in WINDOW. Nearest good text:
+rulers and rows of dashes (200 characters in wide tables), "AAAA" in base64 of zeros (76 a line), rows of
+zeros in a dump.
 
 Would have caught: "!!!!" of NVFP4 experts under expert parallelism, at a higher rate than text (sgl#20011,
 sgl#20869); "+" alone (sgl#24321). Cannot tell an answer that was asked to repeat a word from one that does.
@@ -17,10 +18,10 @@ from firebox.bench.guards.base import excerpt
 
 UNIT = 16  # characters; longer periods are suffix_loop's
 RUN = 256  # characters, anywhere in the text
-LAST = 64  # characters, at the end of the stream
+LAST = 48  # characters, at the end of the stream
 LAST_RULER = 128
 ALONE = 12  # repeats, where they are the whole answer
-RULERS = frozenset(" \t\n\r-=_*#~.·+|─━═│0")
+RULERS = frozenset(" \t\n\r-=_*#~.·+|─━═│")
 FEW, WINDOW = 4, 512  # no more different characters than FEW in the last WINDOW
 DATA = frozenset("0123456789ACGTUacgtu") | RULERS  # of which data may be made: bits, Morse, DNA
 _KEPT = WINDOW
@@ -46,8 +47,8 @@ class Guard:
         """The same with the limits of an end."""
         text = (self._tail + rest).rstrip("\ufffd")  # a character that was cut
         if found := _period(text, LAST):
-            ruler = RULERS.issuperset(text[-found:]) and not _period(text, LAST_RULER)
-            if not ruler:
+            padding = RULERS.issuperset(text[-found:]) or text[-found:].strip() == "0"
+            if not padding or _period(text, LAST_RULER):
                 return _finding(text, found, LAST)
         return self._alone(text) if self._seen + len(rest) == len(text) else _few(text)
 
@@ -75,7 +76,10 @@ def _few(text: str) -> Finding | None:
     used = set(text[-WINDOW:])
     if len(text) < WINDOW or len(used) > FEW or used <= DATA:
         return None
-    why = f"only {len(used)} different characters in the last {WINDOW} (at most {FEW} is too few): …{excerpt(text)}"
+    why = (
+        f"only {len(used)} different characters in the last {WINDOW} (at most {FEW} "
+        f"is too few): …{excerpt(text)}"
+    )
     return Finding(guard="one_token", verdict="garbage", why=why)
 
 

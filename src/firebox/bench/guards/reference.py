@@ -1,24 +1,24 @@
 """Answers against those of a server known to be right (`--reference FILE`), prompt by prompt.
 
-The file has one JSON object a line: {"prompt": …, "answer": …} and, if recorded, "perplexity". Answers should be
-greedy. Two measures, over the words that both answers have:
+The file has one JSON object a line: {"prompt": …, "answer": …} and, if recorded, "perplexity". Answers
+should be greedy. Two measures, over the words that both answers have:
 
     until   the share of words that are equal up to the first difference
     overlap the share of words, as a bag, that both have
 
 Two correct servers rarely agree to the end: one rounding decides between two words, and the rest differs in
-wording. So `until` alone says little and is reported only. What the guard asks is whether answers are *about*
-their prompts: the mean overlap with the own reference must exceed that with the other prompts' references by
-MARGIN. Two texts of one language share their small words whatever they say, and the others' overlap is just that.
-With references for fewer than two prompts the limit is ALONE instead.
+wording. So `until` alone says little and is reported only. What the guard asks is whether answers are
+*about* their prompts: the mean overlap with the own reference must exceed that with the other prompts'
+references by MARGIN. Two texts of one language share their small words whatever they say, and the others'
+overlap is just that. With references for fewer than two prompts the limit is ALONE instead.
 
-Perplexity, where the server told logprobs (`Piece.logprobs`), is that of an answer under its own model. Not a
-number, or a logprob above 0: garbage. Above FLAT, as flat logits give: garbage. More than RATIO times the
+Perplexity, where the server told logprobs (`Piece.logprobs`), is that of an answer under its own model. Not
+a number, or a logprob above 0: garbage. Above FLAT, as flat logits give: garbage. More than RATIO times the
 reference's: suspicious.
 
-It sees: word salad, text on another subject, another language, noise. It does not see a model that is a little
-worse (quantised too hard: use an evaluation), a confident loop (low perplexity; the streaming guards see it), or
-facts that are wrong.
+It sees: word salad, text on another subject, another language, noise. It does not see a model that is a
+little worse (quantised too hard: use an evaluation), a confident loop (low perplexity; the streaming guards
+see it), or facts that are wrong.
 """
 
 from __future__ import annotations
@@ -66,7 +66,10 @@ def judge(answers: Sequence[Answer], references: Mapping[str, Reference]) -> lis
         return found
     pairs = [(a, references[prompt_text(a.ask)]) for a in finished if prompt_text(a.ask) in references]
     if not pairs:
-        why = f"none of {len(finished)} answers is to one of the {len(references)} reference prompts: nothing was compared"
+        why = (
+            f"none of {len(finished)} answers is to one of the {len(references)} "
+            "reference prompts: nothing was compared"
+        )
         return [*found, _finding("suspicious", why, [])]
     return [*found, *_agreement(pairs, list(references.values()))]
 
@@ -109,8 +112,10 @@ def _agreement(pairs: Sequence[tuple[Answer, Reference]], references: Sequence[R
     if own >= limit:
         return []
     why = (
-        f"answers share {own:.0%} of their words with their references (limit {limit:.0%}: as much as with those of "
-        f"other prompts, and {MARGIN:.0%}); {_mean([until(*pair) for pair in said]):.0%} are equal until the first difference"
+        f"answers share {own:.0%} of their words with their references (limit "
+        f"{limit:.0%}: as much as with those of "
+        f"other prompts, and {MARGIN:.0%}); "
+        f"{_mean([until(*pair) for pair in said]):.0%} are equal until the first difference"
     )
     return [_finding("garbage", why, [answer for answer, _ in pairs])]
 

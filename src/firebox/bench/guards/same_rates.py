@@ -1,13 +1,14 @@
 """Lengths or rates that are the same in request after request, where nothing dictated them.
 
-Lengths: of at least FEWEST open-ended answers to different prompts, none stopped for length, SHARE have the same
-number of tokens, and it is at least LONG (short answers such as "Yes." agree by nature). Rates: output tokens
-over the time from the first piece to the last; at least FEWEST of them, of different lengths, that spread by
-less than SPREAD of their mean. A busy machine moves each of them by a thousandth; a millionth is a formula.
+Lengths: of at least FEWEST open-ended answers to different prompts, none stopped for length, SHARE have the
+same number of tokens, and it is at least LONG (short answers such as "Yes." agree by nature). Rates: output
+tokens over the time from the first piece to the last; at least FEWEST of them, of different lengths, that
+spread by less than SPREAD of their mean. A busy machine moves each of them by a thousandth; a millionth is
+a formula.
 
-Nearest good case: requests of one batch with the same dictated length, which start and end together. They are
-not open-ended and not judged. Would have caught: answers that a cache or a stub replays; per-request rates that
-were computed, not measured (the tables that `audit` reads).
+Nearest good case: requests of one batch with the same dictated length, which start and end together. They
+are not open-ended and not judged. Would have caught: answers that a cache or a stub replays; per-request
+rates that were computed, not measured (the tables that `audit` reads).
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ def _lengths(free: Sequence[Answer]) -> list[Finding]:
     if tokens < LONG or count < SHARE * len(ended):
         return []
     same = tuple(answer.number for answer in ended.values() if answer.output_tokens == tokens)
-    why = f"{count} of {len(ended)} open-ended answers to different prompts have exactly {tokens} tokens (limit {SHARE:.0%})"
+    why = (
+        f"{count} of {len(ended)} open-ended answers to different prompts have "
+        f"exactly {tokens} tokens (limit {SHARE:.0%})"
+    )
     return [_finding(why, same)]
 
 
@@ -51,7 +55,10 @@ def _rates(free: Sequence[Answer]) -> list[Finding]:
     spread = (max(rates) - min(rates)) / (sum(rates) / len(rates))
     if spread >= SPREAD:
         return []
-    why = f"{len(rates)} requests of different lengths ran at {rates[0]:.6g} tok/s, within {spread:.1e} (limit {SPREAD:.0e})"
+    why = (
+        f"{len(rates)} requests of different lengths ran at {rates[0]:.6g} tok/s, "
+        f"within {spread:.1e} (limit {SPREAD:.0e})"
+    )
     return [_finding(why, tuple(answer.number for answer, _ in rated))]
 
 

@@ -1,14 +1,15 @@
 """The same answer to different prompts, word for word or nearly.
 
-Answers are compared as words, in lower case and without punctuation, those of at least LONG words (short ones
-such as "Yes." agree by nature). Nearly the same: of the shorter answer's runs of GRAM words, ALIKE are in the
-other one too. Prompts that differ in words with digits only count as one prompt, which may well have one answer.
-In chats the last message stands for the prompt, and its answer must differ from others too.
+Answers are compared as words, in lower case and without punctuation, those of at least LONG words (short
+ones such as "Yes." agree by nature). Nearly the same: of the shorter answer's runs of GRAM words, ALIKE are
+in the other one too. Prompts that differ in words with digits only count as one prompt, which may well have
+one answer. In chats the last message stands for the prompt, and its answer must differ from others too.
 
 Verdict: garbage where more than MOST of the prompts have an answer that another has, otherwise suspicious.
-Nearest good case: models that answer a prompt of random tokens with the same apology; this finds that too, and
-rightly: the row did not measure answers to its prompts. Would have caught: kernels that return zeros at some
-batch sizes, and so the same token everywhere (fi#3398); caches that mix up requests (vllm#47194).
+Nearest good case: models that answer a prompt of random tokens with the same apology; this finds that too,
+and rightly: the row did not measure answers to its prompts. Would catch kernels that return zeros at some
+batch sizes (fi#3398), so that all prompts are answered alike, and caches that hand one request the state of
+another.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def judge(answers: Sequence[Answer], references: Mapping[str, Reference]) -> lis
         return []
     share = len({prompt_key(answer.ask) for answer in same}) / len(prompts)
     why = (
-        f"{share:.0%} of {len(prompts)} different prompts have an answer that is at least {ALIKE:.0%} that of another: "
+        f"{share:.0%} of {len(prompts)} different prompts have an answer that is at "
+        f"least {ALIKE:.0%} that of another: "
         f"…{excerpt(same[0].text)}"
     )
     verdict = "garbage" if share > MOST else "suspicious"

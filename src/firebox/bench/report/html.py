@@ -71,7 +71,7 @@ def _reasons(report: Report) -> str:
     items = [
         f"<li>concurrency {row.concurrency}, <b>{escape(row.verdict)}</b>: {escape(why)}</li>"
         for row in report.rows
-        for why in row.why
+        for why in row.why + row.notes
     ]
     items += [f'<li class="note">{escape(note)}</li>' for note in report.notes]
     return f"<ul>{''.join(items)}</ul>" if items else ""

@@ -42,7 +42,7 @@ def markdown(report: Report) -> str:
         "",
     ]
     for row in report.rows:
-        lines += [f"- concurrency {row.concurrency}, {row.verdict}: {why}" for why in row.why]
+        lines += [f"- concurrency {row.concurrency}, {row.verdict}: {why}" for why in row.why + row.notes]
     return "\n".join([*lines, *(f"- {note}" for note in report.notes), ""])
 
 

@@ -12,14 +12,12 @@ from firebox import find
 from firebox.bench.base import Answer, Finding, Piece
 from firebox.bench.guards.base import BLOCK, PhaseGuard, Reference, StreamGuard
 
-ROOM = "bench.guards"
-
 
 class Watch:
     """Watches the streams of one phase, named by their numbers (`Answer.number`).
 
-    What was found stays, whether its stream runs, has ended or never does; each guard speaks once a stream and
-    channel. The cost is a list append a piece, and the guards' once in BLOCK characters.
+    What was found stays, whether its stream runs, has ended or never does; each guard speaks once
+    a stream and channel. The cost is a list append a piece, and the guards' once in BLOCK characters.
     """
 
     def __init__(self) -> None:
@@ -40,8 +38,8 @@ class Watch:
         return found[0] if found else None
 
     def end(self, number: int, answer: Answer) -> Finding | None:
-        """Judges the last stretch of the stream, and all of it if it was short. A stream without a piece counts
-        too. A failed request is judged by what it brought."""
+        """Judges the last stretch of the stream, and all of it if it was short. A stream without a
+        piece counts too. A failed request is judged by what it brought."""
         assert number not in self._ended, f"stream {number} has ended twice"
         self._ended.add(number)
         stream = self._running.pop(number, None) or _Stream(number, self._guards)
@@ -123,4 +121,4 @@ class _Channel:
 
 
 def _modules() -> list[ModuleType]:
-    return [find.load(ROOM, name) for name in find.names(ROOM)]
+    return [find.load("bench.guards", name) for name in find.names("bench.guards")]
