@@ -76,6 +76,11 @@ def read(environ: Mapping[str, str] | None = None) -> Environment:
     return dataclasses.replace(environment, cache_dir=environment.cache_dir.expanduser())
 
 
+def for_process(extra: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process to be started: this one's, and `extra`."""
+    return {**os.environ, **extra}
+
+
 def _parse(name: str, text: str, parse: Callable[[str], Any]) -> Any:
     try:
         return parse(text)

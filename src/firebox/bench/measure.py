@@ -93,6 +93,7 @@ def measure(
         notes=session.notes,
         rows=rows,
         runs=runs,
+        unfinished=session.unfinished,
     )
 
 
@@ -102,6 +103,7 @@ class _Session:
     def __init__(self, settings: Settings, http: httpx.Client, server: Server, seed: int) -> None:
         self.settings, self.http, self.server, self.seed = settings, http, server, seed
         self.notes = list(server.notes)
+        self.unfinished = False
         self.until = None if settings.within_s is None else now() + settings.within_s
         self.vocabulary = self._vocabulary()
         self.workload = workload(settings.profile)
@@ -135,7 +137,8 @@ class _Session:
         if not by_phase:
             self.notes.append(f"no phase of {self.settings.profile} fits into the server's context")
         if any(len(measured) < self.options.repeat for measured in by_phase):
-            self.notes.append("there was no time for all runs")
+            self.unfinished = True
+            self.notes.append("some runs were left out: no time, or nobody to answer")
         by_phase = [measured for measured in by_phase if measured]
         rows = [self._row(measured) for measured in by_phase]
         mark_ties(rows)

@@ -6,10 +6,11 @@ import contextlib
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from firebox.cli._profile import with_profile
 from firebox.cli.options import takes
 from firebox.config import Config
 
@@ -18,8 +19,18 @@ if TYPE_CHECKING:
 
 
 @takes("model", "engine", "server")
-def serve(config: Config) -> None:
+def serve(
+    config: Config,
+    *,
+    context: typer.Context,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="TOML file of settings, named as in docs/config.md; flags given here win"),
+    ] = None,
+) -> None:
     """Serves MODEL over OpenAI's HTTP API until SIGTERM or Ctrl-C, which let running answers finish."""
+    if profile is not None:
+        config = with_profile(config, profile, context)
     from firebox.engine.client import EngineProcess
     from firebox.server.listen import bind
     from firebox.text.folder import resolve_folder

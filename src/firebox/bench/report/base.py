@@ -10,7 +10,7 @@ from firebox.bench.row import Row
 
 class Report(msgspec.Struct, kw_only=True):
     """Everything a benchmark found. `notes`: what a reader of the numbers must know. `runs`: the answers
-    behind the rows, row by row and repetition by repetition."""
+    behind the rows, row by row and repetition by repetition. `unfinished`: some runs were left out."""
 
     url: str
     model: str
@@ -21,6 +21,7 @@ class Report(msgspec.Struct, kw_only=True):
     notes: list[str]
     rows: list[Row]
     runs: list[list[Run]]
+    unfinished: bool = False
 
     @property
     def passed(self) -> bool:
