@@ -7,8 +7,6 @@ import csv
 import io
 import json
 import math
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +25,8 @@ from firebox.bench.row import summarise, withhold
 from firebox.bench.store import find, save
 from firebox.bench.tokens import count
 from firebox.errors import ConfigError
+from tests.support.browser import open_page
 from tests.support.simulated_server import Behaviour, simulated
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def measured(url: str, concurrency: int) -> list[Run]:
@@ -91,44 +88,14 @@ def test_markdown_and_csv_hold_the_same_numbers(report: Report) -> None:
 
 
 def test_the_page_opens_in_a_browser_and_asks_for_nothing(report: Report, tmp_path: Path) -> None:
-    if CHROMIUM is None and not os.environ.get("CI"):
-        pytest.skip("no Chromium here; .ci/run installs one")
     page = tmp_path / "report.html"
     page.write_text(html(report), encoding="utf-8")
-    seen = opened(page, tmp_path / "report.png")
-    assert seen["problems"] == [] and seen["requests"] == []
-    assert seen["plots"] == 4 and seen["drawn"] >= 6
-    assert "simulated <model>" in seen["title"] and "GARBAGE" in seen["text"]
+    plots, traces = ".js-plotly-plot", ".js-plotly-plot .scatterlayer .trace"
+    seen = open_page(page, tmp_path / "report.png", plots, traces, wait_for=f"{plots} .main-svg")
+    assert seen.problems == [] and seen.requests == []
+    assert seen.counts[plots] == 4 and seen.counts[traces] >= 6
+    assert "simulated <model>" in seen.title and "GARBAGE" in seen.text
     assert (tmp_path / "report.png").stat().st_size > 20_000
-
-
-def opened(page: Path, picture: Path) -> dict[str, Any]:
-    """What a headless Chromium sees: problems on the console, requests beyond the file, plots, text."""
-    from playwright.sync_api import sync_playwright
-
-    problems: list[str] = []
-    requests: list[str] = []
-    with sync_playwright() as playwright:
-        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        tab = browser.new_page(viewport={"width": 1200, "height": 900})
-        tab.on(
-            "console", lambda said: problems.append(said.text) if said.type in ("error", "warning") else None
-        )
-        tab.on("pageerror", lambda error: problems.append(str(error)))
-        tab.on("request", lambda request: requests.append(request.url))
-        tab.goto(page.as_uri())
-        tab.wait_for_selector(".js-plotly-plot .main-svg", timeout=60_000)
-        tab.screenshot(path=str(picture), full_page=True)
-        seen = {
-            "title": tab.title(),
-            "text": tab.inner_text("body"),
-            "plots": tab.locator(".js-plotly-plot").count(),
-            "drawn": tab.locator(".js-plotly-plot .scatterlayer .trace").count(),
-        }
-        browser.close()
-    own = (page.as_uri(), "data:", "blob:")
-    return {**seen, "problems": problems, "requests": [url for url in requests if not url.startswith(own)]}
 
 
 def test_reports_are_kept_and_found_again(report: Report, tmp_path: Path) -> None:

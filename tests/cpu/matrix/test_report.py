@@ -19,6 +19,7 @@ from firebox.matrix.ranking import ranking
 from firebox.matrix.report import heat_maps, markdown, report
 from firebox.matrix.spec import parse
 from firebox.matrix.store import Evidence, Result, Store
+from tests.support.browser import open_page
 
 TEXT = """
 name = "speeds <of> moe"
@@ -214,7 +215,9 @@ def test_matrix_report_on_the_command_line(store, tmp_path):
     done = CliRunner().invoke(build(), ["matrix", "report", str(tmp_path), "--json", "--html", str(page)])
     assert done.exit_code == 0, done.output
     assert len(json.loads(done.stdout)["cells"]) == 5
-    assert page.read_text().startswith("<!doctype html>")
+    seen = open_page(page, tmp_path / "r.png", "table", wait_for="table")
+    assert seen.problems == [] and seen.requests == [] and seen.counts["table"] >= 4
+    assert "speeds <of> moe" in seen.title + seen.text and (tmp_path / "r.png").stat().st_size > 10_000
     done = CliRunner().invoke(build(), ["matrix", "report", str(tmp_path / "matrix.sqlite")])
     assert done.stdout.startswith("# speeds <of> moe")
 
