@@ -34,6 +34,7 @@ class Behaviour:
     piece. `text`: what each token says, over and over; None: varied words. `slots`: streams at once, others
     wait. `status`: answers that HTTP status instead. `refuses`: fields that it answers with 400. `claims`: of
     the truth, what its usage says; `metered`: what its counter says. `tokenizes`: it has /tokenize.
+    `logprob`: of every token; its counters of drafts are those of `burst`.
     """
 
     first_token_s: float = 0.1
@@ -56,6 +57,7 @@ class Behaviour:
     claims: float = 1.0
     metered: float = 1.0
     tokenizes: bool = False
+    logprob: float | None = None
 
 
 @dataclass
@@ -107,7 +109,20 @@ class _Simulation:
 
     def metrics(self) -> str:
         tokens = self.behaviour.metered * sum(len(request["sent"]) for request in self.truth.requests)
-        return f"# TYPE vllm:generation_tokens counter\nvllm:generation_tokens_total {tokens}\n"
+        return (
+            f"# TYPE vllm:generation_tokens counter\nvllm:generation_tokens_total {tokens}\n"
+            + self.draft_metrics()
+        )
+
+    def draft_metrics(self) -> str:
+        if self.behaviour.burst == 1:
+            return ""
+        steps = sum(-(-len(request["sent"]) // self.behaviour.burst) for request in self.truth.requests)
+        names = {"drafts": steps, "accepted_tokens": steps * (self.behaviour.burst - 1)}
+        return "".join(
+            f"# TYPE vllm:spec_decode_num_{name} counter\nvllm:spec_decode_num_{name}_total {value}\n"
+            for name, value in names.items()
+        )
 
     async def stream(self, asked: dict[str, Any], chat: bool, writer: asyncio.StreamWriter) -> bool:
         how, loop = self.behaviour, asyncio.get_running_loop()
@@ -171,6 +186,8 @@ class _Simulation:
             choice["delta"] = {"reasoning_content" if reasoning else "content": "".join(said)}
         else:
             choice["text"] = "".join(said)
+        if how.logprob is not None and not chat:
+            choice["logprobs"] = {"token_logprobs": [how.logprob] * len(tokens)}
         if how.ids:
             choice["token_ids"] = list(tokens)
         _send(

@@ -1,9 +1,12 @@
-"""The events of an OpenAI-compatible stream, as the servers of the field write them.
+"""The events of an OpenAI-compatible stream. Servers write them in these ways:
 
-text        choices[0].text or choices[0].delta.content
-reasoning   delta.reasoning_content (SGLang, llama.cpp, vLLM until 0.11) or delta.reasoning
-ids         choices[0].token_ids (vLLM and SGLang when asked)
-usage       in the last event; accepted drafts in completion_tokens_details (OpenAI) or timings (llama.cpp)
+    text        choices[0].text or choices[0].delta.content
+    reasoning   delta.reasoning_content (SGLang, llama.cpp, vLLM until 0.11) or delta.reasoning
+    ids         choices[0].token_ids (vLLM and SGLang when asked)
+    logprobs    choices[0].logprobs, of a completion {token_logprobs}, of a chat {content: [{logprob}]}
+    usage       in the last event; accepted drafts in completion_tokens_details (OpenAI), timings (llama.cpp)
+
+Other fields are not looked at.
 """
 
 from __future__ import annotations
@@ -24,11 +27,26 @@ class _Delta(msgspec.Struct):
     reasoning: str | None = None
 
 
+class _TokenLogprob(msgspec.Struct):
+    logprob: float
+
+
+class _Logprobs(msgspec.Struct):
+    content: tuple[_TokenLogprob, ...] | None = None
+    token_logprobs: tuple[float | None, ...] | None = None
+
+    def values(self) -> tuple[float, ...]:
+        if self.content is not None:
+            return tuple(token.logprob for token in self.content)
+        return tuple(value for value in self.token_logprobs or () if value is not None)
+
+
 class _Choice(msgspec.Struct):
     text: str | None = None
     delta: _Delta | None = None
     finish_reason: str | None = None
     token_ids: tuple[int, ...] | None = None
+    logprobs: _Logprobs | None = None
 
 
 class _PromptDetails(msgspec.Struct):
@@ -70,7 +88,9 @@ class Event(msgspec.Struct):
         said = choice.text if delta is None else delta.content
         if not (said or thought or choice.token_ids):
             return None
-        return Piece(at_s, said or thought or "", bool(thought and not said), choice.token_ids)
+        reasoning = bool(thought and not said)
+        logprobs = None if choice.logprobs is None else choice.logprobs.values()
+        return Piece(at_s, said or thought or "", reasoning, choice.token_ids, logprobs)
 
     def count(self) -> Usage | None:
         """The server's own count, if this event tells it."""

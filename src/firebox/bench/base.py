@@ -29,7 +29,8 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
 
     `prompt_tokens`: how long the workload made it, None where it does not know. `open_ended`: the model may
     end where it likes; otherwise exactly `max_tokens` are asked for, and a stop for length says nothing.
-    `prefix`: requests with the same prefix share the beginning of their prompts.
+    `prefix`: requests with the same prefix share the beginning of their prompts. `logprobs`: those of the
+    answer's tokens are wanted.
     """
 
     max_tokens: int
@@ -38,6 +39,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int | None = None
     open_ended: bool = False
     prefix: str = ""
+    logprobs: bool = False
 
 
 class Session(msgspec.Struct, frozen=True, kw_only=True):

@@ -24,7 +24,8 @@ EXCERPT = 300
 class Target(msgspec.Struct, frozen=True, kw_only=True):
     """Which server, and how it is spoken to. `chat`: /v1/chat/completions for everything; otherwise only for
     asks with messages. `fields`: sent with every request, such as temperature. `exact_length`: the server
-    takes ignore_eos. `usage`: it takes stream_options. `ids`: it takes return_token_ids."""
+    takes ignore_eos. `usage`: it takes stream_options. `ids`: it takes return_token_ids; `logprobs`: it takes
+    logprobs, where an ask wants them."""
 
     url: str
     model: str
@@ -34,6 +35,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     exact_length: bool = True
     usage: bool = True
     ids: bool = False
+    logprobs: bool = False
 
     def body(self, ask: Ask) -> dict[str, Any]:
         """The request's JSON."""
@@ -44,6 +46,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
             body["ignore_eos"] = True
         if self.ids:
             body["return_token_ids"] = True
+        if self.logprobs and ask.logprobs:
+            body["logprobs"] = True if self.is_chat(ask) else 1
         if self.is_chat(ask):
             messages = ask.messages or (Message("user", _text(ask.prompt)),)
             body["messages"] = [{"role": m.role, "content": m.content} for m in messages]

@@ -124,6 +124,11 @@ def _after_first(answer: Answer) -> float:
     return sum(_weights(answer)[1:])
 
 
+def first_event_tokens(answer: Answer) -> float | None:
+    """Tokens that an answer's first event brought; None for an answer without events."""
+    return _weights(answer)[0] if answer.pieces else None
+
+
 def _first(answer: Answer, reasoning: bool) -> float | None:
     return next((piece.at_s for piece in answer.pieces if piece.reasoning == reasoning), None)
 

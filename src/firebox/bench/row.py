@@ -19,7 +19,7 @@ import numpy as np
 
 from firebox.bench.base import Answer, Finding
 from firebox.bench.drive import Run
-from firebox.bench.measures import Rates, rates, times, whole
+from firebox.bench.measures import Rates, first_event_tokens, rates, times, whole
 from firebox.bench.statistics import mean, percentiles, tied
 
 WORST_FIRST = ("failed", "garbage", "repetition", "empty", "impossible", "suspicious", "uncounted", "ok")
@@ -85,6 +85,7 @@ class Row(msgspec.Struct, kw_only=True):
     output_tokens: float | None = None
     tokens_counted_by: str = ""
     tokens_per_event: float | None = None
+    tokens_in_first_event: float | None = None
     accept_length: float | None = None
     goodput: dict[str, float] | None = None
     roof_share: float | None = None
@@ -160,6 +161,7 @@ def withhold(row: Row) -> None:
         *TIMES,
         "prefill_tok_s",
         "tokens_per_event",
+        "tokens_in_first_event",
         "accept_length",
         "goodput",
         "roof_share",
@@ -203,6 +205,7 @@ def _fill(row: Row, runs: Sequence[Run], good: Sequence[Answer], slo: Slo | None
     row.prefill_tok_s = _mean(map(_prefill_rate, good))
     pieces = sum(len(answer.pieces) for answer in good)
     row.tokens_per_event = sum(answer.output_tokens or 0 for answer in good) / pieces if pieces else None
+    row.tokens_in_first_event = _mean(first_event_tokens(answer) for answer in good)
     row.accept_length = _accept_length(good)
     row.goodput = None if slo is None else _goodput(slo, runs)
 

@@ -18,7 +18,12 @@ from firebox.bench.client import Target
 from firebox.errors import ConfigError
 
 TIMEOUT_S = 120
-OPTIONAL = {"return_token_ids": "ids", "ignore_eos": "exact_length", "stream_options": "usage"}
+OPTIONAL = {
+    "return_token_ids": "ids",
+    "logprobs": "logprobs",
+    "ignore_eos": "exact_length",
+    "stream_options": "usage",
+}
 
 # Counters of the servers of the field, by what they count.
 COUNTERS = {
@@ -64,10 +69,17 @@ def base_url(url: str) -> str:
 
 
 def discover(
-    http: httpx.Client, *, model: str | None, chat: bool, api_key: str | None, fields: Mapping[str, Any]
+    http: httpx.Client,
+    *,
+    model: str | None = None,
+    chat: bool = False,
+    api_key: str | None = None,
+    fields: Mapping[str, Any] | None = None,
+    logprobs: bool = False,
 ) -> Server:
     """Asks the server what it is. Raises ConfigError when nothing answers there, when it does not serve
-    `model`, or refuses a plain request."""
+    `model`, or refuses a plain request; Silent when it never answers one. `logprobs`: whether they are
+    wanted."""
     try:
         reply = http.get("/v1/models")
         reply.raise_for_status()
@@ -86,8 +98,9 @@ def discover(
         model=str(wanted),
         chat=chat,
         api_key=api_key,
-        fields=fields,
+        fields=fields or {},
         ids=True,
+        logprobs=logprobs,
     )
     target, notes = _settle(http, target)
     return Server(target=target, context_tokens=_context(card), notes=tuple(notes))
@@ -104,7 +117,8 @@ def _settle(http: httpx.Client, target: Target) -> tuple[Target, list[str]]:
     for _ in range(len(OPTIONAL) + 1):
         route = "chat/completions" if target.chat else "completions"
         try:
-            reply = http.post(f"/v1/{route}", json=target.body(Ask(max_tokens=2, prompt="Hello")))
+            plain = Ask(max_tokens=2, prompt="Hello", logprobs=True)
+            reply = http.post(f"/v1/{route}", json=target.body(plain))
         except httpx.TimeoutException as error:
             raise Silent(f"{target.url} does not answer a plain request: {error}") from error
         except httpx.HTTPError as error:

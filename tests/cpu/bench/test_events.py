@@ -73,6 +73,13 @@ def test_invalid_utf8_is_shown_not_lost() -> None:
     assert pieces == [Piece(1.0, "a\ufffd\ufffd")]
 
 
+def test_logprobs_of_chats_and_of_completions() -> None:
+    chat = {"delta": {"content": "ab"}, "logprobs": {"content": [{"logprob": -0.5}, {"logprob": -1.5}]}}
+    plain = {"text": "ab", "logprobs": {"token_logprobs": [None, -0.25]}}
+    pieces = read([stream([{"choices": [chat]}, {"choices": [plain]}])])[0]
+    assert [piece.logprobs for piece in pieces] == [(-0.5, -1.5), (-0.25,)]
+
+
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
 def test_both_names_of_reasoning(field: str) -> None:
     assert read([stream([{"choices": [{"delta": {field: "x"}}]}])])[0] == [Piece(1.0, "x", True)]

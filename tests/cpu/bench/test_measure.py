@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from firebox.bench.base import Answer, Ask, Finding, Phase, Piece
+from firebox.bench.base import Answer, Ask, Finding, Phase, Piece, Session
 from firebox.bench.drive import Run
 from firebox.bench.guards.base import Reference
-from firebox.bench.measure import Settings, measure
+from firebox.bench.laws import violations
+from firebox.bench.measure import Settings, claim_of, measure
 from firebox.bench.report.base import Report
 from firebox.bench.roofline import roofline
 from firebox.bench.row import Row, mark_ties, summarise
@@ -101,6 +102,19 @@ def test_answers_are_held_against_references() -> None:
     assert [row.workload for row in found.rows] == ["quick", "quick", "reference"]
     assert [row.verdict for row in found.rows] == ["ok", "ok", "garbage"]
     assert any("share 0% of their words" in why for why in found.rows[2].why)
+
+
+def test_flat_logits_are_found_by_their_perplexity() -> None:
+    prompts = {f"What is {n}?": Reference(f"What is {n}?", "It is.") for n in range(2)}
+    found = report({"logprob": -8.0}, references=prompts).rows[2]
+    assert any("perplexity" in why for why in found.why), found.why
+    found = report({"logprob": -0.5}, references=prompts).rows[2]
+    assert not any("perplexity" in why for why in found.why)
+
+
+def test_the_servers_counters_tell_how_many_drafts_were_accepted() -> None:
+    assert [row.accept_length for row in report({"burst": 4}).rows] == [4.0, 4.0]
+    assert [row.accept_length for row in report({}).rows] == [None, None]
 
 
 def test_rows_that_the_intervals_do_not_tell_from_the_best_are_ties() -> None:
@@ -193,3 +207,17 @@ def test_one_flagged_answer_of_many_is_noted_and_two_in_a_hundred_condemn() -> N
     assert summarise(runs, [flagged(7), flagged(7, 8)]).verdict == "garbage"
     of_all = Finding(guard="same_text", verdict="garbage", why="w")
     assert summarise(runs, [[of_all], []]).verdict == "garbage"
+
+
+def test_a_server_that_gathers_its_first_tokens_breaks_no_law() -> None:
+    """40 tokens at once and 56 one by one: the wall rate is above the sum of decode rates, and may be."""
+    ask = Ask(max_tokens=96, prompt="x")
+    answer = Answer(ask=ask, number=0, due_s=0.0, sent_s=0.0, ended_s=0.052, output_tokens=96)
+    ids = [tuple(range(40)), *([(1,)] * 56)]
+    answer.pieces = [Piece(0.012 + 0.04 * n / 56, "a", False, ids[n]) for n in range(57)]
+    phase = Phase(workload="w", concurrency=1, sessions=(Session(asks=(ask,)),))
+    run = Run(phase=phase, answers=[answer], began_s=0.0, ended_s=0.052, steady_s=0.052)
+    claim = claim_of(run, {})
+    assert summarise([run]).tokens_in_first_event == 40
+    assert claim is not None and claim.output_tok_s > 1.15 * summarise([run]).output_tok_s_sum
+    assert violations(claim) == ()

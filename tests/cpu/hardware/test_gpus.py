@@ -184,3 +184,17 @@ def test_the_environment_lowers_the_shared_memory_limit(monkeypatch, limit: str,
         name="NVIDIA H200", major=9, minor=0, is_integrated=0, shared_memory_per_block_optin=232_448
     )
     assert probed(monkeypatch, h200, limit=limit).smem_per_block_bytes == bytes_left
+
+
+def test_sensors_are_read_as_nvidia_smi_writes_them() -> None:
+    lines = "0, 2418, 87.31, 61\n1, [N/A], [Not Supported], 44\n"
+    assert probe.read_sensors(lines) == {
+        "0": {"clock_mhz": 2418.0, "power_w": 87.31, "temperature_c": 61.0},
+        "1": {"temperature_c": 44.0},
+    }
+    assert probe.read_sensors("") == {}
+
+
+def test_without_nvidia_smi_there_are_no_sensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert probe.gpu_sensors() == {}
