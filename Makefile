@@ -32,7 +32,8 @@ demo: setup
 	@$(PYTHON) tools/setup_venv.py
 
 test: setup
-	$(PYTHON) -m pytest tests/cpu tests/e2e --numprocesses 2 --dist worksteal
+	$(PYTHON) -m pytest tests/cpu tests/e2e -m timing
+	$(PYTHON) -m pytest tests/cpu tests/e2e -m 'not timing' --numprocesses 2 --dist worksteal
 
 check: setup
 	$(PYTHON) -m ruff check

@@ -73,7 +73,7 @@ def test_the_ids_are_those_of_transformers(name: str, tmp_path: Path) -> None:
         [*command, "--max-tokens", str(TOKENS), "--temperature", "0"],
         capture_output=True,
         text=True,
-        timeout=90,
+        timeout=240,
         check=True,
     )
     document = json.loads(done.stdout.splitlines()[-1])
