@@ -30,6 +30,7 @@ from firebox.text.folder import bundled
 
 TEXT = "http://127.0.0.1/firebox-sources"  # never fetched: the text lies in llama-benchy's cache
 LIMIT = 0.05
+TRIES = 10
 
 
 @contextlib.contextmanager
@@ -56,10 +57,11 @@ def ours(url: str, concurrency: int, prompt: int, output: int, runs: int) -> dic
         "requests": 1,
         "repeat": runs,
     }
-    [row] = measure(Settings(url=url, profile="concurrency", choices=choices, chat=True)).rows
-    if row.verdict != "ok" or row.ttft_ms is None or row.decode_tok_s is None:
-        raise SystemExit(f"no number: {row.verdict}: {row.why}")
-    return {"tg t/s": row.decode_tok_s, "ttfr ms": row.ttft_ms["mean"]}
+    for _ in range(TRIES):  # the bundled model loops now and then, and such a row has no number
+        [row] = measure(Settings(url=url, profile="concurrency", choices=choices, chat=True)).rows
+        if row.ttft_ms is not None and row.decode_tok_s is not None:
+            return {"tg t/s": row.decode_tok_s, "ttfr ms": row.ttft_ms["mean"]}
+    raise SystemExit(f"no number: {row.verdict}: {row.why}")
 
 
 def theirs(place: Path, url: str, concurrency: int, prompt: int, output: int, runs: int) -> dict[str, float]:
