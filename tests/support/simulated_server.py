@@ -35,6 +35,7 @@ class Behaviour:
     wait. `status`: answers that HTTP status instead. `refuses`: fields that it answers with 400. `claims`: of
     the truth, what its usage says; `metered`: what its counter says. `tokenizes`: it has /tokenize.
     `logprob`: of every token; its counters of drafts are those of `burst`.
+    `idle_s`: after how long without a request it closes a connection.
     """
 
     first_token_s: float = 0.1
@@ -58,6 +59,7 @@ class Behaviour:
     metered: float = 1.0
     tokenizes: bool = False
     logprob: float | None = None
+    idle_s: float | None = None
 
 
 @dataclass
@@ -75,8 +77,8 @@ class _Simulation:
         self.slots = asyncio.Semaphore(behaviour.slots)
 
     async def connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            while head := await reader.readuntil(b"\r\n\r\n"):
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.TimeoutError):
+            while head := await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), self.behaviour.idle_s):
                 length = content_length(head)
                 body = await reader.readexactly(length)
                 if not await self.answer(head.split(b" ", 2)[1].decode(), body, writer):

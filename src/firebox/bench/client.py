@@ -66,12 +66,16 @@ def _text(prompt: str | tuple[int, ...] | None) -> str:
 
 
 class Client:
-    """Sends asks to one target; an async context. `silence_s`: the longest wait for the next event."""
+    """Sends asks to one target; an async context. `silence_s`: the longest wait for the next event.
+    `on_piece` hears every piece as it comes, and may be changed between asks.
+
+    Connections are kept, so that only the first ask over each pays for making it.
+    """
 
     def __init__(self, target: Target, *, silence_s: float = 300.0, on_piece: OnPiece | None = None) -> None:
         self.target = target
+        self.on_piece = on_piece
         self._silence_s = silence_s
-        self._on_piece = on_piece
         self._http: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Client:
@@ -95,8 +99,15 @@ class Client:
         sent_s = now()
         due_s = sent_s if due_s is None else due_s
         answer = Answer(ask=ask, number=number, due_s=due_s, sent_s=sent_s, ended_s=sent_s, pieces=[])
+        on_piece = self.on_piece if watched else None
         try:
-            await self._stream(ask, answer, self._on_piece if watched else None)
+            try:
+                await self._stream(ask, answer, on_piece)
+            except aiohttp.ServerDisconnectedError:
+                if answer.first_byte_s is not None:
+                    raise
+                answer.sent_s = now()  # a kept connection that the server had closed meanwhile
+                await self._stream(ask, answer, on_piece)
         except (TimeoutError, aiohttp.ClientError, ConnectionError) as error:
             answer.error = _why(error, self._silence_s)
         except msgspec.DecodeError as error:

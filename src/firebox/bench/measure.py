@@ -8,18 +8,19 @@ or a machine that is busy for a minute does not meet one phase alone.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import httpx
 import msgspec
 
 import firebox
-from firebox.bench.base import Answer, Ask, Finding, Phase, Session
+from firebox.bench.base import Ask, Finding, Phase, Session
 from firebox.bench.claim import Claim, Spread
-from firebox.bench.client import Client
+from firebox.bench.client import Client, Target
 from firebox.bench.drive import Run, drive
 from firebox.bench.guards.base import Reference
 from firebox.bench.laws import violations
@@ -85,8 +86,9 @@ def measure(
             fields=settings.fields,
             logprobs=bool(settings.references),
         )
-        session = _Session(settings, http, server, seed)
-        rows, runs = session.rows(on_run, go_on)
+        with asyncio.Runner() as loop, _client(loop, server.target, settings.silence_s) as client:
+            session = _Session(settings, http, server, seed, loop, client)
+            rows, runs = session.rows(on_run, go_on)
     return Report(
         url=server.target.url,
         model=server.target.model,
@@ -101,11 +103,31 @@ def measure(
     )
 
 
+@contextlib.contextmanager
+def _client(loop: asyncio.Runner, target: Target, silence_s: float) -> Iterator[Client]:
+    """One client for all runs: its connections stay."""
+    client = Client(target, silence_s=silence_s)
+    loop.run(client.__aenter__())
+    try:
+        yield client
+    finally:
+        loop.run(client.__aexit__())
+
+
 class _Session:
     """One benchmark of one server."""
 
-    def __init__(self, settings: Settings, http: httpx.Client, server: Server, seed: int) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        http: httpx.Client,
+        server: Server,
+        seed: int,
+        loop: asyncio.Runner,
+        client: Client,
+    ) -> None:
         self.settings, self.http, self.server, self.seed = settings, http, server, seed
+        self.loop, self.client = loop, client
         self.notes = list(server.notes)
         self.unfinished = False
         self.until = None if settings.within_s is None else now() + settings.within_s
@@ -159,12 +181,12 @@ class _Session:
             asks = [self.prompts.ask(WARM_PROMPT, WARM_OUTPUT) for _ in range(concurrency)]
             sessions = tuple(Session(asks=(ask,)) for ask in asks)
             phase = Phase(workload="warm-up", concurrency=concurrency, sessions=sessions)
-            asyncio.run(self._drive(phase, Watch()))
+            self._drive(phase, Watch())
 
     def _run(self, phase: Phase) -> _Measured:
         watch = Watch()
         before, sensed = counters(self.http), gpu_sensors()
-        run = asyncio.run(self._drive(phase, watch))
+        run = self._drive(phase, watch)
         after = counters(self.http)
         count(run.answers, self.vocabulary)
         for answer in run.answers:
@@ -174,11 +196,10 @@ class _Session:
         moved = {name: after[name] - before[name] for name in after if name in before}
         return _Measured(run=run, findings=findings, moved=moved, sensors={**sensed, **gpu_sensors()})
 
-    async def _drive(self, phase: Phase, watch: Watch) -> Run:
-        target, silence_s = self.server.target, self.settings.silence_s
-        async with Client(target, silence_s=silence_s, on_piece=watch.see) as client:
-            limits = [limit for limit in (self.settings.limit_s, self._left_s()) if limit is not None]
-            return await drive(client, phase, limit_s=min(limits, default=None))
+    def _drive(self, phase: Phase, watch: Watch) -> Run:
+        self.client.on_piece = watch.see
+        limits = [limit for limit in (self.settings.limit_s, self._left_s()) if limit is not None]
+        return self.loop.run(drive(self.client, phase, limit_s=min(limits, default=None)))
 
     def _left_s(self) -> float | None:
         return None if self.until is None else max(0.0, self.until - now())
@@ -220,14 +241,10 @@ class _Session:
     def _chars_per_token(self) -> float:
         """From how many tokens the server counts in a passage; the default where it does not count."""
         passage = corpus()[:CALIBRATION_CHARS]
-        answer = asyncio.run(self._one(Ask(prompt=passage, max_tokens=1)))
+        answer = self.loop.run(self.client.ask(Ask(prompt=passage, max_tokens=1), watched=False))
         if answer.usage is None or not answer.usage.prompt_tokens:
             return CHARS_PER_TOKEN
         return len(passage) / answer.usage.prompt_tokens
-
-    async def _one(self, ask: Ask) -> Answer:
-        async with Client(self.server.target) as client:
-            return await client.ask(ask)
 
 
 class _Measured(msgspec.Struct, kw_only=True):

@@ -208,3 +208,15 @@ def test_client_and_guards_take_less_than_a_twentieth_of_a_core_for_a_thousand_t
     with simulated(Behaviour(first_token_s=0.1, token_s=0.01)) as url:
         spent_s = asyncio.run(main(url))
     assert spent_s / (20 * 200) < 50e-6, f"{1e6 * spent_s / 4000:.1f} µs a token"
+
+
+def test_a_kept_connection_that_the_server_closed_is_made_anew() -> None:
+    async def main(url: str) -> list[str | None]:
+        async with Client(Target(url=url, model="simulated")) as client:
+            ask = Ask(prompt="x", max_tokens=3)
+            first = await client.ask(ask)
+            await asyncio.sleep(0.2)  # the server closes idle connections after 0.1 s
+            return [first.error, (await client.ask(ask)).error]
+
+    with simulated(Behaviour(first_token_s=0.01, idle_s=0.1)) as url:
+        assert asyncio.run(main(url)) == [None, None]
