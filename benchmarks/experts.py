@@ -33,16 +33,27 @@ from firebox.errors import FireboxError
 from firebox.hardware.base import Gpu
 from firebox.hardware.probe import probe_gpu
 from firebox.kernels import (
+    _experts,
     _triton,
     _tuned,
-    moe_down,
     moe_down_few,
-    moe_gate_up,
     moe_gate_up_few,
+    moe_gate_up_scaled,
 )
 from firebox.kernels._experts import FP8, Problem
 from firebox.kernels.compile import PINNED_OPTIONS, CompileRequest, limit_bytes
-from firebox.layers.experts import FEW, SORTED, Experts, Path, Workspace, path_of, requests
+from firebox.layers.experts import (
+    FEW,
+    MODULES,
+    SCALED,
+    SORTED,
+    Experts,
+    Path,
+    Workspace,
+    path_of,
+    requests,
+    stored_as,
+)
 from tests.support.experts import random_routing, random_weights, relative_error
 
 SHAPES = {
@@ -56,6 +67,7 @@ SHAPES = {
     "D": ("Kimi-K2.5 TP8", Problem(7168, 256, 384, 8, "int4_group")),
     "A4": ("GLM-4.7 TP4", Problem(5120, 384, 160, 8, "nvfp4")),
     "C4": ("Qwen3.5-397B TP4", Problem(4096, 256, 512, 10, "nvfp4")),
+    "F4": ("Qwen3-30B-A3B AWQ", Problem(2048, 768, 128, 8, "int4_zero", int4_columns=128)),
 }
 SHARED_EXPERT = ("B",)  # the last expert is every token's
 TOKENS = (1, 16, 64, 4096)
@@ -94,6 +106,7 @@ GOALS_US = {
 }
 READ_TB_S, BF16_TFLOP_S, FP8_TFLOP_S = 4.60, 793.0, 1520.0
 FEW_LIMIT, FP8_LIMIT = 6e-3, 6e-2  # relative error; the reasons stand in tests/gpu/test_experts.py
+SCALED_LIMIT = {"nvfp4_nibbles": 0.2, "mxfp4_nibbles": 0.06}
 CHECKED_TOKENS = 48
 BLOCKS = (16, 32, 64, 128)
 
@@ -102,7 +115,8 @@ class Bench:
     """One shape with its weights, workspace and routings."""
 
     def __init__(self, name: str, gpu: Gpu, max_tokens: int) -> None:
-        self.name, (self.model, self.problem), self.gpu = name, SHAPES[name], gpu
+        self.name, (self.model, problem), self.gpu = name, SHAPES[name], gpu
+        self.problem = dataclasses.replace(problem, format=stored_as(problem.format, gpu))
         p, self.generator = self.problem, torch.Generator("cuda").manual_seed(1)
         self.gate_up = random_weights(p, 2 * p.inter, p.hidden, self.generator, "cuda")
         self.down = random_weights(p, p.hidden, p.inter, self.generator, "cuda")
@@ -131,8 +145,8 @@ class Bench:
         arithmetic."""
         p, tokens = self.problem, calls[0][0].shape[0]
         touched = statistics.mean(ids.unique().numel() for _, ids, _ in calls)
-        weight_bytes = {"bf16": 2.0, "int4_group": 0.5 + 2 / 32, "mxfp4": 0.5 + 1 / 32, "nvfp4": 0.5 + 1 / 16}
-        per_weight = weight_bytes.get(p.format, 1.0)
+        scale_bytes = {"int4_group": 2, "int4_zero": 4}.get(p.format, 1)
+        per_weight = _experts.weight_bytes(p) + (scale_bytes / p.group if p.group else 0.0)
         inner_bytes = 1 if p.format in FP8 else 2
         moved = touched * 3 * p.hidden * p.inter * per_weight + tokens * (
             4 * p.hidden + 2 * p.top_k * p.inter * inner_bytes
@@ -154,6 +168,8 @@ class Bench:
         return relative_error(out[:CHECKED_TOKENS], wanted)
 
     def limit(self, path: Path) -> float:
+        if path.name == SCALED:
+            return SCALED_LIMIT[self.problem.format]
         return FP8_LIMIT if path.name == SORTED and self.problem.format in FP8 else FEW_LIMIT
 
     def layer(self, paths: dict[int, Path] | None = None) -> Experts:
@@ -200,12 +216,13 @@ def candidates(
     if FEW in wanted and tokens <= moe_gate_up_few.MAX_TOKENS:
         few = (moe_gate_up_few, moe_down_few)
         found[FEW] = tuple(list(module.search_space(problem, tokens, gpu)) for module in few)
-    if SORTED in wanted and tokens >= 8:
+    many = [SORTED] if moe_gate_up_scaled.accepts(problem, gpu) else [SORTED, SCALED]
+    for path in (path for path in many if path in wanted and tokens >= 8):
         each = tokens * problem.top_k / problem.experts  # choices of an expert
         blocks = [block for block in BLOCKS if each / 4 <= block <= 4 * each + 16]
-        found[SORTED] = tuple(
+        found[path] = tuple(
             [tile for block in blocks for tile in module.search_space(problem, block, gpu)]
-            for module in (moe_gate_up, moe_down)
+            for module in MODULES[path]
         )
     return found
 
@@ -370,7 +387,7 @@ def main() -> int:
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--sweep", type=FilePath)
-    parser.add_argument("--paths", default=f"{FEW},{SORTED}", help="which the sweep looks at")
+    parser.add_argument("--paths", default=f"{FEW},{SORTED},{SCALED}", help="which the sweep looks at")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     gpu = probe_gpu()

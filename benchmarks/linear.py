@@ -31,7 +31,8 @@ from firebox.errors import FireboxError
 from firebox.hardware.base import Gpu
 from firebox.hardware.probe import probe_gpu
 from firebox.kernels import _linear, _triton, linear, linear_few
-from firebox.kernels._linear import INT4_ZERO, Problem, Weights
+from firebox.kernels._experts import INT4_ZERO
+from firebox.kernels._linear import Problem, Weights
 from firebox.kernels.compile import PINNED_OPTIONS, limit_bytes
 from firebox.layers.dense_gpu import (
     CUBLAS,

@@ -69,7 +69,7 @@ QUANTISED = [
     Case("qwen3_moe", "fp8_block", FP8_PRODUCTS, graphs=True),
     Case("glm4_moe", "fp8_channel", FP8_PRODUCTS, graphs=True),
     Case("glm4_moe", "nvfp4", BF16, graphs=True),
-    Case("qwen3_moe", "awq", BF16, graphs=False),  # no expert kernel knows zero points
+    Case("qwen3_moe", "awq", BF16, graphs=True),
 ]
 every_case = pytest.mark.parametrize("case", [*PLAIN, *QUANTISED], ids=str)
 captured = pytest.mark.parametrize("case", [case for case in (*PLAIN, *QUANTISED) if case.graphs], ids=str)

@@ -12,7 +12,8 @@ import triton
 from firebox.hardware.base import Gpu
 from firebox.hardware.probe import probe_gpu
 from firebox.kernels import _linear, linear, linear_few
-from firebox.kernels._linear import FORMATS, GROUPS, INT4_ZERO, Problem
+from firebox.kernels._experts import INT4_ZERO
+from firebox.kernels._linear import FORMATS, GROUPS, Problem
 from firebox.layers.dense_gpu import CUBLAS, FEW, MANY, LinearKernels, Path, Workspace, path_of
 from tests.support.experts import relative_error
 from tests.support.linear import DTYPES, random_weights

@@ -6,7 +6,16 @@ from __future__ import annotations
 import torch
 
 from firebox.formats import layouts
-from firebox.kernels._experts import BLOCK, FOUR_BIT, FP8, ROW_SCALED, Problem, Weights
+from firebox.kernels._experts import (
+    BLOCK,
+    FOUR_BIT,
+    FP8,
+    INT4_ZERO,
+    MXFP4,
+    ROW_SCALED,
+    Problem,
+    Weights,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 
@@ -42,8 +51,11 @@ def random_weights(
             device=device,
         ).view(torch.uint16)
         groups = (experts, rows, columns // group)
-        if problem.format == "mxfp4":
+        if problem.format in MXFP4:
             stored = torch.randint(118, 122, groups, generator=generator, device=device).to(torch.uint8)
+        elif problem.format == INT4_ZERO:
+            zeros = torch.randint(0, 17, groups, generator=generator, device=device)
+            stored = layouts.pack_zeros(uniform(0.5, 1.5, *groups) * size / 6, zeros.float())
         else:
             kind = torch.bfloat16 if problem.format == "int4_group" else torch.float8_e4m3fn
             level = size / 4 if problem.format == "int4_group" else 100.0

@@ -2,7 +2,7 @@
 their errors as JSON: [case, relative error, …]. A process of its own, because Triton decides when it is
 imported.
 
-    TRITON_INTERPRET=1 python -m tests.support.interpreted_experts FORMAT
+    TRITON_INTERPRET=1 python -m tests.support.interpreted_experts FORMAT [COLUMNS OF AN INTEGER GROUP]
 """
 
 from __future__ import annotations
@@ -19,23 +19,28 @@ from firebox.kernels import (
     moe_combine,
     moe_down,
     moe_down_few,
+    moe_down_scaled,
     moe_gate_up,
     moe_gate_up_few,
+    moe_gate_up_scaled,
     moe_sort,
     quantise_fp8,
+    quantise_groups,
 )
-from firebox.kernels._experts import Problem, Weights, operand
+from firebox.kernels._block_scaled import KINDS, Rounded
+from firebox.kernels._experts import MXFP4, Problem, Weights, operand
 from firebox.kernels.launch import INTERPRETED, Launcher
 from tests.support.experts import random_routing, random_weights, relative_error
 
 GPU = find_gpu("gb10")
 NAN = float("nan")
 BLOCK = 16
+GROUP = int(sys.argv[2]) if len(sys.argv) > 2 else 32
 
 
 def problem(format: str, hidden: int, inter: int, experts: int) -> Problem:
-    clamped = {"activation": "clamped_swiglu", "biases": True} if format == "mxfp4" else {}
-    return Problem(hidden, inter, experts, 3, format, dtype="f16", **clamped)
+    clamped = {"activation": "clamped_swiglu", "biases": True} if format in MXFP4 else {}
+    return Problem(hidden, inter, experts, 3, format, dtype="f16", int4_columns=GROUP, **clamped)
 
 
 def few(
@@ -71,15 +76,7 @@ def sorted_(
     p: Problem, tokens: int, gate_up: Weights, down: Weights, generator: torch.Generator
 ) -> dict[str, float]:
     ids, weights = random_routing(p, tokens, generator)
-    sort = moe_sort.Problem(p.experts, BLOCK)
-    order = torch.full((ids.numel(),), -1, dtype=torch.int32)
-    blocks = torch.full((moe_sort.most_blocks(sort, ids.numel()), 3), -7, dtype=torch.int32)
-    count, place = (Launcher(request) for request in moe_sort.requests(sort, GPU, interpreted=True))
-    moe_sort.run((count, place), ids, moe_sort.scratch(sort, "cpu"), order, blocks)
-    of_expert, wanted_blocks = moe_sort.reference(sort, ids)
-    assert [tuple(entry) for entry in blocks.tolist() if entry[2]] == wanted_blocks
-    assert sorted(order.tolist()) == list(range(ids.numel())) and sum(map(len, of_expert)) == ids.numel()
-
+    order, blocks = in_order(p, ids)
     x = torch.randn(tokens, p.hidden, generator=generator).half()
     exact, x_scale, h_scale, group = x.float(), None, None, moe_gate_up.inner_group(p)
     native = moe_gate_up.quantised(p)
@@ -93,7 +90,7 @@ def sorted_(
         )
         h_scale = torch.full((ids.numel(), p.inter // group), NAN)
         x = q
-    if p.group:
+    if p.arranged:
         columns = moe_arrange.Problem(p.hidden, p.group, "f16")
         arranged = torch.full_like(x, NAN)
         moe_arrange.run(Launcher(moe_arrange.request(columns, GPU, interpreted=True)), x, arranged)
@@ -104,7 +101,7 @@ def sorted_(
     launcher = Launcher(moe_gate_up.request(p, config, GPU, interpreted=True))
     moe_gate_up.run(launcher, p, x, x_scale, gate_up, order, blocks, h, h_scale)
     inner = h.float()
-    if p.group:
+    if p.arranged:
         inner = torch.empty_like(inner).index_copy_(1, layouts.arranged_columns(p.inter, p.group), inner)
     if h_scale is not None:
         inner = (h.float().unflatten(-1, (-1, group)) * h_scale.unsqueeze(-1)).flatten(-2)
@@ -126,9 +123,55 @@ def sorted_(
     return found | {f"sorted {tokens} combine": relative_error(out, moe_combine.reference(sums, y))}
 
 
+def in_order(p: Problem, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`order` and `blocks` of moe_sort, looked over."""
+    sort = moe_sort.Problem(p.experts, BLOCK)
+    order = torch.full((ids.numel(),), -1, dtype=torch.int32)
+    blocks = torch.full((moe_sort.most_blocks(sort, ids.numel()), 3), -7, dtype=torch.int32)
+    count, place = (Launcher(request) for request in moe_sort.requests(sort, GPU, interpreted=True))
+    moe_sort.run((count, place), ids, moe_sort.scratch(sort, "cpu"), order, blocks)
+    of_expert, wanted_blocks = moe_sort.reference(sort, ids)
+    assert [tuple(entry) for entry in blocks.tolist() if entry[2]] == wanted_blocks
+    assert sorted(order.tolist()) == list(range(ids.numel())) and sum(map(len, of_expert)) == ids.numel()
+    return order, blocks
+
+
+def rounded(kind: str, x: torch.Tensor) -> tuple[Rounded, torch.Tensor]:
+    """`x` through quantise_groups, and what was meant."""
+    p = quantise_groups.Problem(x.shape[1], kind, "f16")
+    to = quantise_groups.empty(p, x.shape[0], "cpu")
+    for part in (to.q, to.scales, to.row_scale):
+        if part is not None:
+            part.view(torch.uint8).fill_(0xFF)  # NaN, or the highest code
+    quantise_groups.run(Launcher(quantise_groups.request(p, GPU, interpreted=True)), x, to)
+    return to, quantise_groups.dequantised(p, to)
+
+
+def scaled(
+    p: Problem, kind: str, tokens: int, gate_up: Weights, down: Weights, generator: torch.Generator
+) -> dict[str, float]:
+    """Block-scaled products of what was rounded before: only h and the output are rounded again."""
+    ids, weights = random_routing(p, tokens, generator)
+    order, blocks = in_order(p, ids)
+    given, exact = rounded(kind, torch.randn(tokens, p.hidden, generator=generator).half())
+    h = torch.full((ids.numel(), p.inter), NAN, dtype=torch.float16)
+    config = moe_gate_up_scaled.default(p, BLOCK, GPU)
+    request = moe_gate_up_scaled.request(p, config, GPU, kind=kind, interpreted=True)
+    moe_gate_up_scaled.run(Launcher(request), p, given, gate_up, order, blocks, h)
+    wanted = moe_gate_up_scaled.reference(p, exact, gate_up, ids, order)
+    found = {f"{kind} {tokens} gate_up": relative_error(h, wanted)}
+    given, exact = rounded(kind, h)
+    y = torch.full((ids.numel(), p.hidden), NAN, dtype=torch.float16)
+    config = moe_down_scaled.default(p, BLOCK, GPU)
+    request = moe_down_scaled.request(p, config, GPU, kind=kind, interpreted=True)
+    moe_down_scaled.run(Launcher(request), p, given, down, order, blocks, weights, y)
+    wanted = moe_down_scaled.reference(p, exact, down, ids, order, weights)
+    return found | {f"{kind} {tokens} down": relative_error(y, wanted)}
+
+
 def main(format: str) -> None:
     assert INTERPRETED, "set TRITON_INTERPRET=1"
-    unit = 128 if format == "fp8_block" else 64
+    unit = 128 if format == "fp8_block" else max(64, GROUP)
     generator, found = torch.Generator().manual_seed(0), {}
     # one, columns and pairs; then, with fewer experts, experts; odd numbers of tiles either way
     for hidden, inter, experts, few_tokens, many in (
@@ -145,6 +188,9 @@ def main(format: str) -> None:
             found |= {
                 size + case: error for case, error in sorted_(p, tokens, gate_up, down, generator).items()
             }
+            for kind in KINDS.get(format, ()):
+                errors = scaled(p, kind, tokens, gate_up, down, generator)
+                found |= {size + case: error for case, error in errors.items()}
     print(json.dumps({"operand": operand(p), "errors": found}))
 
 

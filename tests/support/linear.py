@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 
 from firebox.formats import layouts
-from firebox.kernels._experts import BLOCK, FP8
-from firebox.kernels._linear import INT4_ZERO, ROW_SCALED, Problem, Weights
+from firebox.kernels._experts import BLOCK, FP8, INT4_ZERO
+from firebox.kernels._linear import ROW_SCALED, Problem, Weights
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 

@@ -14,8 +14,11 @@ numbers next to each other, so weights are arranged once, when they are loaded.
               1   12      5  4  3
               2    9      2  1  0
               3   14     13 11 10
+      nibbles e2m1 codes in bits 4j … 4j + 3 as they are, for GPUs whose tensor cores multiply them: read as
+              bytes, a row is what a block-scaled product takes
     activations                         for many tokens: of 64 columns first all that code 0 stands for, then
-                                        those of code 1, …, so that each code's are 16 in a row
+                                        those of code 1, …, so that each code's are 16 in a row; in groups
+                                        of 64 and more they are that as they stand
     group scales [rows, groups]         rows padded to a multiple of 16 groups, so that they load in one piece
     scales with zero points             one int32 a group: the scale as bf16 in the low half, −(128 + zero) as
                                         bf16 in the high half, which is exact
@@ -71,6 +74,8 @@ def unpack_words(words: torch.Tensor, group: int, bits: tuple[tuple[int, ...], .
 def arranged_columns(columns: int, group: int) -> torch.Tensor:
     """For 4-bit weights in groups of `group`: which column of activations lies at each place [columns]
     int64."""
+    if group >= ARRANGED:
+        return torch.arange(columns)
     places = torch.arange(columns).view(-1, ARRANGED // group, PER_WORD, group // PER_WORD)
     return places.transpose(1, 2).flatten()
 

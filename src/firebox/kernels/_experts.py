@@ -7,9 +7,9 @@ Weights are the first operand: there are many rows and few tokens, and an operan
 can then be handed over in registers.
 
 A 4-bit word holds four codes (formats/layouts.py). Each of the four becomes a matrix of its own with the
-columns it stands for, so a chunk of 4-bit weights is four products. `ASM` decodes two words at a time with
-bit operations on packed pairs; without it the same in plain Triton, for the interpreter and for float16. E2M1
-codes come out of `ASM` times 2⁻¹²⁶, and the group scale brings the factor back.
+columns it stands for (kernels/_words.py), so a chunk of 4-bit weights is four products. "_nibbles": the same
+format in the words that a block-scaled product reads too (kernels/_block_scaled.py); int4_zero: integers with
+a zero point for each group (awq, gptq, asymmetric int4_group).
 """
 
 from __future__ import annotations
@@ -23,13 +23,19 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from firebox.formats.layouts import E2M1_BITS, INT4_BITS, separate, unpack_words
+from firebox.formats.layouts import ARRANGED, E2M1_BITS, INT4_BITS, separate, unpack_words, unpack_zeros
 from firebox.hardware.base import Gpu
+from firebox.kernels._words import decode, scales_of
 from firebox.kernels.launch import Launcher
 
-FORMATS = ("bf16", "fp8_tensor", "fp8_channel", "fp8_block", "int4_group", "mxfp4", "nvfp4")
 FP8 = ("fp8_tensor", "fp8_channel", "fp8_block")
-FOUR_BIT = ("int4_group", "mxfp4", "nvfp4")
+INT4_ZERO = "int4_zero"
+INTEGERS = ("int4_group", INT4_ZERO)
+MXFP4, NVFP4 = ("mxfp4", "mxfp4_nibbles"), ("nvfp4", "nvfp4_nibbles")
+NIBBLES = ("mxfp4_nibbles", "nvfp4_nibbles")
+FOUR_BIT = (*INTEGERS, *MXFP4, *NVFP4)
+FORMATS = ("bf16", *FP8, *FOUR_BIT)
+INT4_GROUPS = (32, 64, 128)
 BLOCK = 128  # rows and columns of a block in fp8_block
 
 
@@ -37,7 +43,8 @@ BLOCK = 128  # rows and columns of a block in fp8_block
 class Problem:
     """One expert layer on one GPU. `inter`: an expert's inner width, this GPU's share of it. `format`: of the
     experts' weights. `activation` and its numbers as in kernels/cpu_moe_block.py; `biases`: gpt-oss's.
-    `dtype`: of hidden states, "bf16" or "f16". `residual`: the sum is added to what the output holds."""
+    `dtype`: of hidden states, "bf16" or "f16". `residual`: the sum is added to what the output holds.
+    `int4_columns`: that share a scale in 4-bit integers, one of INT4_GROUPS."""
 
     hidden: int
     inter: int
@@ -50,11 +57,19 @@ class Problem:
     biases: bool = False
     dtype: str = "bf16"
     residual: bool = False
+    int4_columns: int = 32
 
     @property
     def group(self) -> int:
         """Columns that share a scale; 0 where scales do not go by groups of columns of one row."""
-        return {"int4_group": 32, "mxfp4": 32, "nvfp4": 16}.get(self.format, 0)
+        if self.format in INTEGERS:
+            return self.int4_columns
+        return {**dict.fromkeys(MXFP4, 32), **dict.fromkeys(NVFP4, 16)}.get(self.format, 0)
+
+    @property
+    def arranged(self) -> bool:
+        """Do activations of many tokens lie in another order? (layouts.arranged_columns)"""
+        return 0 < self.group < ARRANGED
 
 
 @dataclass(frozen=True)
@@ -62,8 +77,8 @@ class Weights:
     """The weights of one of the two matrices of all experts. `w` [experts, rows, columns] bf16 or
     float8_e4m3fn, or words [experts, rows, columns / 4] uint16. `scale`: of blocks [experts, rows / 128,
     columns / 128] float32 (gate blocks, then up blocks), or of groups [experts, rows, groups padded]: bf16
-    (int4_group), uint8 E8M0 (mxfp4), float8_e4m3fn (nvfp4). `row_scale` and `bias` [experts, rows]
-    float32. Rows are interleaved where they are gate and up."""
+    (int4_group), int32 of scale and zero (int4_zero), uint8 E8M0 (mxfp4), float8_e4m3fn (nvfp4).
+    `row_scale` and `bias` [experts, rows] float32. Rows are interleaved where they are gate and up."""
 
     w: torch.Tensor
     scale: torch.Tensor | None = None
@@ -72,8 +87,14 @@ class Weights:
 
 
 WEIGHT_TYPES = {"bf16": "bf16", **dict.fromkeys(FP8, "fp8e4nv"), **dict.fromkeys(FOUR_BIT, "u16")}
-GROUP_SCALE_TYPES = {"fp8_block": "fp32", "int4_group": "bf16", "mxfp4": "u8", "nvfp4": "fp8e4nv"}
-ROW_SCALED = ("fp8_tensor", "fp8_channel", "nvfp4")
+GROUP_SCALE_TYPES = {
+    "fp8_block": "fp32",
+    "int4_group": "bf16",
+    INT4_ZERO: "i32",
+    **dict.fromkeys(MXFP4, "u8"),
+    **dict.fromkeys(NVFP4, "fp8e4nv"),
+}
+ROW_SCALED = ("fp8_tensor", "fp8_channel", *NVFP4)
 DTYPES = {"bf16": tl.bfloat16, "f16": tl.float16}
 POINTER_NAMES = {"bf16": "bf16", "f16": "fp16"}
 
@@ -126,10 +147,11 @@ def pipeline_depths(columns: int, problem: Problem, *, remainder: bool) -> tuple
 
     Only for few tokens: with a product of shared-memory operands behind the loop, Triton 3.6 reads past its
     shared memory on sm_90 (FP8, 320 columns in steps of 128; found by compute-sanitizer, 2026-11-21)."""
-    least_depth = 64 if problem.group else 32  # a quarter of a 4-bit step is an operand 16 columns wide
+    # a quarter of a 4-bit step is an operand 16 columns wide
+    least_depth = max(64, problem.group) if problem.group else 32
     depths = tuple(d for d in (32, 64, 128, 256, 512) if d >= least_depth)
     depths = (BLOCK,) if problem.format == "fp8_block" else depths
-    least = max(32, problem.group * 2)
+    least = max(32, min(64, 2 * problem.group), problem.group)
     fits = (lambda left: _power_of_2_or_0(left, least)) if remainder else (lambda left: left == 0)
     return tuple(d for d in depths if d <= columns and fits(columns % d))
 
@@ -142,6 +164,8 @@ def refuse(problem: Problem) -> str | None:
     """Why no kernel of this family can run the problem on any GPU, or None."""
     if problem.format not in FORMATS:
         return f"knows no {problem.format} weights"
+    if problem.format in INTEGERS and problem.group not in INT4_GROUPS:
+        return f"knows groups of {', '.join(map(str, INT4_GROUPS))} columns, not {problem.group}"
     if problem.inter % 8 or problem.hidden % 16:
         return f"needs inter a multiple of 8 and hidden of 16, not {problem.inter} and {problem.hidden}"
     unit = BLOCK if problem.format == "fp8_block" else problem.group or 16
@@ -172,12 +196,10 @@ def dequantised(problem: Problem, weights: Weights, expert: int, *, halves: bool
     w, scale = weights.w[expert], None if weights.scale is None else weights.scale[expert]
     if problem.format in FOUR_BIT:
         assert scale is not None
-        bits = INT4_BITS if problem.format == "int4_group" else E2M1_BITS
-        codes = unpack_words(w, problem.group, bits)
-        values = codes.float() - 8 if problem.format == "int4_group" else _e2m1(codes)
-        groups = values.shape[-1] // problem.group
-        factors = torch.exp2(scale.float() - 127) if problem.format == "mxfp4" else scale.float()
-        matrix = values * factors[:, :groups].repeat_interleave(problem.group, 1)
+        codes = unpack_words(w, problem.group, word_bits(problem.format))
+        values = codes.float() if problem.format in INTEGERS else e2m1(codes)
+        factors, zeros = factors_and_zeros(problem.format, scale[:, : codes.shape[-1] // problem.group])
+        matrix = ((values.unflatten(1, (-1, problem.group)) - zeros) * factors).flatten(1)
     else:
         matrix = w.float()
         if problem.format == "fp8_block":
@@ -208,7 +230,22 @@ def activated(problem: Problem, gate_up: torch.Tensor) -> torch.Tensor:
     return (up + 1) * gate * (gate * problem.alpha).sigmoid()
 
 
-def _e2m1(codes: torch.Tensor) -> torch.Tensor:
+def word_bits(format: str) -> tuple[tuple[int, ...], ...]:
+    """Where the bits of a word's four codes lie."""
+    return E2M1_BITS if format in ("mxfp4", "nvfp4") else INT4_BITS
+
+
+def factors_and_zeros(format: str, stored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zero points [rows, groups, 1] in float32 from what is `stored` [rows, groups]."""
+    if format == INT4_ZERO:
+        scales, zeros = unpack_zeros(stored)
+        return scales.unsqueeze(-1), zeros.unsqueeze(-1)
+    factors = torch.exp2(stored.float() - 127) if format in MXFP4 else stored.float()
+    return factors.unsqueeze(-1), torch.full_like(factors.unsqueeze(-1), 8 if format == "int4_group" else 0)
+
+
+def e2m1(codes: torch.Tensor) -> torch.Tensor:
+    """The values of codes 0 … 15 in float32."""
     magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=codes.device)
     values = magnitudes[codes.long() & 7]
     return torch.where(codes >= 8, -values, values)
@@ -231,121 +268,8 @@ def let_next_launch_begin(PDL: tl.constexpr):
 
 
 @triton.jit
-def int4_asm(words):
-    """128 + code is a bf16 with the code in its last bits."""
-    return tl.inline_asm_elementwise(
-        """{ .reg .b32 a, b, c, d, one, minus;
-        mov.b32 one, 0x3F803F80; mov.b32 minus, 0xC308C308;
-        lop3.b32 a, $4, 0x000F000F, 0x43004300, 0xEA;
-        shr.u32 b, $4, 4; lop3.b32 b, b, 0x000F000F, 0x43004300, 0xEA;
-        shr.u32 c, $4, 8; lop3.b32 c, c, 0x000F000F, 0x43004300, 0xEA;
-        shr.u32 d, $4, 12; lop3.b32 d, d, 0x000F000F, 0x43004300, 0xEA;
-        fma.rn.bf16x2 $0, a, one, minus; fma.rn.bf16x2 $1, b, one, minus;
-        fma.rn.bf16x2 $2, c, one, minus; fma.rn.bf16x2 $3, d, one, minus; }""",
-        "=r,=r,=r,=r,r",
-        [words],
-        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
-        is_pure=True,
-        pack=2,
-    )
-
-
-@triton.jit
-def e2m1_asm(words):
-    """Sign to bit 15, magnitude to bits 8 … 6: the value times 2⁻¹²⁶, also where it is subnormal."""
-    return tl.inline_asm_elementwise(
-        """{ .reg .b32 a, b, c;
-        and.b32 $0, $4, 0x81C081C0;
-        shl.b32 a, $4, 3; and.b32 $1, a, 0x81C081C0;
-        shl.b32 a, $4, 6; and.b32 $2, a, 0x81C081C0;
-        shl.b32 a, $4, 1; shr.u32 b, $4, 5; shr.u32 c, $4, 4;
-        and.b32 a, a, 0x80008000; and.b32 b, b, 0x01000100;
-        lop3.b32 a, a, c, 0x00C000C0, 0xF8; or.b32 $3, a, b; }""",
-        "=r,=r,=r,=r,r",
-        [words],
-        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
-        is_pure=True,
-        pack=2,
-    )
-
-
-@triton.jit
-def _e2m1_value(sign, magnitude, DTYPE: tl.constexpr):
-    exponent = magnitude >> 1
-    half_steps = tl.where(exponent == 0, magnitude & 1, 2 + (magnitude & 1))
-    value = half_steps.to(tl.float32) * 0.5
-    value *= tl.where(exponent == 3, 4.0, tl.where(exponent == 2, 2.0, 1.0))
-    return tl.where(sign != 0, -value, value).to(DTYPE)
-
-
-@triton.jit
-def e2m1_plain(words, DTYPE: tl.constexpr):
-    w = words.to(tl.int32)
-    return (
-        _e2m1_value(w >> 15 & 1, w >> 6 & 7, DTYPE),
-        _e2m1_value(w >> 12 & 1, w >> 3 & 7, DTYPE),
-        _e2m1_value(w >> 9 & 1, w & 7, DTYPE),
-        _e2m1_value(w >> 14 & 1, (w >> 11 & 4) | (w >> 10 & 3), DTYPE),
-    )
-
-
-@triton.jit
-def int4_plain(words, DTYPE: tl.constexpr):
-    w = words.to(tl.int32)
-    return (
-        ((w & 15) - 8).to(DTYPE),
-        ((w >> 4 & 15) - 8).to(DTYPE),
-        ((w >> 8 & 15) - 8).to(DTYPE),
-        ((w >> 12 & 15) - 8).to(DTYPE),
-    )
-
-
-@triton.jit
-def decode(words, FORMAT: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """Words [ROWS, DEPTH / 4] → four matrices of the same shape, without their group scales."""
-    if ASM:
-        if FORMAT == "int4_group":
-            return int4_asm(words)
-        else:
-            return e2m1_asm(words)
-    else:
-        if FORMAT == "int4_group":
-            return int4_plain(words, DTYPE)
-        else:
-            return e2m1_plain(words, DTYPE)
-
-
-@triton.jit
-def group_scales(
-    scale, first, live, ROWS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
-    FORMAT: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """The scales of DEPTH columns from `first` on, for each word [ROWS, DEPTH / 4]. `scale` points at rows
-    [ROWS, 1]; `live` masks groups that are not there (None: all are).
-
-    With ASM the codes are times 2⁻¹²⁶. E8M0 takes that back exactly: its exponent plus 126. NVFP4's scale, up
-    to 448, would overflow, so it takes back 2¹¹⁸, and the row's scale the last 2⁸."""
-    group = first // GROUP + tl.arange(0, DEPTH // GROUP)
-    if live is None:
-        stored = tl.load(scale + group[None, :])
-    else:
-        stored = tl.load(scale + group[None, :], mask=live[None, :], other=0.0)
-    if FORMAT == "mxfp4":
-        if ASM:
-            factor = ((stored.to(tl.int16) + 126) << 7).to(tl.bfloat16, bitcast=True)
-        else:
-            factor = tl.exp2(stored.to(tl.float32) - 127.0).to(DTYPE)
-    else:
-        factor = stored.to(tl.float32).to(DTYPE)
-        if FORMAT == "nvfp4" and ASM:
-            factor = (stored.to(tl.float32) * 3.3230699894622253e35).to(DTYPE)  # 2¹¹⁸
-    wide = tl.broadcast_to(factor[:, :, None], (ROWS, DEPTH // GROUP, GROUP // 4))
-    return tl.reshape(wide, (ROWS, DEPTH // 4))
-
-
-@triton.jit
 def four_products(
-    acc, words, wide_scale, x, token_live, first, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    acc, words, wide_scale, minus, x, token_live, first, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
     FORMAT: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr, MASKED: tl.constexpr,
     X_RUN: tl.constexpr = None,
@@ -363,7 +287,7 @@ def four_products(
     x1 = tl.load(x + (column + RUN)[None, :], mask=live, other=0.0)
     x2 = tl.load(x + (column + 2 * RUN)[None, :], mask=live, other=0.0)
     x3 = tl.load(x + (column + 3 * RUN)[None, :], mask=live, other=0.0)
-    w0, w1, w2, w3 = decode(words, FORMAT, DTYPE, ASM)
+    w0, w1, w2, w3 = decode(words, minus, FORMAT, DTYPE, ASM)
     acc = tl.dot(w0 * wide_scale, tl.trans(x0), acc)
     acc = tl.dot(w1 * wide_scale, tl.trans(x1), acc)
     acc = tl.dot(w2 * wide_scale, tl.trans(x2), acc)
@@ -386,9 +310,9 @@ def chunk(
             words = tl.load(w + rows[:, None] * (COLUMNS // 4) + i[None, :], eviction_policy="evict_first")
         else:
             words = tiles.load([first_row, first // 4])
-        wide = group_scales(scale, first, None, ROWS, DEPTH, GROUP, FORMAT, DTYPE, ASM)
+        wide, minus = scales_of(scale, first, None, ROWS, DEPTH, GROUP, FORMAT, DTYPE, ASM)
         acc = four_products(
-            acc, words, wide, x, token_live, first, COLUMNS, DEPTH, GROUP, FORMAT, DTYPE, ASM, False
+            acc, words, wide, minus, x, token_live, first, COLUMNS, DEPTH, GROUP, FORMAT, DTYPE, ASM, False
         )
     else:
         i = first + tl.arange(0, DEPTH)
@@ -434,7 +358,7 @@ def tile(
 def row_factors(row_scale, at, FORMAT: tl.constexpr, ASM: tl.constexpr):
     """The rows' scales [ROWS] at the places `at`; with what `group_scales` left of NVFP4's factor."""
     factor = tl.load(row_scale + at)
-    if FORMAT == "nvfp4" and ASM:
+    if (FORMAT == "nvfp4" or FORMAT == "nvfp4_nibbles") and ASM:
         factor *= 256.0
     return factor
 

@@ -3,10 +3,8 @@ and the device code of one step.
 
     acc [ROWS, TOKENS] += w [ROWS, DEPTH] · x [TOKENS, DEPTH]ᵀ
 
-Weights, decoding and group scales are those of the expert kernels (kernels/_experts.py), with these further:
-groups of 64 and 128 columns in 4-bit integers; int4_zero, integers with a zero point for each group (awq,
-gptq, asymmetric int4_group). Its decoding takes the zero point as the constant that it subtracts anyway, so
-zero points cost no instruction: bf16 holds 128 + code and 128 + zero exactly.
+Weights are those of the expert kernels (kernels/_experts.py), but for 4-bit floats in nibbles: those are for
+the block-scaled products of experts.
 
 Columns and rows behind the last whole step are masked within the pipelined loop, not handled behind it:
 there Triton 3.6 reads past its shared memory on sm_90 (see _experts.pipeline_depths).
@@ -22,18 +20,18 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from firebox.formats.layouts import E2M1_BITS, INT4_BITS, unpack_words, unpack_zeros
+from firebox.formats.layouts import unpack_words
 from firebox.hardware.base import Gpu
 from firebox.kernels import _experts
-from firebox.kernels._experts import BLOCK, FP8, decode, group_scales
+from firebox.kernels._experts import BLOCK, FP8, NIBBLES
+from firebox.kernels._words import decode, scales_of
 from firebox.kernels.launch import Launcher
 
-INT4_ZERO = "int4_zero"
-FORMATS = (*_experts.FORMATS, INT4_ZERO)
+FORMATS = tuple(format for format in _experts.FORMATS if format not in NIBBLES)
 ROW_SCALED = _experts.ROW_SCALED
-GROUPS = {"int4_group": (32, 64, 128), INT4_ZERO: (32, 64, 128), "mxfp4": (32,), "nvfp4": (16,)}
-WEIGHT_TYPES = _experts.WEIGHT_TYPES | {INT4_ZERO: "u16"}
-SCALE_TYPES = _experts.GROUP_SCALE_TYPES | {INT4_ZERO: "i32"}
+GROUPS = {**dict.fromkeys(_experts.INTEGERS, _experts.INT4_GROUPS), "mxfp4": (32,), "nvfp4": (16,)}
+WEIGHT_TYPES = _experts.WEIGHT_TYPES
+SCALE_TYPES = _experts.GROUP_SCALE_TYPES
 OUT_TYPES = {"bf16": "bf16", "f16": "fp16", "f32": "fp32"}
 
 
@@ -171,9 +169,9 @@ def dequantised(problem: Problem, weights: Weights) -> torch.Tensor:
     w, scale, group = weights.w, weights.scale, problem.group
     if group:
         assert scale is not None
-        factors, zeros = _factors(problem.format, scale[:, : problem.columns // group])
-        codes = unpack_words(w, group, INT4_BITS if "int4" in problem.format else E2M1_BITS)
-        values = codes.float() if "int4" in problem.format else _experts._e2m1(codes)
+        factors, zeros = _experts.factors_and_zeros(problem.format, scale[:, : problem.columns // group])
+        codes = unpack_words(w, group, _experts.word_bits(problem.format))
+        values = codes.float() if problem.format in _experts.INTEGERS else _experts.e2m1(codes)
         matrix = ((values.unflatten(1, (-1, group)) - zeros) * factors).flatten(1)
     elif problem.format == "fp8_block":
         assert scale is not None
@@ -182,15 +180,6 @@ def dequantised(problem: Problem, weights: Weights) -> torch.Tensor:
     else:
         matrix = w.float()
     return matrix if weights.row_scale is None else matrix * weights.row_scale.unsqueeze(-1)
-
-
-def _factors(format: str, stored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales and zero points [rows, groups, 1] in float32."""
-    if format == INT4_ZERO:
-        scales, zeros = unpack_zeros(stored)
-        return scales.unsqueeze(-1), zeros.unsqueeze(-1)
-    factors = torch.exp2(stored.float() - 127) if format == "mxfp4" else stored.float()
-    return factors.unsqueeze(-1), torch.full_like(factors.unsqueeze(-1), 8 if format == "int4_group" else 0)
 
 
 def reference(
@@ -207,55 +196,6 @@ def reference(
 
 
 @triton.jit
-def int4_zero_asm(words, minus):
-    """128 + code is a bf16 with the code in its last bits; `minus` is −(128 + zero)."""
-    return tl.inline_asm_elementwise(
-        """{ .reg .b32 a, b, c, d, one;
-        mov.b32 one, 0x3F803F80;
-        lop3.b32 a, $4, 0x000F000F, 0x43004300, 0xEA;
-        shr.u32 b, $4, 4; lop3.b32 b, b, 0x000F000F, 0x43004300, 0xEA;
-        shr.u32 c, $4, 8; lop3.b32 c, c, 0x000F000F, 0x43004300, 0xEA;
-        shr.u32 d, $4, 12; lop3.b32 d, d, 0x000F000F, 0x43004300, 0xEA;
-        fma.rn.bf16x2 $0, a, one, $5; fma.rn.bf16x2 $1, b, one, $5;
-        fma.rn.bf16x2 $2, c, one, $5; fma.rn.bf16x2 $3, d, one, $5; }""",
-        "=&r,=&r,=&r,=&r,r,r",
-        [words, minus],
-        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
-        is_pure=True,
-        pack=2,
-    )
-
-
-@triton.jit
-def int4_zero_plain(words, minus, DTYPE: tl.constexpr):
-    w = words.to(tl.int32)
-    from_128 = minus.to(tl.float32) + 128.0
-    return (
-        ((w & 15).to(tl.float32) + from_128).to(DTYPE),
-        ((w >> 4 & 15).to(tl.float32) + from_128).to(DTYPE),
-        ((w >> 8 & 15).to(tl.float32) + from_128).to(DTYPE),
-        ((w >> 12 & 15).to(tl.float32) + from_128).to(DTYPE),
-    )
-
-
-@triton.jit
-def scales_and_zeros(
-    scale, first, live, ROWS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr
-):
-    """As _experts.group_scales for int4_zero: two of [ROWS, DEPTH / 4], the scales and −(128 + zero)."""
-    group = first // GROUP + tl.arange(0, DEPTH // GROUP)
-    if live is None:
-        stored = tl.load(scale + group[None, :])
-    else:
-        stored = tl.load(scale + group[None, :], mask=live[None, :], other=0)
-    factor = (stored << 16).to(tl.float32, bitcast=True).to(DTYPE)
-    minus = (stored & -65536).to(tl.float32, bitcast=True).to(DTYPE)
-    wide = tl.broadcast_to(factor[:, :, None], (ROWS, DEPTH // GROUP, GROUP // 4))
-    wide_minus = tl.broadcast_to(minus[:, :, None], (ROWS, DEPTH // GROUP, GROUP // 4))
-    return tl.reshape(wide, (ROWS, DEPTH // 4)), tl.reshape(wide_minus, (ROWS, DEPTH // 4))
-
-
-@triton.jit
 def groups_of(
     scale, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
     FORMAT: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr, MASKED: tl.constexpr,
@@ -264,11 +204,7 @@ def groups_of(
     live = None
     if MASKED:
         live = first // GROUP + tl.arange(0, DEPTH // GROUP) < COLUMNS // GROUP
-    if FORMAT == "int4_zero":
-        return scales_and_zeros(scale, first, live, ROWS, DEPTH, GROUP, DTYPE)
-    else:
-        wide = group_scales(scale, first, live, ROWS, DEPTH, GROUP, FORMAT, DTYPE, ASM)
-        return wide, wide
+    return scales_of(scale, first, live, ROWS, DEPTH, GROUP, FORMAT, DTYPE, ASM)
 
 
 @triton.jit
@@ -354,13 +290,7 @@ def words_product(
     acc, words, wide, minus, x0, x1, x2, x3, FORMAT: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr
 ):
     """acc + Σ over the four codes of a word, as _experts.four_products."""
-    if FORMAT == "int4_zero":
-        if ASM:
-            w0, w1, w2, w3 = int4_zero_asm(words, minus)
-        else:
-            w0, w1, w2, w3 = int4_zero_plain(words, minus, DTYPE)
-    else:
-        w0, w1, w2, w3 = decode(words, FORMAT, DTYPE, ASM)
+    w0, w1, w2, w3 = decode(words, minus, FORMAT, DTYPE, ASM)
     acc = tl.dot(w0 * wide, tl.trans(x0), acc)
     acc = tl.dot(w1 * wide, tl.trans(x1), acc)
     acc = tl.dot(w2 * wide, tl.trans(x2), acc)

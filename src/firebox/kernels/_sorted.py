@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 
 from firebox.formats.layouts import ARRANGED, PER_WORD
-from firebox.kernels._experts import activation, four_products, group_scales
+from firebox.kernels._experts import activation, four_products
+from firebox.kernels._words import scales_of
 
 X_RUN = tl.constexpr(ARRANGED // PER_WORD)
 
@@ -45,10 +46,11 @@ def add_chunk(
             words = tl.load(w + rows[:, None] * (COLUMNS // 4) + i[None, :])
         else:
             words = tiles.load([first_row, first // 4])
-        wide = group_scales(scale, first, None, ROWS, DEPTH, GROUP, FORMAT, DTYPE, ASM)
+        wide, minus = scales_of(scale, first, None, ROWS, DEPTH, GROUP, FORMAT, DTYPE, ASM)
         return four_products(
-            acc, words, wide, x, live, first, COLUMNS, DEPTH, GROUP, FORMAT, DTYPE, ASM, False, X_RUN
-        )
+            acc, words, wide, minus, x, live, first, COLUMNS, DEPTH, GROUP, FORMAT, DTYPE, ASM, False,
+            X_RUN if GROUP < 4 * X_RUN else GROUP // 4,
+        )  # fmt: skip
     else:
         i = first + tl.arange(0, DEPTH)
         if tiles is None:
@@ -133,8 +135,9 @@ def activated(
 
 @triton.jit
 def arranged(column, GROUP: tl.constexpr):
-    """Where a column of activations lies for 4-bit weights in groups of GROUP; itself for others."""
-    if GROUP == 0:
+    """Where a column of activations lies for 4-bit weights in groups of GROUP; itself for others, and for
+    groups that are long enough as they are."""
+    if GROUP == 0 or GROUP >= 4 * X_RUN:
         return column
     else:
         RUN: tl.constexpr = GROUP // 4

@@ -25,7 +25,9 @@ from firebox.kernels._experts import Problem
 def key(problem: Problem) -> str:
     """How the file calls a problem."""
     sizes = ("hidden", "inter", "experts", "top_k")
-    return " ".join([problem.format, *(f"{size}={getattr(problem, size)}" for size in sizes)])
+    of_32 = not problem.format.startswith("int4") or problem.group == 32
+    further = [] if of_32 else [f"group={problem.group}"]
+    return " ".join([problem.format, *(f"{size}={getattr(problem, size)}" for size in sizes), *further])
 
 
 def nearest(gpu_name: str, problem: Problem, tokens: int, path: str | None = None) -> dict[str, Any] | None:

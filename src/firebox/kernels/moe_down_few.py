@@ -31,12 +31,12 @@ from firebox.kernels._experts import (
     Problem,
     Weights,
     four_products,
-    group_scales,
     let_next_launch_begin,
     row_factors,
     tile,
     wait_for_launch_before,
 )
+from firebox.kernels._words import scales_of
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
 from firebox.kernels.moe_gate_up_few import COLUMNS_UP_TO, MAX_TOKENS, accepts, mode, padded, programs
@@ -135,10 +135,10 @@ def _whole_tile(
             matrix + rows[:, None] * (INTER // 4) + i[None, :], mask=(i < INTER // 4)[None, :], other=0
         )
         groups_live = tl.arange(0, WIDE // GROUP) < INTER // GROUP
-        wide = group_scales(scale, 0, groups_live, ROWS, WIDE, GROUP, FORMAT, DTYPE, ASM)
+        wide, minus = scales_of(scale, 0, groups_live, ROWS, WIDE, GROUP, FORMAT, DTYPE, ASM)
         wait_for_launch_before(PDL)
         acc = four_products(
-            acc, words, wide, row_of_h, live, 0, INTER, WIDE, GROUP, FORMAT, DTYPE, ASM, WIDE > INTER
+            acc, words, wide, minus, row_of_h, live, 0, INTER, WIDE, GROUP, FORMAT, DTYPE, ASM, WIDE > INTER
         )
     else:
         i = tl.arange(0, WIDE)

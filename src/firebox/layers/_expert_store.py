@@ -17,6 +17,7 @@ TYPES = {
     "u16": torch.uint16,
     "fp32": torch.float32,
     "u8": torch.uint8,
+    "i32": torch.int32,
 }
 RUN = layouts.RUN
 

@@ -8,8 +8,7 @@ import math
 import torch
 
 from firebox.formats import layouts
-from firebox.kernels._experts import BLOCK, FOUR_BIT, FP8
-from firebox.kernels._linear import INT4_ZERO, SCALE_TYPES
+from firebox.kernels._experts import BLOCK, FOUR_BIT, FP8, INT4_ZERO, MXFP4, NVFP4
 
 LEVEL = 100.0  # RMS of FP8 codes
 E2M1_RMS, INT4_RMS = 2.93, 4.61  # of codes that are all equally likely
@@ -32,7 +31,7 @@ def invented(
             blocks = (*lead[:-1], -(-lead[-1] // BLOCK), columns // BLOCK)
             return codes, torch.full(blocks, size / LEVEL, device=device), None
         return codes, None, torch.full(lead, size / LEVEL, device=device)
-    if format in (*FOUR_BIT, INT4_ZERO):
+    if format in FOUR_BIT:
         words = torch.empty(*lead, columns // layouts.PER_WORD, dtype=torch.int16, device=device)
         words.random_(-(2**15), 2**15, generator=generator)
         return words.view(torch.uint16), *_scales(format, (*lead, columns // group), size, device)
@@ -43,14 +42,14 @@ def invented(
 def _scales(
     format: str, groups: tuple[int, ...], size: float, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if format == "mxfp4":
+    if format in MXFP4:
         code = 127 + round(math.log2(size / E2M1_RMS))
         return layouts.pad_groups(torch.full(groups, code, dtype=torch.uint8, device=device)), None
-    if format == "nvfp4":
+    if format in NVFP4:
         scale = torch.full(groups, LEVEL, device=device).to(torch.float8_e4m3fn)
         rows = torch.full(groups[:-1], size / E2M1_RMS / LEVEL, device=device)
         return layouts.pad_groups(scale), rows
     scale = torch.full(groups, size / INT4_RMS, device=device)
-    if SCALE_TYPES[format] == "i32":
+    if format == INT4_ZERO:
         return layouts.pad_groups(layouts.pack_zeros(scale, torch.full_like(scale, 8.0))), None
     return layouts.pad_groups(scale.bfloat16()), None

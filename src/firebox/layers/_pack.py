@@ -18,10 +18,11 @@ import torch
 from firebox.errors import UnsupportedFormat
 from firebox.formats import awq, fp8_block, gptq, int4_group, layouts, mxfp4, nvfp4
 from firebox.formats.base import Format
-from firebox.kernels._experts import BLOCK
-from firebox.kernels._linear import GROUPS, INT4_ZERO, Problem, Weights
+from firebox.kernels._experts import BLOCK, INT4_ZERO
+from firebox.kernels._linear import GROUPS, Problem, Weights
 
 Tensors = Mapping[str, torch.Tensor]
+Bits = tuple[tuple[int, ...], ...]  # where the bits of a word's codes go
 LARGEST_MXFP4_SCALE = 128  # the kernels hold E2M1 times 2⁻¹²⁶: a scale above 2¹ would leave bf16's range
 
 
@@ -55,12 +56,19 @@ def refusal(format: Format) -> str | None:
 
 
 def pack(
-    format: Format, tensors: Tensors, rows: int, columns: int, dtype: torch.dtype = torch.bfloat16
-) -> Packed:
-    """`tensors` as `format.tensors(rows, columns)` describes them. `dtype`: of unquantised weights. Raises
-    UnsupportedFormat for variants that the kernels do not know."""
+    format: Format, tensors: Tensors, rows: int, columns: int, dtype: torch.dtype = torch.bfloat16,
+    nibbles: bool = False,
+) -> Packed:  # fmt: skip
+    """`tensors` as `format.tensors(rows, columns)` describes them. `dtype`: of unquantised weights;
+    `nibbles`: 4-bit floats as block-scaled products read them. Raises UnsupportedFormat for variants that the
+    kernels do not know."""
     if format.name == "bf16":
         return Packed(rows, columns, "bf16", 0, Weights(tensors["weight"].to(dtype).contiguous()))
+    if isinstance(format, mxfp4.Format | nvfp4.Format):
+        bits = layouts.INT4_BITS if nibbles else layouts.E2M1_BITS
+        weights = _FLOATS[format.name](format, tensors, rows, columns, bits)
+        name = f"{format.name}_nibbles" if nibbles else format.name
+        return Packed(rows, columns, name, kind(format, columns)[1], weights)
     name, group, weights = _PACKERS[format.name](format, tensors, rows, columns)
     if group not in GROUPS.get(name, (0,)):
         raise _unknown(format, f"groups of {group} columns", f"groups of {_listed(GROUPS[name])}")
@@ -163,24 +171,23 @@ def _gptq(format: gptq.Format, tensors: Tensors, rows: int, columns: int) -> tup
     return INT4_ZERO, group, _integers(codes, tensors["scales"].T, zeros, group)
 
 
-def _mxfp4(format: mxfp4.Format, tensors: Tensors, rows: int, columns: int) -> tuple[str, int, Weights]:
+def _mxfp4(format: Any, tensors: Tensors, rows: int, columns: int, bits: Bits) -> Weights:
     packed, scales = (tensors[name] for name in format.tensors(rows, columns))
     largest = int(scales.max())
     if largest > LARGEST_MXFP4_SCALE:
         raise _unknown(format, f"a group scale of code {largest}", f"codes up to {LARGEST_MXFP4_SCALE} (2¹)")
     codes = _nibbles(packed.reshape(rows, -1))[:, :columns]
-    words = layouts.pack_words(codes, mxfp4.GROUP, layouts.E2M1_BITS)
-    return "mxfp4", mxfp4.GROUP, Weights(words, layouts.pad_groups(scales))
+    return Weights(layouts.pack_words(codes, mxfp4.GROUP, bits), layouts.pad_groups(scales))
 
 
-def _nvfp4(format: nvfp4.Format, tensors: Tensors, rows: int, columns: int) -> tuple[str, int, Weights]:
+def _nvfp4(format: Any, tensors: Tensors, rows: int, columns: int, bits: Bits) -> Weights:
     if format.spelling == "modelopt":
         packed, of_weight = tensors["weight"], tensors["weight_scale_2"].float()
     else:
         packed, of_weight = tensors["weight_packed"], 1 / tensors["weight_global_scale"].float()
-    words = layouts.pack_words(_nibbles(packed)[:, :columns], nvfp4.GROUP, layouts.E2M1_BITS)
+    words = layouts.pack_words(_nibbles(packed)[:, :columns], nvfp4.GROUP, bits)
     row_scale = of_weight.reshape(1).expand(rows).contiguous()
-    return "nvfp4", nvfp4.GROUP, Weights(words, layouts.pad_groups(tensors["weight_scale"]), row_scale)
+    return Weights(words, layouts.pad_groups(tensors["weight_scale"]), row_scale)
 
 
 _PACKERS: dict[str, Callable[[Any, Tensors, int, int], tuple[str, int, Weights]]] = {
@@ -190,9 +197,8 @@ _PACKERS: dict[str, Callable[[Any, Tensors, int, int], tuple[str, int, Weights]]
     "int4_group": _int4_group,
     "awq": _awq,
     "gptq": _gptq,
-    "mxfp4": _mxfp4,
-    "nvfp4": _nvfp4,
 }
+_FLOATS: dict[str, Callable[[Any, Tensors, int, int, Bits], Weights]] = {"mxfp4": _mxfp4, "nvfp4": _nvfp4}
 
 
 def _integers(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group: int) -> Weights:

@@ -1,13 +1,16 @@
 """The routed experts of a mixture-of-experts layer on an NVIDIA GPU: from hidden states and the router's
 choices to the summed output, over the kernels of few tokens and those of many.
 
-    few      two launches: moe_gate_up_few, moe_down_few
-    sorted   moe_sort (two), with FP8 weights quantise_fp8, with 4-bit weights moe_arrange, then moe_gate_up,
-             moe_down, moe_combine
+    few           two launches: moe_gate_up_few, moe_down_few
+    sorted        moe_sort (two), with FP8 weights quantise_fp8, with most 4-bit weights moe_arrange, then
+                  moe_gate_up, moe_down, moe_combine
+    block-scaled  with 4-bit floats in nibbles: moe_sort, quantise_groups, moe_gate_up_scaled,
+                  quantise_groups, moe_down_scaled, moe_combine
 
 Which path and which tiles a number of tokens takes is measured (kernels/_tuned.py); without a measurement it
-is few up to
-16 tokens, and tiles that fit everywhere.
+is few up to 16 tokens, block-scaled from where the data sheet says that bf16 products take longer than
+reading the weights (kernels/_block_scaled.py), and tiles that fit everywhere. The first two are weight-only
+in 4-bit formats: activations stay bf16.
 """
 
 from __future__ import annotations
@@ -20,29 +23,39 @@ import torch
 
 from firebox.hardware.base import Gpu
 from firebox.kernels import (
+    _block_scaled,
     _tuned,
     moe_arrange,
     moe_combine,
     moe_down,
     moe_down_few,
+    moe_down_scaled,
     moe_gate_up,
     moe_gate_up_few,
+    moe_gate_up_scaled,
     moe_sort,
     quantise_fp8,
+    quantise_groups,
 )
-from firebox.kernels._experts import Problem, Weights, operand
+from firebox.kernels._experts import NIBBLES, Problem, Weights, operand
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import INTERPRETED, Launcher
 from firebox.kernels.plan import Compile, Made
 
-FEW, SORTED = "few", "sorted"
+FEW, SORTED, SCALED = "few", "sorted", "block-scaled"
+MODULES = {
+    FEW: (moe_gate_up_few, moe_down_few),
+    SORTED: (moe_gate_up, moe_down),
+    SCALED: (moe_gate_up_scaled, moe_down_scaled),
+}
 FEW_UNMEASURED = 16
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Path:
-    """How a number of tokens is computed. `why`: "measured", or "default" for want of a measurement."""
+    """How a number of tokens is computed. `why`: "measured", or "default" for want of a measurement, and for
+    4-bit formats what is multiplied."""
 
     name: str
     gate_up: Any
@@ -61,19 +74,41 @@ def path_of(problem: Problem, tokens: int, gpu: Gpu) -> Path:
     if entry is not None and entry["path"] == FEW and tokens > moe_gate_up_few.MAX_TOKENS:
         entry = _tuned.nearest(gpu.name, problem, tokens, SORTED)
     if entry is not None:
-        modules = (moe_gate_up_few, moe_down_few) if entry["path"] == FEW else (moe_gate_up, moe_down)
         gate_up, down = (
-            module.Config(**entry[part]) for module, part in zip(modules, ("gate_up", "down"), strict=True)
+            module.Config(**entry[part])
+            for module, part in zip(MODULES[entry["path"]], ("gate_up", "down"), strict=True)
         )
         if entry["path"] == FEW and tokens > moe_gate_up_few.COLUMNS_UP_TO and down.depth == 0:
             down = moe_down_few.default(problem, tokens, gpu)
-        return Path(entry["path"], gate_up, down, "measured")
+        return Path(entry["path"], gate_up, down, "measured" + _multiplied(problem, entry["path"]))
     if tokens <= FEW_UNMEASURED:
-        few = moe_gate_up_few.default(problem, tokens, gpu), moe_down_few.default(problem, tokens, gpu)
-        return Path(FEW, few[0], few[1], "default")
+        return default_path(problem, FEW, tokens, gpu)
+    native = tokens >= _block_scaled.native_from(problem, gpu)
     block = 32 if tokens * problem.top_k < 64 * problem.experts else 64
-    many = moe_gate_up.default(problem, block, gpu), moe_down.default(problem, block, gpu)
-    return Path(SORTED, many[0], many[1], "default")
+    return default_path(problem, SCALED if native else SORTED, block, gpu)
+
+
+def default_path(problem: Problem, name: str, tokens: int, gpu: Gpu) -> Path:
+    """For want of a measured one. `tokens`: of the layer (few), or of a tile (the others)."""
+    gate_up, down = (module.default(problem, tokens, gpu) for module in MODULES[name])
+    return Path(name, gate_up, down, "default" + _multiplied(problem, name))
+
+
+def stored_as(format: str, gpu: Gpu) -> str:
+    """What the kernels call a format on `gpu`: 4-bit floats lie in nibbles where the tensor cores multiply
+    them, so that both paths read the same words."""
+    kind = {"mxfp4": "mxf8", "nvfp4": "nvf4"}.get(format)
+    return f"{format}_nibbles" if kind and f"mma.{kind}" in gpu.facts else format
+
+
+def _multiplied(problem: Problem, path: str) -> str:
+    """What is said of the choice where activations may be of another type than weights, and why."""
+    if path == SCALED:
+        kind = _block_scaled.kind_of(problem)
+        return f", {kind}: bf16 products would take longer than the weights' reading (calculated)"
+    if problem.format in NIBBLES:
+        return ", weight-only: waits for the weights, not for products (calculated)"
+    return ", weight-only" if problem.group else ""
 
 
 def requests(problem: Problem, tokens: int, path: Path, gpu: Gpu) -> dict[str, CompileRequest]:
@@ -91,17 +126,41 @@ def requests(problem: Problem, tokens: int, path: Path, gpu: Gpu) -> dict[str, C
     if moe_gate_up.quantised(problem):
         rows = quantise_fp8.Problem(problem.hidden, moe_gate_up.x_group(problem), problem.dtype)
         found["quantise_fp8"] = quantise_fp8.request(rows, gpu, interpreted=INTERPRETED)
-    if problem.group:
+    if path.name == SCALED:
+        return found | _scaled_requests(problem, path, gpu)
+    if problem.arranged:
         columns = moe_arrange.Problem(problem.hidden, problem.group, problem.dtype)
         found["moe_arrange"] = moe_arrange.request(columns, gpu, interpreted=INTERPRETED)
-    sums = moe_combine.Problem(problem.hidden, problem.top_k, problem.dtype, problem.residual)
     return found | {
         "moe_gate_up": moe_gate_up.request(
             problem, path.gate_up, gpu, block=path.block, interpreted=INTERPRETED
         ),
         "moe_down": moe_down.request(problem, path.down, gpu, block=path.block, interpreted=INTERPRETED),
-        "moe_combine": moe_combine.request(sums, gpu, interpreted=INTERPRETED),
+        "moe_combine": _combine_request(problem, gpu),
     }
+
+
+def _scaled_requests(problem: Problem, path: Path, gpu: Gpu) -> dict[str, CompileRequest]:
+    kind = _block_scaled.kind_of(problem)
+    x, h = (
+        quantise_groups.Problem(columns, kind, problem.dtype) for columns in (problem.hidden, problem.inter)
+    )
+    return {
+        "quantise_x": quantise_groups.request(x, gpu, interpreted=INTERPRETED),
+        "moe_gate_up": moe_gate_up_scaled.request(
+            problem, path.gate_up, gpu, block=path.block, interpreted=INTERPRETED
+        ),
+        "quantise_h": quantise_groups.request(h, gpu, interpreted=INTERPRETED),
+        "moe_down": moe_down_scaled.request(
+            problem, path.down, gpu, block=path.block, interpreted=INTERPRETED
+        ),
+        "moe_combine": _combine_request(problem, gpu),
+    }
+
+
+def _combine_request(problem: Problem, gpu: Gpu) -> CompileRequest:
+    sums = moe_combine.Problem(problem.hidden, problem.top_k, problem.dtype, problem.residual)
+    return moe_combine.request(sums, gpu, interpreted=INTERPRETED)
 
 
 def made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
@@ -140,7 +199,13 @@ class Workspace:
         self.blocks = empty(min(choices, choices // 16 + p.experts), 3, dtype=torch.int32)
         self.sort = moe_sort.scratch(moe_sort.Problem(p.experts, 16), device)
         self.x = self.x_scale = self.h_scale = None
-        if native or p.group:
+        self.rounded_x = self.rounded_h = None
+        if p.format in NIBBLES:
+            kind = _block_scaled.kind_of(p)
+            x, inner_h = (quantise_groups.Problem(columns, kind) for columns in (p.hidden, p.inter))
+            self.rounded_x = quantise_groups.empty(x, max_tokens, device)
+            self.rounded_h = quantise_groups.empty(inner_h, choices, device)
+        if native or p.arranged:
             self.x = empty(max_tokens, p.hidden, dtype=inner)
         if native:
             self.x_scale = empty(max_tokens, p.hidden // group, dtype=torch.float32)
@@ -172,7 +237,7 @@ class Experts:
         if tokens == 0:
             return
         path, launchers = self._ready(tokens)
-        run = self._few if path.name == FEW else self._sorted
+        run = {FEW: self._few, SORTED: self._sorted, SCALED: self._scaled}[path.name]
         run(path, launchers, x, expert_ids, routing_weights, out)
 
     def _ready(self, tokens: int) -> tuple[Path, dict[str, Launcher]]:
@@ -215,11 +280,7 @@ class Experts:
         out: torch.Tensor,
     ) -> None:
         p, space = self.problem, self.workspace
-        sort = moe_sort.Problem(p.experts, path.block)
-        blocks = space.blocks[: moe_sort.most_blocks(sort, expert_ids.numel())]
-        moe_sort.run(
-            (launchers["moe_count"], launchers["moe_place"]), expert_ids, space.sort, space.order, blocks
-        )
+        blocks = self._sort(path, launchers, expert_ids)
         if space.x is not None:
             changed = space.x[: x.shape[0]]
             if space.x_scale is not None:
@@ -251,10 +312,40 @@ class Experts:
         )
         moe_combine.run(launchers["moe_combine"], space.y, out)
 
+    def _scaled(
+        self,
+        path: Path,
+        launchers: dict[str, Launcher],
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        routing_weights: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        p, space, choices = self.problem, self.workspace, expert_ids.numel()
+        blocks = self._sort(path, launchers, expert_ids)
+        x_in, h_in = space.rounded_x, space.rounded_h
+        assert x_in is not None and h_in is not None, f"{p.format} has no block-scaled product"
+        quantise_groups.run(launchers["quantise_x"], x, x_in)
+        moe_gate_up_scaled.run(launchers["moe_gate_up"], p, x_in, self.gate_up, space.order, blocks, space.h)
+        quantise_groups.run(launchers["quantise_h"], space.h[:choices], h_in)
+        moe_down_scaled.run(
+            launchers["moe_down"], p, h_in, self.down, space.order, blocks, routing_weights, space.y
+        )
+        moe_combine.run(launchers["moe_combine"], space.y, out)
+
+    def _sort(self, path: Path, launchers: dict[str, Launcher], expert_ids: torch.Tensor) -> torch.Tensor:
+        """Fills the workspace's order; the blocks."""
+        space, sort = self.workspace, moe_sort.Problem(self.problem.experts, path.block)
+        blocks = space.blocks[: moe_sort.most_blocks(sort, expert_ids.numel())]
+        moe_sort.run(
+            (launchers["moe_count"], launchers["moe_place"]), expert_ids, space.sort, space.order, blocks
+        )
+        return blocks
+
 
 def like(problem: Problem, tokens: int, path: Path) -> int:
     """The number of tokens whose compiles these share, so that each is made once."""
-    if path.name == SORTED or tokens == 1:
+    if path.name != FEW or tokens == 1:
         return tokens if path.name == FEW else 1
     few = moe_gate_up_few
     alike = (n for n in (few.padded(tokens), tokens) if few.mode(problem, n) == few.mode(problem, tokens))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 import torch.nn.functional as F
 
+from firebox.formats import gptq
 from firebox.formats.base import Cut, Format, FormatOf, OneOf, PlainSlot, Slot, Slots, StoredSlot
 from firebox.formats.layouts import interleave
 from firebox.hardware.base import Gpu
@@ -57,10 +58,11 @@ def refusal(gpu: Gpu, p: Problem, formats: set[Format]) -> str | None:
     from firebox.layers import _pack
 
     format = next(iter(formats))
-    name, group = _pack.kind(format, p.hidden)
-    if name == "int4_group" and group != 32:
-        return f"knows int4 in groups of 32, not {group}"
-    why = _pack.refusal(format) or moe_gate_up_few.accepts(_experts_problem(p, name), gpu)
+    if isinstance(format, gptq.Format) and format.desc_act:
+        return "gptq with columns in another order than their groups (desc_act)"
+    if _pack.kind(format, p.hidden) != _pack.kind(format, p.inter):
+        return f"{format.name} with one scale a row; kernels know groups"
+    why = _pack.refusal(format) or moe_gate_up_few.accepts(_experts_problem(p, format, gpu), gpu)
     return why or moe_route.accepts(_route_problem(p, 0), gpu)
 
 
@@ -69,7 +71,7 @@ def operations(layer: Layer, setting: Setting) -> tuple[Operation, ...] | str:
     it."""
     from firebox.kernels import moe_route, rms_norm
     from firebox.kernels.plan import Operation, Single
-    from firebox.layers import _pack, dense_gpu, experts
+    from firebox.layers import dense_gpu, experts
 
     p = layer.problem
     share = dataclasses.replace(p, inter=p.inter // setting.tp)
@@ -79,7 +81,7 @@ def operations(layer: Layer, setting: Setting) -> tuple[Operation, ...] | str:
         return why
     dtype, format = KERNEL_DTYPES[p.dtype], next(iter(formats))
     fused = fused_experts(p, layer.names, layer.format_of)
-    routed = _experts_problem(share, _pack.kind(format, p.hidden)[0], fused)
+    routed = _experts_problem(share, format, setting.gpu, fused)
     gate = (layer.shared_gate.operation("shared_gate", setting),) if p.shared_gate else ()
     return (
         Single("norm", dtype, rms_norm, _norm_problem(p)),
@@ -128,13 +130,17 @@ def _activation_problem(p: Problem) -> Any:
     return silu_mul.Problem(wide, p.activation, p.limit or 7.0, p.alpha or 1.702, dtype=dtype)
 
 
-def _experts_problem(p: Problem, format: str, shared: int = 0) -> Any:
+def _experts_problem(p: Problem, format: Format, gpu: Gpu, shared: int = 0) -> Any:
     from firebox.kernels import _experts
+    from firebox.layers import _pack, experts
 
-    clamped = {"limit": p.limit, "alpha": p.alpha} if p.activation == "clamped_swiglu" else {}
+    name, group = _pack.kind(format, p.hidden)
+    further: dict[str, Any] = {"int4_columns": group} if name in _experts.INTEGERS else {}
+    if p.activation == "clamped_swiglu":
+        further |= {"limit": p.limit, "alpha": p.alpha}
     return _experts.Problem(
-        p.hidden, p.inter, p.experts + shared, p.top_k + shared, format, p.activation, biases=p.biases,
-        dtype=KERNEL_DTYPES[p.dtype], residual=True, **clamped,
+        p.hidden, p.inter, p.experts + shared, p.top_k + shared, experts.stored_as(name, gpu), p.activation,
+        biases=p.biases, dtype=KERNEL_DTYPES[p.dtype], residual=True, **further,
     )  # fmt: skip
 
 
@@ -153,14 +159,12 @@ class MoeKernels:
     def __init__(
         self, build: Build, p: Problem, names: MoeNames, kept_groups: int, cuts: tuple[Cut, Cut]
     ) -> None:
-        from firebox.layers import _pack
         from firebox.layers._expert_store import ExpertStore
 
         self._build, self._p, self._names, self._cuts = build, p, names, cuts
         self._format = build.format_of(names.down_of(0))
-        name, _ = _pack.kind(self._format, p.hidden)
         self.fused = fused_experts(p, names, build.format_of)
-        self.problem = _experts_problem(p, name, self.fused)
+        self.problem = _experts_problem(p, self._format, build.gpu, self.fused)
         self._route = _route_problem(p, self.fused, kept_groups)
         self._store: Any = ExpertStore(self.problem, build.device)
 
@@ -193,9 +197,11 @@ class MoeKernels:
             yield StoredSlot(f"{path}.{part}", self._format, shape, self._build.device, keep, invent, cut=cut)
 
     def _keep(self, e: int, part: int, shape: tuple[int, int], tensors: Mapping[str, torch.Tensor]) -> None:
+        from firebox.kernels._experts import NIBBLES
         from firebox.layers import _pack
 
-        packed = _pack.pack(self._format, tensors, *shape, self._build.dtype)
+        nibbles = self.problem.format in NIBBLES
+        packed = _pack.pack(self._format, tensors, *shape, self._build.dtype, nibbles)
         if part == 2:
             self._store.keep_down(e, packed)
         else:

@@ -20,7 +20,7 @@ KERNELS = {"attention_gpu", "head_gpu", "moe_gpu"}
         ("glm4_moe", "fp8_channel", KERNELS | {"dense_gpu"}),
         ("glm4_moe", "nvfp4", KERNELS | {"dense_gpu"}),
         ("gpt_oss", "mxfp4", KERNELS),
-        ("qwen3_moe", "awq", {"attention_gpu", "dense_gpu", "head_gpu", "torch"}),  # experts: no kernel yet
+        ("qwen3_moe", "awq", KERNELS | {"dense_gpu"}),
     ],
 )
 def test_logits_equal_torch_operators_in_float32(model: str, format: str, ran: set[str]) -> None:

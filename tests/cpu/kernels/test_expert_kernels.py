@@ -14,7 +14,7 @@ import torch
 
 from firebox.hardware.base import find_gpu
 from firebox.kernels import moe_gate_up_few
-from firebox.kernels._experts import FORMATS, FP8, Problem, dequantised
+from firebox.kernels._experts import FORMATS, FP8, INTEGERS, MXFP4, Problem, dequantised, word_bits
 from firebox.kernels.compile import CompileRequest, compile_all
 from firebox.layers.experts import Path, path_of, requests
 from tests.support.experts import random_weights
@@ -23,15 +23,24 @@ ROOT = FilePath(__file__).resolve().parents[3]
 # One rounding to float16 (2⁻¹² at most, 1.4 · 10⁻⁴ RMS of it) of h or of the output; a 4-bit weight times its
 # scale once more.
 LIMIT = 5e-4
+SCATTERED = ((15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (14, 13, 11, 10))  # sign and magnitude of a code
+NIBBLES = ((3, 2, 1, 0), (7, 6, 5, 4), (11, 10, 9, 8), (15, 14, 13, 12))
 # The interpreter truncates where the GPU rounds to E4M3: 2⁻³ at most, 0.06 RMS.
 FP8_LIMIT = 7e-2
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_kernels_equal_their_references_under_the_interpreter(format: str) -> None:
+# Block-scaled kinds that a format may be multiplied in.
+KINDS = {"nvfp4_nibbles": 1, "mxfp4_nibbles": 2}
+
+
+@pytest.mark.parametrize(
+    ("format", "group"),
+    [*((format, 32) for format in FORMATS), *((format, group) for format in INTEGERS for group in (64, 128))],
+)
+def test_kernels_equal_their_references_under_the_interpreter(format: str, group: int) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.interpreted_experts", format],
+        [sys.executable, "-m", "tests.support.interpreted_experts", format, str(group)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -40,9 +49,8 @@ def test_kernels_equal_their_references_under_the_interpreter(format: str) -> No
     )
     assert done.returncode == 0, done.stderr
     errors = json.loads(done.stdout.splitlines()[-1])["errors"]
-    assert (
-        len(errors) == 4 + 4 + 2 + 2 * 3
-    )  # gate_up and down, the whole tile for one and three, the sorted ones
+    # gate_up and down, the whole tile for one and three, the sorted ones, the block-scaled ones
+    assert len(errors) == 4 + 4 + 2 + 2 * 3 + 2 * 2 * KINDS.get(format, 0)
     for case, error in errors.items():
         rounded = format in FP8 and "sorted" in case and "gate_up" in case
         assert error < (FP8_LIMIT if rounded else LIMIT), (case, error)
@@ -59,10 +67,10 @@ def launches(gpu_name: str, problem: Problem, all_tokens: tuple[int, ...]) -> di
 
 def test_every_launch_fits_and_is_native_where_it_is_for() -> None:
     """GLM-4.7's experts under TP 4 and gpt-oss's, on GPUs with 99 KiB and on a large one."""
-    glm = {format: Problem(5120, 384, 160, 8, format) for format in FORMATS if format != "mxfp4"}
+    glm = {format: Problem(5120, 384, 160, 8, format, int4_columns=128) for format in FORMATS}
     gpt_oss = Problem(2880, 2880, 128, 4, "mxfp4", "clamped_swiglu", biases=True)
     wanted = launches("gb10", gpt_oss, (4, 500))
-    for format in ("bf16", "fp8_channel", "fp8_block", "int4_group", "nvfp4"):
+    for format in ("bf16", "fp8_channel", "fp8_block", "int4_group", "int4_zero", "nvfp4"):
         wanted |= launches("gb10", glm[format], (4, 500))
     wanted |= launches("h200", glm["fp8_channel"], (1, 16, 4096)) | launches(
         "rtx-5090", glm["fp8_channel"], (500,)
@@ -102,16 +110,23 @@ def test_the_oracle_means_what_the_format_says(format: str) -> None:
         code = column % p.group // run
         assert weights.scale is not None
         scale = weights.scale[1, stored, column // p.group].float()
-        if format == "int4_group":
-            value, factor = torch.tensor(float((word >> 4 * code & 15) - 8)), scale
+        if format in INTEGERS:
+            stored_code, factor = float(word >> 4 * code & 15), scale
+            value = torch.tensor(stored_code - 8)
+            if format == "int4_zero":
+                of_group = int(weights.scale[1, stored, column // p.group])
+                halves = torch.tensor([of_group << 16 & 0xFFFF0000, of_group & 0xFFFF0000])
+                factor, minus = halves.to(torch.uint32).view(torch.float32)
+                value = torch.tensor(stored_code) + 128 + minus
         else:
-            sign, *magnitude = ((15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (14, 13, 11, 10))[code]
+            sign, *magnitude = NIBBLES[code] if "nibbles" in format else SCATTERED[code]
+            assert (sign, *magnitude) == word_bits(format)[code]
             steps = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
             bits = [word >> bit & 1 for bit in magnitude]
             value = torch.tensor(
                 steps[bits[0] * 4 + bits[1] * 2 + bits[2]] * (-1.0 if word >> sign & 1 else 1.0)
             )
-            factor = torch.exp2(scale - 127) if format == "mxfp4" else scale * weights.row_scale[1, stored]
+            factor = torch.exp2(scale - 127) if format in MXFP4 else scale * weights.row_scale[1, stored]
     torch.testing.assert_close(matrix[row, column], value * factor, rtol=1e-6, atol=0)
 
 

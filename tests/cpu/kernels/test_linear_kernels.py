@@ -14,7 +14,8 @@ import pytest
 
 from firebox.hardware.base import Gpu, find_gpu
 from firebox.kernels import linear, linear_few
-from firebox.kernels._linear import FORMATS, GROUPS, INT4_ZERO, Problem
+from firebox.kernels._experts import INT4_ZERO
+from firebox.kernels._linear import FORMATS, GROUPS, Problem
 from firebox.kernels.compile import CompileRequest, compile_all
 from firebox.layers.dense_gpu import requests
 

@@ -3,28 +3,39 @@ makes of the tensors that were put in; and invented weights have the size and th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from firebox.formats import bf16, fp8_block, fp8_channel, fp8_tensor, int4_group, mxfp4, nvfp4
+from firebox.formats import awq, bf16, fp8_block, fp8_channel, fp8_tensor, gptq, int4_group, mxfp4, nvfp4
 from firebox.formats.base import Cut, Format, FormatOf, OneOf, Slot
 from firebox.formats.layouts import E2M1_BITS, INT4_BITS, unpack_words
 from firebox.hardware.base import find_gpu
 from firebox.kernels import _linear
-from firebox.kernels._experts import FORMATS, FP8, Problem, biases_of, dequantised
+from firebox.kernels._experts import (
+    FORMATS,
+    FP8,
+    MXFP4,
+    NIBBLES,
+    NVFP4,
+    Problem,
+    biases_of,
+    dequantised,
+)
 from firebox.kernels.cpu_moe_block import Problem as LayerProblem
 from firebox.layers._expert_store import ExpertStore
 from firebox.layers._invented import invented
-from firebox.layers._pack import pack
+from firebox.layers._pack import Packed, pack
 from firebox.layers.base import Build
 from firebox.layers.device import Device
 from firebox.layers.moe_gpu import MoeKernels
 from firebox.layers.moe_names import MoeNames
 from tests.support import quantise
+from tests.support.by_hand import awq_tensors, gptq_tensors, integer_quantise
 from tests.support.small_models import fp8_blocks, mxfp4_groups
 
 Tensors = dict[str, torch.Tensor]
@@ -47,15 +58,56 @@ def mxfp4_of(matrix: torch.Tensor) -> Tensors:
     return {"blocks": blocks, "scales": scales}
 
 
-INT4 = compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32)
-CASES: Mapping[str, tuple[Format, Callable[[torch.Tensor], Tensors], float]] = {
-    "bf16": (bf16.Format(), lambda matrix: {"weight": matrix.bfloat16()}, 0),
-    "fp8_tensor": (fp8_tensor.Format(), fp8_tensor_of, 0),
-    "fp8_channel": (fp8_channel.Format(), fp8_channel.quantise, 0),
-    "fp8_block": (fp8_block.Format(), fp8_blocks, 0),
-    "int4_group": (int4_group.Format(32), INT4, BF16_SCALE),
-    "mxfp4": (mxfp4.Format(), mxfp4_of, 0),
-    "nvfp4": (nvfp4.Format(), quantise.modelopt_nvfp4, EXACT),
+def int4_of(group: int, **further: Any) -> Callable[[torch.Tensor], Tensors]:
+    return compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=group, **further)
+
+
+def awq_of(group: int) -> Callable[[torch.Tensor], Tensors]:
+    return lambda matrix: awq_tensors(*integer_quantise(matrix, group))
+
+
+def gptq_of(group: int) -> Callable[[torch.Tensor], Tensors]:
+    def quantised(matrix: torch.Tensor) -> Tensors:
+        group_of = torch.arange(matrix.shape[1]) // group
+        return gptq_tensors(*integer_quantise(matrix, group), 4, group_of, 1)
+
+    return quantised
+
+
+@dataclass(frozen=True)
+class Case:
+    """`kernels`: what they call the format, in groups of `group`."""
+
+    kernels: str
+    format: Format
+    quantised: Callable[[torch.Tensor], Tensors]
+    limit: float
+    group: int = 32
+
+    def store(self) -> ExpertStore:
+        return scribbled(self.kernels, self.group)
+
+    def pack(self, tensors: Tensors, rows: int, columns: int) -> Packed:
+        return pack(self.format, tensors, rows, columns, nibbles=self.kernels in NIBBLES)
+
+
+ASYMMETRIC = int4_of(64, symmetric=False)
+CASES = {
+    "bf16": Case("bf16", bf16.Format(), lambda matrix: {"weight": matrix.bfloat16()}, 0),
+    "fp8_tensor": Case("fp8_tensor", fp8_tensor.Format(), fp8_tensor_of, 0),
+    "fp8_channel": Case("fp8_channel", fp8_channel.Format(), fp8_channel.quantise, 0),
+    "fp8_block": Case("fp8_block", fp8_block.Format(), fp8_blocks, 0),
+    "int4_group": Case("int4_group", int4_group.Format(32), int4_of(32), BF16_SCALE),
+    "int4 in 128": Case("int4_group", int4_group.Format(128), int4_of(128), BF16_SCALE, 128),
+    "asymmetric": Case("int4_zero", int4_group.Format(64, symmetric=False), ASYMMETRIC, BF16_SCALE, 64),
+    "awq": Case("int4_zero", awq.Format(128), awq_of(128), BF16_SCALE, 128),
+    "awq in 32": Case("int4_zero", awq.Format(32), awq_of(32), BF16_SCALE),
+    "gptq": Case("int4_zero", gptq.Format(128), gptq_of(128), BF16_SCALE, 128),
+    "gptq in 64": Case("int4_zero", gptq.Format(64), gptq_of(64), BF16_SCALE, 64),
+    "mxfp4": Case("mxfp4", mxfp4.Format(), mxfp4_of, 0),
+    "mxfp4 nibbles": Case("mxfp4_nibbles", mxfp4.Format(), mxfp4_of, 0),
+    "nvfp4": Case("nvfp4", nvfp4.Format(), quantise.modelopt_nvfp4, EXACT),
+    "nvfp4 nibbles": Case("nvfp4_nibbles", nvfp4.Format(), quantise.modelopt_nvfp4, EXACT),
 }
 
 
@@ -69,9 +121,9 @@ def problem(format: str, **options: Any) -> Problem:
     return Problem(HIDDEN, INTER, EXPERTS, 2, format, **options)
 
 
-def scribbled(format: str) -> ExpertStore:
+def scribbled(format: str, group: int = 32) -> ExpertStore:
     """Every byte that is there before is one of NaN, or of the highest code."""
-    store = ExpertStore(problem(format), CPU)
+    store = ExpertStore(problem(format, int4_columns=group), CPU)
     for weights in (store.gate_up, store.down):
         for name in ("w", "scale", "row_scale"):
             if getattr(weights, name) is not None:
@@ -80,25 +132,26 @@ def scribbled(format: str) -> ExpertStore:
 
 
 def test_every_format_of_experts_is_tried() -> None:
-    assert set(CASES) == set(FORMATS)
+    assert {case.kernels for case in CASES.values()} == set(FORMATS)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_was_put_in_is_what_the_oracle_reads(name: str) -> None:
     """Matrix by matrix in any order; the expert between them is not touched."""
-    format, quantised, limit = CASES[name]
-    store, shapes = scribbled(name), ((INTER, HIDDEN), (INTER, HIDDEN), (HIDDEN, INTER))
+    case = CASES[name]
+    store, shapes = case.store(), ((INTER, HIDDEN), (INTER, HIDDEN), (HIDDEN, INTER))
     meant: dict[tuple[int, int], torch.Tensor] = {}
     for e, part in ((2, 1), (0, 2), (2, 0), (0, 0), (2, 2), (0, 1)):
-        tensors = quantised(matrix(*shapes[part], seed=3 * e + part))
-        meant[e, part] = format.dequantise(tensors, *shapes[part]).float()
-        packed = pack(format, tensors, *shapes[part])
+        tensors = case.quantised(matrix(*shapes[part], seed=3 * e + part))
+        meant[e, part] = case.format.dequantise(tensors, *shapes[part]).float()
+        packed = case.pack(tensors, *shapes[part])
         store.keep_down(e, packed) if part == 2 else store.keep_half(e, part, packed)
     for e in (0, 2):
         gate_up = dequantised(store.problem, store.gate_up, e, halves=True)
-        torch.testing.assert_close(gate_up, torch.cat((meant[e, 0], meant[e, 1])), rtol=limit, atol=0)
+        torch.testing.assert_close(gate_up, torch.cat((meant[e, 0], meant[e, 1])), rtol=case.limit, atol=0)
         down = dequantised(store.problem, store.down, e, halves=False)
-        torch.testing.assert_close(down, meant[e, 2], rtol=limit, atol=0)
+        torch.testing.assert_close(down, meant[e, 2], rtol=case.limit, atol=0)
+    assert (packed.format, packed.group) == (case.kernels, store.problem.group)
     for weights in (store.gate_up, store.down):
         assert (weights.w[1].view(torch.uint8) == 0xFF).all()
         for scale in (weights.scale, weights.row_scale):
@@ -194,6 +247,29 @@ def test_gpt_oss_stores_gate_and_up_rows_in_turn(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["awq", "gptq in 64", "asymmetric", "nvfp4 nibbles", "mxfp4 nibbles"])
+def test_experts_one_by_one_in_four_bits(name: str) -> None:
+    """Through the layer's own slots, on a GPU whose tensor cores multiply 4-bit floats."""
+    case = CASES[name]
+    made = kernels(MoeNames.usual("m"), lambda path: case.format, scoring="softmax", renormalise=True)
+    assert (made.problem.format, made.problem.group) == (case.kernels, made._store.problem.group)
+    stored: Tensors = {}
+    meant = {}
+    for e in range(EXPERTS):
+        for part, shape in (("gate", (INTER, HIDDEN)), ("up", (INTER, HIDDEN)), ("down", (HIDDEN, INTER))):
+            tensors = case.quantised(matrix(*shape, seed=5 * e + len(part)))
+            meant[e, part] = case.format.dequantise(tensors, *shape)
+            stored |= {f"m.experts.{e}.{part}_proj.{key}": tensor for key, tensor in tensors.items()}
+    for slot in made.slots(interleaved=False):
+        assert not isinstance(slot, OneOf)
+        slot.fill({key: stored[key] for key in slot.tensors if key in stored})
+    for e in range(EXPERTS):
+        gate_up, down = read(made, e)
+        wanted = torch.cat((meant[e, "gate"], meant[e, "up"]))
+        torch.testing.assert_close(gate_up, wanted, rtol=case.limit, atol=0)
+        torch.testing.assert_close(down, meant[e, "down"], rtol=case.limit, atol=0)
+
+
 @pytest.mark.parametrize("layout", ["one tensor an expert", "one for all"])
 def test_both_layouts_of_unquantised_experts_and_a_shared_one(layout: str) -> None:
     """The shared expert, in the routed ones' format and width, stands behind them."""
@@ -226,7 +302,7 @@ def test_both_layouts_of_unquantised_experts_and_a_shared_one(layout: str) -> No
 # ---- invented weights
 
 # Scales of mxfp4 are powers of two, up to √2 from what would be right; 100, nvfp4's, is 96 in E4M3.
-SLACK = {"mxfp4": 2**0.5, "nvfp4": 1.05}
+SLACK = {**dict.fromkeys(MXFP4, 2**0.5), **dict.fromkeys(NVFP4, 1.05)}
 
 
 @pytest.mark.parametrize("name", _linear.FORMATS)

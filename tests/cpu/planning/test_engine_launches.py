@@ -27,10 +27,18 @@ SIZES: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": {"moe_intermediate_size": 128, "shared_expert_intermediate_size": 128},
 }
 FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+NVFP4 = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}}
+AWQ = {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 64}}
+GPTQ = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}
 CASES = {
     **{name: (name, sizes) for name, sizes in SIZES.items()},
     "fp8": ("glm4_moe", SIZES["glm4_moe"] | FP8),
+    "nvfp4": ("qwen3_moe", SIZES["qwen3_moe"] | NVFP4),
+    "awq": ("qwen3_moe", SIZES["qwen3_moe"] | AWQ),
+    "gptq": ("qwen3_moe", SIZES["qwen3_moe"] | GPTQ),
 }
+# Where up to MAX_TOKENS tokens of these sizes reach the block-scaled products.
+BLOCK_SCALED = {("gpt_oss", "gb10"), ("gpt_oss", "rtx-5090"), ("nvfp4", "rtx-5090")}
 COMMON = {"hidden_size": 256, "head_dim": 64, "dtype": "bfloat16"}
 
 
@@ -39,8 +47,10 @@ def missing(seen: list[CompileRequest], plan: list[CompileRequest]) -> list[str]
     return sorted({request.kernel.__name__ for request in seen if request not in plan})
 
 
-@pytest.mark.parametrize("gpu_name", ["gb10", "h200"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "gpu_name"),
+    sorted({(case, gpu_name) for case in CASES for gpu_name in ("gb10", "h200")} | BLOCK_SCALED),
+)
 def test_every_launch_is_in_the_plan(case: str, gpu_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = find_gpu(gpu_name)
     model_type, sizes = CASES[case]
@@ -53,4 +63,7 @@ def test_every_launch_is_in_the_plan(case: str, gpu_name: str, monkeypatch: pyte
     assert missing(seen, plan) == []
     kernels = {request.kernel.__name__ for request in seen}
     assert kernels >= {"normalise_rows", "linear_rows", "route", "sample_rows", "decode", "extend"}
+    assert ({"gate_up_scaled", "down_scaled", "quantise_by_group"} <= kernels) == (
+        (case, gpu_name) in BLOCK_SCALED
+    )
     assert kernels == {request.kernel.__name__ for request in plan}, "all kinds of launches were made"

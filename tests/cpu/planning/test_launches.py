@@ -23,6 +23,8 @@ from firebox.planning.launches import Layers, layers_of, rows, workspace_bytes
 from tests.support.planning import FP8_BLOCK, opened, source_of
 
 GB10 = find_gpu("gb10")
+INTEGERS = {"quant_method": "awq", "bits": 4, "group_size": 128}
+GPTQ = INTEGERS | {"quant_method": "gptq"}
 OSS = Problem(2880, 2880, 32, 4, "mxfp4", "clamped_swiglu", 7.0, 1.702, True, "bf16", residual=True)
 GLM = Problem(5120, 384, 161, 9, "fp8_channel", residual=True)
 FP8 = _linear.Problem(3584, 5120, "fp8_channel")
@@ -134,10 +136,10 @@ def test_a_launch_that_is_not_made_in_between_is_not_listed_there(monkeypatch: p
 @pytest.mark.parametrize(
     ("card", "tp", "expected"),
     [
-        ("gpt-oss-20b", 1, OSS),
+        ("gpt-oss-20b", 1, dataclasses.replace(OSS, format="mxfp4_nibbles")),
         ("glm-4.7-fp8", 4, GLM),
         ("kimi-k2.5-int4", 8, Problem(7168, 256, 384, 8, "int4_group", residual=True)),
-        ("qwen3.5-397b-a17b-nvfp4", 4, Problem(4096, 256, 512, 10, "nvfp4", residual=True)),
+        ("qwen3.5-397b-a17b-nvfp4", 4, Problem(4096, 256, 512, 10, "nvfp4_nibbles", residual=True)),
         ("qwen3-30b-a3b", 1, Problem(2048, 768, 128, 8, "bf16", residual=True)),
     ],
 )
@@ -204,13 +206,9 @@ def test_all_expert_layers_are_counted() -> None:
         (lambda: moe("firebox-tiny"), "hidden states are float32; kernels know bfloat16 and float16"),
         (lambda: moe("qwen3-30b-a3b", 16), "has no tile for 48 columns in bf16"),
         (lambda: moe("glm-4.7-fp8", gpu="a100"), "has no FP8 type on a100"),
-        (
-            lambda: moe(
-                "qwen3-30b-a3b",
-                quantization_config={"quant_method": "awq", "bits": 4, "group_size": 128},
-            ),
-            "knows no int4_zero weights",
-        ),
+        (lambda: moe("qwen3-30b-a3b", quantization_config=INTEGERS | {"group_size": 256}), "not 256"),
+        (lambda: moe("qwen3-30b-a3b", quantization_config=GPTQ | {"desc_act": True}), "(desc_act)"),
+        (lambda: moe("qwen3-30b-a3b", quantization_config=GPTQ | {"group_size": -1}), "one scale a row"),
         (
             lambda: moe("qwen3-30b-a3b", quantization_config=FP8_BLOCK | {"weight_block_size": [64, 64]}),
             "blocks are 64 × 64; kernels know 128 × 128",
@@ -222,13 +220,25 @@ def test_what_no_kernel_runs_is_refused(found: Any, sentence: str) -> None:
     assert layers.operations == () and sentence in layers.refusal
 
 
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("section", ["awq", "gptq"])
+def test_integers_with_zero_points_are_planned(section: str, group: int) -> None:
+    config = {"awq": INTEGERS, "gptq": GPTQ}[section] | {"group_size": group}
+    found = moe("qwen3-30b-a3b", quantization_config=config)
+    (routed,) = [o for o in found.operations if o.name == "experts"]
+    assert routed.format == section
+    assert routed.problem == Problem(2048, 768, 128, 8, "int4_zero", residual=True, int4_columns=group)
+    arranged = {row.op for row in planned(routed, GB10, 512)} >= {"moe_arrange"}
+    assert arranged == (group == 32), "groups of 64 and 128 are read as they stand"
+
+
 def test_int4_of_other_groups_is_refused() -> None:
     p = dataclasses.replace(
         next(b for _, b in opened("qwen3-30b-a3b").model.blocks).problem, dtype=torch.bfloat16
     )
-    refusal = moe_gpu.refusal(GB10, p, {int4_group.Format(64)})
-    assert refusal == "knows int4 in groups of 32, not 64"
-    assert "int4_zero" in str(moe_gpu.refusal(GB10, p, {int4_group.Format(32, symmetric=False)}))
+    refusal = moe_gpu.refusal(GB10, p, {int4_group.Format(16)})
+    assert refusal == "knows groups of 32, 64, 128 columns, not 16"
+    assert moe_gpu.refusal(GB10, p, {int4_group.Format(32, symmetric=False)}) is None
     assert moe_gpu.refusal(GB10, p, {int4_group.Format(32)}) is None
     both = moe_gpu.refusal(GB10, p, {int4_group.Format(32), fp8_block.Format()})
     assert both == "the matrices of an expert are in different formats"

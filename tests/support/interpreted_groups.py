@@ -1,0 +1,80 @@
+"""Runs quantise_groups under Triton's interpreter, on the CPU, and prints for each kind what it made of a few
+rows as JSON. A process of its own, because Triton decides when it is imported.
+
+    TRITON_INTERPRET=1 python -m tests.support.interpreted_groups
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from firebox.hardware.base import find_gpu
+from firebox.kernels import quantise_groups
+from firebox.kernels._block_scaled import GROUPS, Rounded
+from firebox.kernels.launch import INTERPRETED, Launcher
+
+GPU = find_gpu("gb10")
+COLUMNS = 96  # three groups of 32 or six of 16: not a power of two
+
+
+def rows() -> torch.Tensor:
+    """[rows, 96] float16: sizes from 10⁻⁴ to 10⁴, borders between codes, zeros, numbers that are not
+    finite."""
+    generator = torch.Generator().manual_seed(2)
+    plain = torch.randn(12, COLUMNS, generator=generator) * torch.logspace(-4, 3, 12).unsqueeze(1)
+    borders = torch.tensor(
+        [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, 0.2, 0.3, 0.7, 1.2, 1.3, 2.6, 3.4, 5.1]
+    )
+    both = torch.cat((borders, -borders)).repeat(3).unsqueeze(0)
+    found = torch.cat((plain, both, both * 75, torch.zeros(1, COLUMNS), plain[:3])).half()
+    found[-3, 40], found[-2, 3], found[-1, 95] = float("nan"), float("inf"), float("-inf")
+    found[4, 16:48] = 0.0  # a group of zeros among others
+    return found
+
+
+def made(kind: str, x: torch.Tensor) -> Rounded:
+    """What the kernel writes into memory that is NaN, with guards behind."""
+    p = quantise_groups.Problem(COLUMNS, kind, "f16")
+    room = quantise_groups.empty(p, x.shape[0] + 1, "cpu")
+    parts = [part for part in (room.q, room.scales, room.row_scale) if part is not None]
+    for part in parts:
+        part.view(torch.uint8).fill_(0xEE)
+    to = Rounded(*(None if part is None else part[:-1] for part in (room.q, room.scales, room.row_scale)))
+    quantise_groups.run(Launcher(quantise_groups.request(p, GPU, interpreted=True)), x, to)
+    assert all((part[-1].view(-1).view(torch.uint8) == 0xEE).all() for part in parts), "a row too many"
+    assert (to.scales.view(torch.uint8)[:, COLUMNS // GROUPS[kind] :] == 0xEE).all(), "padding was written"
+    return to
+
+
+def judged(kind: str, x: torch.Tensor) -> dict[str, Any]:
+    """Against the reference, row by row."""
+    p = quantise_groups.Problem(COLUMNS, kind, "f16")
+    to, finite = made(kind, x), x.isfinite().all(1)
+    wanted, groups = quantise_groups.reference(p, x), COLUMNS // p.group
+    scales = to.scales[:, :groups]
+    codes = quantise_groups.quantised(p, x, scales, to.row_scale)
+    steps = scales.view(torch.uint8).int() - wanted.scales.view(torch.uint8).int()
+    meant = quantise_groups.dequantised(p, to)
+    of_q = to.q.view(torch.uint8)[finite].int() - codes.view(torch.uint8)[finite].int()
+    rows_equal = wanted.row_scale is None or torch.equal(to.row_scale[finite], wanted.row_scale[finite])
+    return {
+        "scale_steps": steps[finite].unique().tolist(),
+        "code_steps": of_q.unique().tolist(),
+        "rows_equal": rows_equal,
+        "error": float((meant[finite] - x[finite].float()).norm() / x[finite].float().norm()),
+        "nan_groups": meant[~finite].unflatten(1, (-1, p.group)).isnan().all(-1).int().tolist(),
+        "finite_is_finite": bool(meant[finite].isfinite().all()),
+        "zeros": bool((meant[finite][x[finite] == 0] == 0).all()),
+    }
+
+
+def main() -> None:
+    assert INTERPRETED, "set TRITON_INTERPRET=1"
+    print(json.dumps({kind: judged(kind, rows()) for kind in GROUPS}))
+
+
+if __name__ == "__main__":
+    main()
