@@ -107,6 +107,13 @@ class _Simulation:
                 return _whole(writer, {"error": {"message": f"unknown field {name}", "param": name}}, 400)
         if self.behaviour.status != 200:
             return _whole(writer, {"error": {"message": "as told"}}, self.behaviour.status)
+        if not asked.get("stream"):
+            said = {"message": {"role": "assistant", "content": "Yes."}, "text": "Yes."}
+            prompt = asked.get("prompt") or json.dumps(asked.get("messages"))
+            usage = self.usage(prompt, 1)
+            return _whole(
+                writer, {"choices": [{"index": 0, "finish_reason": "stop", **said}], "usage": usage}
+            )
         return await self.stream(asked, path.startswith("/v1/chat"), writer)
 
     def metrics(self) -> str:
