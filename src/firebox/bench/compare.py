@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from firebox.bench.statistics import Mean, difference, mean
+from firebox.bench.statistics import Mean, difference, mean, paired
 from firebox.errors import ConfigError
 
 MEASURES = {"output_tok_s_wall": "tok/s wall", "ttft_ms": "TTFT", "tpot_ms": "TPOT"}
@@ -93,9 +93,9 @@ def _pair(key: str, measure: str, a: Mapping[str, Any], b: Mapping[str, Any]) ->
 
 
 def _overall(pairs: Sequence[Pair]) -> Gain | None:
-    logs = [math.log(p.second / p.first) for p in pairs if p.first and p.second]
-    if len(logs) < 2:
+    both = [(math.log(p.first), math.log(p.second)) for p in pairs if p.first and p.second]
+    if len(both) < 2:
         return None
-    found = mean(logs)
+    found = paired(*zip(*both, strict=True))
     value, low, high = (math.expm1(end) for end in (found.value, found.low, found.high))
     return Gain(value=value, low=low, high=high, rows=found.n)

@@ -132,6 +132,8 @@ class _Session:
         self.unfinished = False
         self.until = None if settings.within_s is None else now() + settings.within_s
         self.vocabulary = self._vocabulary()
+        if not counters(http):
+            self.notes.append("no /metrics: the server's own counts are not compared with ours")
         self.workload = workload(settings.profile)
         given = {**self.workload.DEFAULTS, **settings.choices}
         self.options = Options(**given, context_tokens=server.context_tokens)

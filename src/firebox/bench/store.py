@@ -11,7 +11,6 @@ from typing import Any
 
 from firebox.errors import ConfigError
 
-DEFAULT = Path("~/.local/share/firebox/results.db")
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS reports (
     id INTEGER PRIMARY KEY,

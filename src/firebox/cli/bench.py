@@ -93,7 +93,7 @@ def run(
         "concurrency": _numbers(concurrency, int, "--concurrency"),
         "prompt_tokens": _numbers(prompt_tokens, int, "--prompt-tokens"),
         "output_tokens": _numbers(output_tokens, int, "--output-tokens"),
-        "depth_tokens": _numbers(depth_tokens, int, "--depth-tokens"),
+        "depth_tokens": _numbers(depth_tokens, int, "--depth-tokens", zero=True),
         "rates_per_s": _numbers(rates, float, "--rates"),
         "requests": requests,
         "turns": turns,
@@ -151,15 +151,17 @@ def compare_(
         _show_comparison(comparison)
 
 
-def _numbers(text: str | None, kind: Callable[[str], Any], flag: str) -> tuple[Any, ...] | None:
+def _numbers(
+    text: str | None, kind: Callable[[str], Any], flag: str, *, zero: bool = False
+) -> tuple[Any, ...] | None:
     if text is None:
         return None
     try:
         numbers = tuple(kind(part) for part in text.split(","))
     except ValueError:
         numbers = ()
-    if not numbers or any(number < 0 for number in numbers):
-        raise ConfigError(f"{flag} is {text!r}", hint="numbers with commas between, such as 1,2,4")
+    if not numbers or not all(number > 0 or (zero and number == 0) for number in numbers):
+        raise ConfigError(f"{flag} is {text!r}", hint="numbers above 0 with commas between, such as 1,2,4")
     return numbers
 
 

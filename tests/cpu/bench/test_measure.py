@@ -173,6 +173,8 @@ def test_the_command_fails_for_garbage(tmp_path: Path) -> None:
     "flags",
     [
         ["--concurrency", "one"],
+        ["--concurrency", "1,0"],
+        ["--rates", "0"],
         ["--slo", "fast"],
         ["--extra", "[1]"],
         ["--card", "glm-4.7-fp8"],
