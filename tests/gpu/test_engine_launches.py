@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from firebox.config import Config, EngineConfig, ModelConfig
+from firebox.engine.gpu_runner import GpuRunner
 from firebox.engine.messages import SamplingParams
 from firebox.engine.request import Request
 from firebox.engine.start import start
-from firebox.hardware.probe import probe_gpu
 from firebox.kernels import launch
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.plan import Setting
@@ -42,8 +42,8 @@ def test_every_launch_is_in_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyP
         scheduler.add(Request(i, [5 + j % 300 for j in range(count)], params))
     while (plan := scheduler.plan()) is not None:
         scheduler.apply(plan, runner.run(plan))
-    gpu = probe_gpu()
-    assert gpu is not None
+    assert isinstance(runner, GpuRunner)
+    gpu = runner.gpu  # as it was probed then: how much memory is free is a part of it
     layers = layers_of(runner.model, Setting(gpu, 1, torch.bfloat16, ready.page_tokens))  # type: ignore[arg-type]
     planned = [row.request for _, row in rows(layers, gpu, 128) if row.request is not None]
     assert sorted({request.kernel.__name__ for request in seen if request not in planned}) == []

@@ -50,10 +50,12 @@ def source(
     )
 
 
-def compile_source(made: ASTSource, target: int, options: dict[str, Any], folder: Path) -> Built:
-    """Compiles for sm_`target`, with Triton's cache in `folder`. Raises whatever the
-    compiler raises. Changes Triton's knobs and the process's standard output: for a process of its own."""
-    knobs.cache.dir = str(folder)
+def compile_source(made: ASTSource, target: int, options: dict[str, Any], cache: Path | None) -> Built:
+    """Compiles for sm_`target`, with Triton's cache in the folder `cache`, None for its usual one. Raises
+    whatever the compiler raises. Changes Triton's knobs and the process's standard output: for a process of
+    its own."""
+    if cache is not None:
+        knobs.cache.dir = str(cache)
     knobs.compilation.always_compile = True
     knobs.nvidia.dump_ptxas_log = True
     with contextlib.redirect_stdout(io.StringIO()) as log:

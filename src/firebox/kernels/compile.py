@@ -98,16 +98,22 @@ class Compiled:
 
 
 def compile_all(
-    requests: Sequence[CompileRequest], workers: int | None = None, limit_s: float = 180
+    requests: Sequence[CompileRequest],
+    workers: int | None = None,
+    limit_s: float = 180,
+    *,
+    keep_binaries: bool = False,
 ) -> list[Compiled]:
     """The results, in the order of the requests. `workers`: compiles at a time, one a core by default;
     `limit_s`: seconds a compile may take. Requests that are equal compile once. Writes the cache, except for
-    compiles that died or took too long: those are tried again the next time."""
+    compiles that died or took too long: those are tried again the next time. `keep_binaries`: in Triton's own
+    cache too, where a Launcher on this machine finds them."""
     cache = ResultCache(read().cache_dir / "triton")
     keys = [_key(request) for request in requests]
     done = {key: (cache.read(key), True) for key in dict.fromkeys(keys)}
     missing = {key: request for key, request in zip(keys, requests, strict=True) if done[key][0] is None}
-    for outcome in _compile(list(missing.values()), workers or probe_cpu().cpu_cores, limit_s):
+    works = [functools.partial(_compile_one, request, keep=keep_binaries) for request in missing.values()]
+    for outcome in _compile(works, workers or probe_cpu().cpu_cores, limit_s):
         key, document = list(missing)[outcome.index], _document(outcome)
         done[key] = (document, False)
         if not outcome.crashed:
@@ -121,22 +127,22 @@ def limit_bytes(gpu: Gpu) -> int:
     return min(gpu.smem_per_block_bytes, read().smem_limit_bytes or gpu.smem_per_block_bytes)
 
 
-def _compile(requests: list[CompileRequest], workers: int, limit_s: float) -> Iterator[Outcome]:
-    if not requests:
+def _compile(works: Sequence[Work], workers: int, limit_s: float) -> Iterator[Outcome]:
+    if not works:
         return iter(())
     from firebox.kernels import _triton
 
     _triton.warm()
-    works: list[Work] = [functools.partial(_compile_one, request) for request in requests]
     return run_all(works, workers, limit_s)
 
 
-def _compile_one(request: CompileRequest, folder: Path) -> dict[str, Any]:
+def _compile_one(request: CompileRequest, folder: Path, *, keep: bool) -> dict[str, Any]:
     """Runs in a process of its own."""
     from firebox.kernels import _triton
 
     made = _triton.source(request.kernel, _types(request), dict(request.constexprs), request.aligned)
-    built = _triton.compile_source(made, _target(request), _options(request), folder)
+    cache = None if keep else folder
+    built = _triton.compile_source(made, _target(request), _options(request), cache)
     # What PTX does not ask for is not in the machine code either, and disassembling is half the work.
     tensor = _readback.has_tensor_instructions(built.ptx)
     return _read_back(built, _triton.disassemble(built.cubin, folder) if tensor else "")

@@ -81,6 +81,11 @@ def path_of(problem: Problem, tokens: int, gpu: Gpu) -> Path:
         if entry["path"] == FEW and tokens > moe_gate_up_few.COLUMNS_UP_TO and down.depth == 0:
             down = moe_down_few.default(problem, tokens, gpu)
         return Path(entry["path"], gate_up, down, "measured" + _multiplied(problem, entry["path"]))
+    return stock_path(problem, tokens, gpu)
+
+
+def stock_path(problem: Problem, tokens: int, gpu: Gpu) -> Path:
+    """What so many tokens take for want of a measurement."""
     if tokens <= FEW_UNMEASURED:
         return default_path(problem, FEW, tokens, gpu)
     native = tokens >= _block_scaled.native_from(problem, gpu)

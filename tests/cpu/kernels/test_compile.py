@@ -186,7 +186,7 @@ def test_a_compiler_that_dies_or_hangs_costs_one_result_and_is_tried_again(
     compiler = load("kernels", "compile")
     honest, sleeper = compiler._compile_one, tmp_path_factory.mktemp("sleeper")
 
-    def broken(request: CompileRequest, folder: Path) -> dict[str, Any]:
+    def broken(request: CompileRequest, folder: Path, **how: bool) -> dict[str, Any]:
         if request.constexprs["N"] == 64:
             (sleeper / "orphan").write_text(str(subprocess.Popen(["sleep", "60"]).pid))
             os.write(2, b"LLVM ERROR: cannot select\n")
@@ -194,7 +194,7 @@ def test_a_compiler_that_dies_or_hangs_costs_one_result_and_is_tried_again(
         if request.constexprs["N"] == 128:
             with tempfile.NamedTemporaryFile(delete=False), subprocess.Popen(["sleep", "60"]) as assembler:
                 (sleeper / "pid").write_text(str(assembler.pid))
-        return honest(request, folder)
+        return honest(request, folder, **how)
 
     monkeypatch.setattr(compiler, "_compile_one", broken)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

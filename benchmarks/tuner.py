@@ -1,0 +1,160 @@
+"""The tuner against an exhaustive search, on one NVIDIA GPU.
+
+    PYTHONPATH=src:. python benchmarks/tuner.py exhaustive --out DIR [--models …] [--tokens …]
+    PYTHONPATH=src:. python benchmarks/tuner.py compare --out DIR
+
+`exhaustive` compiles and times every tile of both halves of a model's expert layer, each half on its own,
+and keeps it all in DIR/<model>.jsonl, one line a tile: what the compiler made of it and microseconds.
+`compare` runs the tuner on the same problems and holds what it chose against the best line: speed, GPU
+seconds, and the regret of the estimate alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from firebox.errors import FireboxError
+from firebox.hardware.base import Gpu
+from firebox.hardware.probe import probe_gpu
+from firebox.kernels._experts import Problem
+from firebox.kernels.compile import Compiled, compile_all
+from firebox.layers.experts import SORTED
+from firebox.tuning import experts
+from firebox.tuning.base import Candidate, Task
+from firebox.tuning.clock import Effort, Graph, interleaved_us
+
+# A rank's share of the cards' expert layers; further shapes are there to fit the estimate.
+MODELS = {
+    "glm-4.7-fp8-tp4": Problem(5120, 384, 160, 8, "fp8_channel", residual=True),
+    "gpt-oss-120b": Problem(2880, 2880, 128, 4, "mxfp4", "clamped_swiglu", biases=True, residual=True),
+    "qwen3.5-397b-fp8-tp4": Problem(4096, 256, 512, 10, "fp8_block", residual=True),
+    "qwen3-30b-a3b": Problem(2048, 768, 128, 8, "bf16", residual=True),
+    "qwen3-30b-a3b-fp8": Problem(2048, 768, 128, 8, "fp8_block", residual=True),
+    "kimi-k2.5-tp8": Problem(7168, 256, 384, 8, "int4_group", residual=True),
+    "glm-4.7-nvfp4-tp4": Problem(5120, 384, 160, 8, "nvfp4", residual=True),
+}
+TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 1536, 2048, 3072, 4096)
+EFFORT = Effort(samples=5, sample_ms=1.5)
+TOGETHER = 12  # candidates in turn
+
+
+def exhaustive(
+    name: str, all_tokens: Sequence[int], gpu: Gpu, folder: Path, every: int, limit_s: float
+) -> None:
+    """Everything about one model; `every`: only each such candidate. Stops after `limit_s`."""
+    problem, began = MODELS[name], time.monotonic()
+    tasks = [experts.task(problem, tokens) for tokens in all_tokens]
+    candidates = {task: list(experts.candidates(task, gpu))[:: every or 1] for task in tasks}
+    requests = [c.request for found in candidates.values() for c in found if c.request is not None]
+    compiled = dict(zip(map(id, requests), compile_all(requests, keep_binaries=True), strict=True))
+    compile_s = time.monotonic() - began
+    make = experts.bench(problem, gpu)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines, gpu_s = 0, 0.0
+    with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+        for task, found in candidates.items():
+            if time.monotonic() - began > limit_s:
+                print(f"{name}: out of time before {task.tokens} tokens", flush=True)
+                break
+            start = time.monotonic()
+            bench = make(task.tokens)
+            fitting = [c for c in found if compiled[id(c.request)].fits]
+            for group in _groups(fitting):
+                for candidate, us in _timed(bench, group):
+                    lines += 1
+                    file.write(json.dumps(_line(task, candidate, compiled[id(candidate.request)], us)) + "\n")
+            for line in _further(bench, task, fitting):
+                file.write(json.dumps(line) + "\n")
+            file.flush()
+            gpu_s += time.monotonic() - start
+            del bench
+            torch.cuda.empty_cache()
+    print(
+        f"{name}: {len(compiled)} compiles {compile_s:.0f} s, {lines} tiles timed {gpu_s:.0f} s", flush=True
+    )
+
+
+def _groups(candidates: Sequence[Candidate]) -> Iterator[list[Candidate]]:
+    for first in range(0, len(candidates), TOGETHER):
+        yield list(candidates[first : first + TOGETHER])
+
+
+def _timed(bench: Any, group: list[Candidate]) -> Iterator[tuple[Candidate, float]]:
+    right, graphs = [], []
+    for candidate in group:
+        try:
+            error, limit = bench.error(candidate)
+            if error > limit:
+                print(f"wrong: {candidate.name}: {error:.3g}", flush=True)
+                continue
+            graphs.append(Graph(bench.calls(candidate)))
+            right.append(candidate)
+        except (RuntimeError, FireboxError, triton.runtime.errors.OutOfResources) as error:
+            print(f"{candidate.name}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+    if graphs:
+        for candidate, samples in zip(right, interleaved_us(graphs, EFFORT), strict=True):
+            yield candidate, statistics.median(samples)
+
+
+def _line(task: Task, candidate: Candidate, compiled: Compiled, us: float) -> dict[str, Any]:
+    return {
+        "key": task.key,
+        "tokens": task.tokens,
+        "path": candidate.path,
+        "part": candidate.part,
+        "config": asdict(candidate.config),
+        "us": round(us, 3),
+        "shared": compiled.shared_bytes,
+        "registers": compiled.registers,
+        "spill": compiled.spill_bytes,
+    }
+
+
+def _further(bench: Any, task: Task, candidates: Sequence[Candidate]) -> Iterator[dict[str, Any]]:
+    """What sorting and summing take, for each size of a block."""
+    seen: dict[int, dict[str, Candidate]] = {}
+    for candidate in candidates:
+        if candidate.path == SORTED:
+            seen.setdefault(candidate.config.tokens, {}).setdefault(candidate.part, candidate)
+    for block, parts in seen.items():
+        if len(parts) == len(experts.PARTS):
+            graph = Graph(bench.further(SORTED, parts))
+            us = statistics.median(interleaved_us([graph], EFFORT)[0])
+            yield {"tokens": task.tokens, "path": SORTED, "part": "further", "block": block, "us": us}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("exhaustive",))
+    parser.add_argument("--models", default=",".join(list(MODELS)[:3]))
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--every", type=int, default=1, help="only each such candidate")
+    parser.add_argument("--limit-s", type=float, default=3600.0)
+    arguments = parser.parse_args()
+    gpu = probe_gpu()
+    if gpu is None:
+        print("this benchmark needs an NVIDIA GPU", file=sys.stderr)
+        return 2
+    print(f"{gpu.name}, torch {torch.__version__}, Triton {triton.__version__}", flush=True)
+    for name in arguments.models.split(","):
+        tokens = [int(n) for n in arguments.tokens.split(",")]
+        exhaustive(name, tokens, gpu, arguments.out, arguments.every, arguments.limit_s)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Times launches on the GPU as the engine makes them: in a CUDA graph, on data the L2 does not hold, and
+interleaved, so that heat and clocks favour no candidate."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from firebox.bench.timer import now
+
+Call = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much time a measurement may take: `samples`, each of them at least `sample_ms` long."""
+
+    samples: int
+    sample_ms: float
+
+
+class Graph:
+    """Calls captured one after the other. `warm_ms`: the second replay, which sets how often a sample
+    replays."""
+
+    def __init__(self, calls: Sequence[Call], pool: Any = None) -> None:
+        self._calls = len(calls)
+        calls[0]()  # compiles, or takes the binary from disk
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool):
+            for call in calls:
+                call()
+        self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._replay_ms(1)
+        self.warm_ms = self._replay_ms(1)
+
+    def sample_us(self, sample_ms: float) -> float:
+        """Microseconds of one call, over a sample at least so long."""
+        times = max(1, round(sample_ms / max(self.warm_ms, 1e-3)))
+        return self._replay_ms(times) / self._calls * 1e3
+
+    def _replay_ms(self, times: int) -> float:
+        self._start.record()
+        for _ in range(times):
+            self._graph.replay()
+        self._end.record()
+        self._end.synchronize()
+        return float(self._start.elapsed_time(self._end)) / times
+
+
+def interleaved_us(graphs: Sequence[Graph], effort: Effort) -> list[list[float]]:
+    """The samples of each graph, taken in turn: every other round goes backwards."""
+    found: list[list[float]] = [[] for _ in graphs]
+    for round_ in range(effort.samples):
+        order = range(len(graphs)) if round_ % 2 == 0 else range(len(graphs) - 1, -1, -1)
+        for i in order:
+            found[i].append(graphs[i].sample_us(effort.sample_ms))
+    return found
+
+
+def median_us(calls: Sequence[Call], effort: Effort) -> float:
+    """The median over samples of one sequence of calls."""
+    return statistics.median(interleaved_us([Graph(calls)], effort)[0])
+
+
+class Stopwatch:
+    """Adds up the seconds for which the GPU was held."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._began = 0.0
+
+    def __enter__(self) -> Stopwatch:
+        self._began = now()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += now() - self._began
