@@ -2,37 +2,45 @@
 
     PYTHONPATH=src:. python benchmarks/tuner.py exhaustive --out DIR [--models …] [--tokens …]
     PYTHONPATH=src:. python benchmarks/tuner.py compare --out DIR
+    PYTHONPATH=src:. python benchmarks/tuner.py regret --out DIR
 
 `exhaustive` compiles and times every tile of both halves of a model's expert layer, each half on its own,
 and keeps it all in DIR/<model>.jsonl, one line a tile: what the compiler made of it and microseconds.
-`compare` runs the tuner on the same problems and holds what it chose against the best line: speed, GPU
-seconds, and the regret of the estimate alone.
+`compare` runs the tuner on the same problems and holds what it chose against the best lines: speed and GPU
+seconds. `regret`: what the estimate alone would have chosen; needs no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import triton
+from scipy.stats import spearmanr
 
 from firebox.errors import FireboxError
-from firebox.hardware.base import Gpu
+from firebox.hardware.base import Gpu, find_gpu
 from firebox.hardware.probe import probe_gpu
 from firebox.kernels._experts import Problem
 from firebox.kernels.compile import Compiled, compile_all
 from firebox.layers.experts import SORTED
-from firebox.tuning import experts
+from firebox.tuning import estimate, experts
 from firebox.tuning.base import Candidate, Task
 from firebox.tuning.clock import Effort, Graph, interleaved_us
+from firebox.tuning.journal import Journal
+from firebox.tuning.search import KEYS, Entry, Search, interleave_keys
+from firebox.tuning.worker import Worker
 
 # A rank's share of the cards' expert layers; further shapes are there to fit the estimate.
 MODELS = {
@@ -134,23 +142,135 @@ def _further(bench: Any, task: Task, candidates: Sequence[Candidate]) -> Iterato
             yield {"tokens": task.tokens, "path": SORTED, "part": "further", "block": block, "us": us}
 
 
+# ---- the tuner beside it
+
+
+def compare(name: str, gpu: Gpu, folder: Path) -> dict[str, Any]:
+    """Tunes afresh, and looks up in the exhaustive search what it chose."""
+    found = _lines(folder, name)
+    began = time.monotonic()
+    with Worker(gpu) as worker:
+        row = _tuned(name, gpu, worker, found)
+        row |= {"gpu_s": round(worker.seconds, 2), "wall_s": round(time.monotonic() - began, 1)}
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def _tuned(name: str, gpu: Gpu, worker: Worker, found: Lines) -> dict[str, Any]:
+    full, between = interleave_keys(KEYS, TOKENS)
+    make = partial(experts.task, MODELS[name])
+    journal = Journal(None, gpu.name, triton.__version__)
+    search = Search(experts, make, gpu, journal, worker, full, between)
+    entries = {entry.task.tokens: entry for entry in search.entries()}
+    for tokens, entry in entries.items():
+        print(tokens, entry.option.path, [c.name for c in entry.option.parts.values()], flush=True)
+    speeds = {}
+    for tokens in sorted({key[0] for key in found}):
+        nearest = min(entries, key=lambda t: abs(math.log(t / tokens)))
+        speeds[tokens] = _best(found, tokens) / _chosen(found, tokens, entries[nearest])
+    return {
+        "model": name,
+        "speed": round(statistics.geometric_mean(speeds.values()), 4),
+        "least": round(min(speeds.values()), 3),
+        "speeds": {tokens: round(speed, 3) for tokens, speed in speeds.items()},
+        "candidates": search.report.candidates,
+        "compiled": search.report.compiled,
+        "measured": search.report.measured,
+        "failed": len(search.report.failed),
+    }
+
+
+Lines = dict[tuple[int, str, str], list[dict[str, Any]]]
+
+
+def _lines(folder: Path, name: str) -> Lines:
+    found: Lines = {}
+    for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        found.setdefault((row["tokens"], row["path"], row["part"]), []).append(row)
+    return found
+
+
+def _best(found: Lines, tokens: int) -> float:
+    """The fastest path's gate_up and down, and what it launches besides."""
+    paths = {path for of, path, part in found if of == tokens and part == experts.DOWN}
+    return min(
+        sum(min(row["us"] for row in found[tokens, path, part]) for part in experts.PARTS)
+        + _least_further(found, tokens, path)
+        for path in paths
+    )
+
+
+def _chosen(found: Lines, tokens: int, entry: Entry) -> float:
+    """The same of an entry, whose tiles must be among the lines."""
+    path, total = entry.option.path, 0.0
+    for part, candidate in entry.option.parts.items():
+        wanted = candidate.numbers
+        (us,) = {row["us"] for row in found[tokens, path, part] if row["config"] == wanted} or {math.inf}
+        total += us
+    return total + _least_further(found, tokens, path)
+
+
+def _least_further(found: Lines, tokens: int, path: str) -> float:
+    return min((row["us"] for row in found.get((tokens, path, "further"), ())), default=0.0)
+
+
+# ---- the estimate alone
+
+
+def regret(name: str, gpu: Gpu, folder: Path) -> dict[str, Any]:
+    """How much slower the estimate's first choices are than the best, and how well it ranks."""
+    problem, lost, ranks = MODELS[name], [], []
+    for (tokens, path, part), rows in _lines(folder, name).items():
+        if part == "further":
+            continue
+        product = estimate.expert_product(problem, tokens, path, part)
+        guessed = [_estimated(product, row, gpu) for row in rows]
+        taken = [row["us"] for row in rows]
+        lost.append(math.log(taken[guessed.index(min(guessed))] / min(taken)))
+        if len(rows) > 2:
+            ranks.append(float(spearmanr(guessed, taken).statistic))
+    return {
+        "model": name,
+        "regret": round(math.exp(statistics.mean(lost)) - 1, 4),
+        "worst": round(math.exp(max(lost)) - 1, 3),
+        "choices": len(lost),
+        "rank_correlation": round(statistics.mean(ranks), 3),
+    }
+
+
+def _estimated(product: Any, row: dict[str, Any], gpu: Gpu) -> float:
+    config, compiled = (
+        SimpleNamespace(**row["config"]),
+        SimpleNamespace(shared_bytes=row["shared"], registers=row["registers"], spill_bytes=row["spill"]),
+    )
+    return estimate.tile_us(product, estimate.tile_of(product, config, compiled), gpu)  # type: ignore[arg-type]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("exhaustive",))
+    parser.add_argument("what", choices=("exhaustive", "compare", "regret"))
     parser.add_argument("--models", default=",".join(list(MODELS)[:3]))
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--every", type=int, default=1, help="only each such candidate")
     parser.add_argument("--limit-s", type=float, default=3600.0)
     arguments = parser.parse_args()
+    if arguments.what == "regret":
+        rows = [regret(name, find_gpu("h200"), arguments.out) for name in arguments.models.split(",")]
+        print("\n".join(map(json.dumps, rows)))
+        return 0
     gpu = probe_gpu()
     if gpu is None:
         print("this benchmark needs an NVIDIA GPU", file=sys.stderr)
         return 2
     print(f"{gpu.name}, torch {torch.__version__}, Triton {triton.__version__}", flush=True)
     for name in arguments.models.split(","):
+        if arguments.what == "compare":
+            compare(name, gpu, arguments.out)
+            continue
         tokens = [int(n) for n in arguments.tokens.split(",")]
         exhaustive(name, tokens, gpu, arguments.out, arguments.every, arguments.limit_s)
     return 0

@@ -82,11 +82,13 @@ class DecodeGraph:
         self._device = _Inputs(rows, shape.max_pages, kinds, device)
         self._step = self._make_step(backend)
         self._upload(self._hosts[0].inputs)
+        under_way = last_tokens.clone()  # the step before may not have been read yet
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):  # compiles, and lets libraries allocate what they keep
             self._forward()
         torch.cuda.current_stream(device).wait_stream(stream)
+        last_tokens.copy_(under_way)
         torch.cuda.synchronize(device)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):

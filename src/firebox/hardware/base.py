@@ -19,7 +19,7 @@ at the tile that suits it, not what the silicon might do; tests/cpu/hardware pro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from firebox.errors import ConfigError
 from firebox.find import load, names
@@ -45,7 +45,7 @@ class Gpu:
     name: str
     kind: str
     memory_bytes: int
-    memory_free_bytes: int
+    memory_free_bytes: int = field(compare=False)  # changes from one probe to the next
     cpu_cores: int
     facts: frozenset[str]
     unified_memory: bool = False

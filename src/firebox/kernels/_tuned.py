@@ -7,7 +7,9 @@ them; who measures writes them.
     {"fp8_channel rows=3584 columns=5120":
         {"16": {"path": "few", "config": {…Config…}}, "512": {"path": "many", "config": …}, …}, …}
 
-A number of tokens takes the entry of the nearest measured number, by ratio.
+A number of tokens takes the entry of the nearest number there is, by ratio. "how" of an entry: "measured", or
+"predicted" by the tuner's estimate. What `firebox tune` wrote on this machine, under
+FIREBOX_CACHE_DIR/tuned, stands in for the same problem's entries in the package.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from collections.abc import Callable
 from importlib import resources
 from typing import Any
 
+from firebox.env import read
 from firebox.kernels._experts import Problem
 
 
@@ -53,8 +56,10 @@ def _nearest(entries: dict[str, Any], tokens: int, wanted: Callable[[str], bool]
 
 @functools.cache
 def _file(gpu_name: str, name: str = "experts") -> dict[str, dict[str, Any]]:
-    path = resources.files("firebox") / "tuned" / gpu_name.replace("-", "_") / f"{name}.json"
-    if not path.is_file():
-        return {}
-    found: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    folder, file = gpu_name.replace("-", "_"), f"{name}.json"
+    found: dict[str, dict[str, Any]] = {}
+    for root in (resources.files("firebox") / "tuned", read().cache_dir / "tuned"):
+        path = root / folder / file
+        if path.is_file():
+            found |= json.loads(path.read_text(encoding="utf-8"))
     return found

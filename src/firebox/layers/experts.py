@@ -54,8 +54,8 @@ DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 
 @dataclass(frozen=True)
 class Path:
-    """How a number of tokens is computed. `why`: "measured", or "default" for want of a measurement, and for
-    4-bit formats what is multiplied."""
+    """How a number of tokens is computed. `why`: "measured", "predicted" (by the tuner, without the GPU), or
+    "default" for want of either, and for 4-bit formats what is multiplied."""
 
     name: str
     gate_up: Any
@@ -80,7 +80,8 @@ def path_of(problem: Problem, tokens: int, gpu: Gpu) -> Path:
         )
         if entry["path"] == FEW and tokens > moe_gate_up_few.COLUMNS_UP_TO and down.depth == 0:
             down = moe_down_few.default(problem, tokens, gpu)
-        return Path(entry["path"], gate_up, down, "measured" + _multiplied(problem, entry["path"]))
+        how = entry.get("how", "measured")
+        return Path(entry["path"], gate_up, down, how + _multiplied(problem, entry["path"]))
     return stock_path(problem, tokens, gpu)
 
 

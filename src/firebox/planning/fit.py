@@ -123,7 +123,7 @@ def plan(opened: Opened, gpu: Gpu, tp: int, engine: EngineConfig) -> Fit:
         fit,
         memory=memory,
         roof=roof(parts, memory.cache, gpu, tp, memory.context_tokens),
-        layers=_layers(opened, gpu, tp, engine),
+        layers=layers_for(opened, gpu, tp, engine),
     )
     return fit if fit.fits else dataclasses.replace(fit, help=tuple(_help(opened, fit, engine)))
 
@@ -141,7 +141,7 @@ def _memory(opened: Opened, gpu: Gpu, tp: int, engine: EngineConfig) -> Memory:
     for part in opened.parts:
         weights[part.name] = weights.get(part.name, 0) + part.shard_bytes(tp)
     model, dtype = opened.model, opened.build.dtype
-    layers = _layers(opened, gpu, tp, engine)
+    layers = layers_for(opened, gpu, tp, engine)
     return ledger(
         gpu,
         weights,
@@ -153,7 +153,8 @@ def _memory(opened: Opened, gpu: Gpu, tp: int, engine: EngineConfig) -> Memory:
     )
 
 
-def _layers(opened: Opened, gpu: Gpu, tp: int, engine: EngineConfig) -> tuple[Layers, ...]:
+def layers_for(opened: Opened, gpu: Gpu, tp: int, engine: EngineConfig) -> tuple[Layers, ...]:
+    """What one of `tp` such GPUs launches of a model."""
     setting = Setting(gpu, tp, kv_dtype(opened.source, engine.kv_cache_dtype), engine.page_tokens)
     return launches.layers_of(opened.model, setting)
 
@@ -188,7 +189,7 @@ def _other_sizes(opened: Opened, fit: Fit, engine: EngineConfig) -> Iterator[str
 
 def _all_run(opened: Opened, gpu: Gpu, tp: int, engine: EngineConfig) -> bool:
     """Are there kernels for all expert layers?"""
-    layers = _layers(opened, gpu, tp, engine)
+    layers = layers_for(opened, gpu, tp, engine)
     return all(alike.refusal is None for alike in layers if alike.op == cpu_moe_block.OP)
 
 

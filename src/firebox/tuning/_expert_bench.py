@@ -29,12 +29,11 @@ from firebox.layers._expert_store import ExpertStore
 from firebox.layers.experts import FEW, SORTED, Experts, Path, Workspace, default_path, requests
 from firebox.tuning.base import Candidate
 from firebox.tuning.clock import Call
-from firebox.tuning.experts import GATE_UP, path_of
+from firebox.tuning.experts import BLOCKS, GATE_UP, path_of
 
-CHECKED_TOKENS = 16
+CHECKED_TOKENS = 4
 # Relative: bf16 and float16 sums against float32; FP8 activations (E4M3 rounds by 2.6 % RMS, twice).
 PLAIN_LIMIT, FP8_LIMIT = 8e-3, 6e-2
-SMALLEST_BLOCK = 16
 
 
 class Weighted:
@@ -49,6 +48,12 @@ class Weighted:
         for weights in (store.gate_up, store.down):
             _vary(weights, self.generator)
         self.gate_up, self.down = store.gate_up, store.down
+        self._launchers: dict[str, Launcher] = {}
+
+    def launcher(self, candidate: Candidate) -> Launcher:
+        """One for the same code at any number of tokens."""
+        assert candidate.request is not None
+        return self._launchers.setdefault(candidate.code, Launcher(candidate.request))
 
     def bench(self, tokens: int) -> ExpertBench:
         """For so many tokens."""
@@ -91,7 +96,6 @@ class ExpertBench:
         calls = 16 if tokens <= 8 else 8 if tokens <= 64 else 4 if tokens <= 1024 else 2
         self._data = [self._make() for _ in range(calls)]
         self._wanted: dict[str, torch.Tensor] = {}
-        self._launchers: dict[Candidate, Launcher] = {}
 
     def _make(self) -> _Data:
         p, generator, tokens = self.problem, self._layer.generator, self._tokens
@@ -106,14 +110,8 @@ class ExpertBench:
 
     def calls(self, candidate: Candidate) -> list[Call]:
         """One launch for each of the inputs."""
-        launcher = self._launcher(candidate)
+        launcher = self._layer.launcher(candidate)
         return [self._call(candidate, launcher, data) for data in self._data]
-
-    def _launcher(self, candidate: Candidate) -> Launcher:
-        assert candidate.request is not None
-        if candidate not in self._launchers:
-            self._launchers[candidate] = Launcher(candidate.request)
-        return self._launchers[candidate]
 
     def _call(self, candidate: Candidate, launcher: Launcher, data: _Data) -> Call:
         if candidate.path == FEW:
@@ -162,7 +160,7 @@ class ExpertBench:
         if data.sorted_ready:
             return
         p, space, layer = self.problem, data.space, self._layer
-        path = default_path(p, SORTED, SMALLEST_BLOCK, layer.gpu)
+        path = default_path(p, SORTED, BLOCKS[0], layer.gpu)
         launchers = self._further_launchers(path)
         self._sort(launchers, path.block, data)
         self._change(launchers, data)
@@ -242,7 +240,7 @@ class ExpertBench:
     def error(self, candidate: Candidate) -> tuple[float, float]:
         """Of the choices of the first tokens."""
         data = self._data[0]
-        call = self._call(candidate, self._launcher(candidate), data)
+        call = self._call(candidate, self._layer.launcher(candidate), data)
         first = min(self._tokens, CHECKED_TOKENS)
         if candidate.part == GATE_UP:
             found = self._run_gate_up(candidate, call, data, first)

@@ -7,6 +7,7 @@ many and cublas with one part. Parts are launches of their own and are tuned sep
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from typing import Any, Protocol
@@ -42,7 +43,17 @@ class Candidate:
         """Tells candidates of a task apart, also in files: path, part, and the numbers of the config."""
         return f"{self.path} {self.part} {' '.join(f'{k}={v}' for k, v in self.numbers.items())}".strip()
 
-    @property
+    @functools.cached_property
+    def code(self) -> str:
+        """Equal for candidates, of any task, that are the same compiled code; "" for a library's."""
+        r = self.request
+        if r is None:
+            return ""
+        constants = sorted((name, repr(value)) for name, value in r.constexprs.items())
+        sizes = (r.num_warps, r.num_stages, sorted(r.options.items()))
+        return repr((r.kernel.cache_key, sorted(r.signature.items()), constants, sizes, r.gpu.name))
+
+    @functools.cached_property
     def numbers(self) -> dict[str, Any]:
         """The config by name; nothing for a library's."""
         known = is_dataclass(self.config) and not isinstance(self.config, type)
@@ -94,6 +105,10 @@ class Tunable(Protocol):
 
     def estimate_us(self, task: Task, candidate: Candidate, compiled: Compiled | None, gpu: Gpu) -> float:
         """How long the candidate should take; before it is compiled, a guess."""
+        ...
+
+    def further_requests(self, task: Task, gpu: Gpu) -> Iterator[CompileRequest]:
+        """What benches launch beside candidates, so that it is compiled beforehand too."""
         ...
 
     def further_us(self, task: Task, path: str, parts: Mapping[str, Candidate], gpu: Gpu) -> float:

@@ -20,6 +20,7 @@ from firebox.layers.experts import (
     SCALED,
     SORTED,
     Path,
+    default_path,
     requests,
     stock_path,
 )
@@ -122,10 +123,15 @@ def path_of(parts: Mapping[str, Candidate]) -> Path:
     return Path(parts[GATE_UP].path, parts[GATE_UP].config, parts[DOWN].config, "tuning")
 
 
-def further_requests(task: Task, parts: Mapping[str, Candidate], gpu: Gpu) -> list[CompileRequest]:
-    """What the path launches besides its parts."""
-    found = requests(task.problem, task.tokens, path_of(parts), gpu)
-    return [request for op, request in found.items() if op not in ("moe_gate_up", "moe_down")]
+def further_requests(task: Task, gpu: Gpu) -> Iterator[CompileRequest]:
+    """Sorting and what belongs to it, and the stock tiles that make the second halves' inputs."""
+    for path in _paths(task, gpu):
+        for block in _blocks(task, path) if path != FEW else [task.tokens]:
+            stock_tiles = default_path(task.problem, path, block, gpu)
+            yield from requests(task.problem, task.tokens, stock_tiles, gpu).values()
+    if task.tokens >= SORTED_FROM:
+        smallest = default_path(task.problem, SORTED, BLOCKS[0], gpu)
+        yield from requests(task.problem, task.tokens, smallest, gpu).values()
 
 
 def bench(problem: Problem, gpu: Gpu) -> Callable[[int], Bench]:

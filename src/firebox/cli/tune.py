@@ -1,0 +1,185 @@
+"""`firebox tune MODEL --gpu … --tp …`: finds kernel configurations and writes them for kernels."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from firebox.errors import ConfigError
+
+if TYPE_CHECKING:
+    from firebox.hardware.base import Gpu
+    from firebox.planning.fit import Source
+    from firebox.tuning.run import Tuned, Work
+
+OPS = ("moe", "linear", "attention", "all")
+UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+def tune(
+    model: Annotated[str, typer.Argument(help="a card, a folder or a Hugging Face id")],
+    gpu: Annotated[
+        str | None, typer.Option(help="gb10, rtx-pro-6000, h200, …; default: this machine's")
+    ] = None,
+    tp: Annotated[int, typer.Option(min=1, help="GPUs that share the model")] = 1,
+    op: Annotated[str, typer.Option(help=f"what is tuned: {', '.join(OPS)}")] = "moe",
+    budget: Annotated[str, typer.Option(help="the most time it takes: 180s, 5m")] = "300s",
+    predict: Annotated[
+        bool, typer.Option("--predict", help="without the GPU: by estimate, and marked so")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="default: where kernels look, FIREBOX_CACHE_DIR/tuned")
+    ] = None,
+    drafts: Annotated[int, typer.Option(min=0, help="tokens drafted for each request and step")] = 0,
+    prefill_chunk_tokens: Annotated[int, typer.Option(min=1, help="as in serve")] = 512,
+    max_batch_tokens: Annotated[int, typer.Option(min=1, help="the largest step")] = 4096,
+    dtype: Annotated[str, typer.Option(help="compute dtype")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document")] = False,
+) -> None:
+    """Kernel configurations for a model, in minutes: compiled on all cores, ranked by an estimate, measured
+    on the GPU, written as tuned/<gpu>/*.json and, for SGLang and vLLM, under the names they look up. With
+    --predict the GPU need not be here. Whatever stops it, what was found stays and the next call goes on
+    from there."""
+    if op not in OPS:
+        raise ConfigError(f"--op {op}", hint=f"there are: {', '.join(OPS)}")
+    budget_s = seconds(budget)
+    from firebox.cli._fit_model import source_of
+    from firebox.env import read
+    from firebox.tuning.run import sizes_of
+    from firebox.tuning.run import tune as run
+
+    on, here = _gpu(gpu, predict=predict)
+    source = source_of(model, dtype)
+    folder = out or read().cache_dir / "tuned"
+    works = _works(source, on, tp, op)
+    sizes = sizes_of(drafts, prefill_chunk_tokens, max_batch_tokens)
+    done: list[Tuned] = []
+    with ExitStack() as stack:
+        meter = stack.enter_context(_worker(on)) if here else None
+        progress = stack.enter_context(_bar(len(works)))
+        try:
+            for tuned in run(works, on, folder, meter, sizes, budget_s, progress):
+                done.append(tuned)
+        except KeyboardInterrupt:
+            print("stopped; what was found is kept", file=sys.stderr)
+    _show(done, as_json=as_json)
+    if not done:
+        raise typer.Exit(1)
+
+
+def seconds(text: str) -> float:
+    """ "180s", "5m", "1h" or a plain number of seconds."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
+    if found is None or float(found[1]) <= 0:
+        raise ConfigError(f"--budget {text}", hint="a time such as 180s or 5m")
+    return float(found[1]) * UNITS[found[2] or "s"]
+
+
+def _gpu(name: str | None, *, predict: bool) -> tuple[Gpu, bool]:
+    """What is tuned for, and whether it can be measured here."""
+    from firebox.hardware.base import find_gpu
+    from firebox.hardware.probe import probe_gpu
+
+    there = None if predict and name is not None else probe_gpu()
+    wanted = there if name is None else find_gpu(name)
+    if wanted is None:
+        raise ConfigError("there is no GPU here", hint="--gpu NAME --predict works without one")
+    if predict:
+        return wanted, False
+    if there is None or there.name != wanted.name:
+        raise ConfigError(
+            f"there is no {wanted.name} here to measure on", hint="--predict ranks by an estimate instead"
+        )
+    return there, True
+
+
+def _works(source: Source, gpu: Gpu, tp: int, op: str) -> list[Work]:
+    from firebox.tuning.problems import works_of
+
+    return works_of(source, gpu, tp, op)
+
+
+def _worker(gpu: Gpu) -> Any:
+    from firebox.tuning.worker import Worker
+
+    return Worker(gpu)
+
+
+class _bar:
+    """A progress bar on stderr, with the time left."""
+
+    def __init__(self, problems: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._rows: dict[tuple[int, str], Any] = {}
+        self._problems = problems
+
+    def __enter__(self) -> Any:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, work: Work, what: str, done: int, of: int) -> None:
+        key = (id(work), what)
+        if key not in self._rows:
+            self._rows[key] = self._bar.add_task(f"{what} {work.tunable.OP}", total=of)
+        self._bar.update(self._rows[key], completed=done, total=of)
+
+
+def _show(done: Sequence[Tuned], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps([_document(tuned) for tuned in done]))
+        return
+    for tuned in done:
+        report = tuned.report
+        print(f"{tuned.work.tunable.OP}, {tuned.work.layers} layers: {tuned.work.problem}")
+        for entry in tuned.entries:
+            against = "" if entry.stock_us is None else f", stock {entry.stock_us:.1f}"
+            parts = "; ".join(c.name.removeprefix(f"{c.path} ") for c in entry.option.parts.values())
+            print(
+                f"  {entry.task.tokens:5} tokens {entry.option.us:9.1f} us {entry.how}{against}: "
+                f"{entry.option.path}: {parts}"
+            )
+        dropped = ", ".join(f"{count} {why}" for why, count in sorted(report.dropped.items()))
+        print(
+            f"  {report.candidates} candidates, {report.compiled} compiled, {report.measured} measured"
+            f"{'; ' + dropped if dropped else ''}; written to {tuned.file}"
+        )
+        for name, why in report.failed.items():
+            print(f"  failed: {name}: {why}")
+
+
+def _document(tuned: Tuned) -> dict[str, Any]:
+    return {
+        "op": tuned.work.tunable.OP,
+        "layers": tuned.work.layers,
+        "key": tuned.entries[0].task.key if tuned.entries else "",
+        "file": str(tuned.file),
+        "entries": {
+            str(e.task.tokens): {
+                "path": e.option.path,
+                "us": e.option.us,
+                "how": e.how,
+                "stock_us": e.stock_us,
+                "parts": {name: c.numbers for name, c in e.option.parts.items()},
+            }
+            for e in tuned.entries
+        },
+        "candidates": tuned.report.candidates,
+        "compiled": tuned.report.compiled,
+        "measured": tuned.report.measured,
+        "dropped": dict(tuned.report.dropped),
+        "failed": tuned.report.failed,
+    }
