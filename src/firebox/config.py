@@ -41,6 +41,9 @@ class ModelConfig:
         "auto: read the checkpoint; dummy: random values in the real shapes",
         choices=("auto", "dummy"),
     )
+    layers: int | None = option(
+        None, "with --load-format dummy: only so many of the model's layers, the first ones"
+    )
     requantize: str = option(
         "none",
         "fp8: at load, every unquantised projection of attention, dense MLP and shared experts, and the "

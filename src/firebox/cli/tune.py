@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from firebox.planning.fit import Source
     from firebox.tuning.run import Tuned, Work
 
+UNPROVED = "unproved"  # the folder of files that have not shown a gain
 OPS = ("moe", "linear", "attention", "all")
 UNITS = {"s": 1, "m": 60, "h": 3600}
 
@@ -41,6 +42,10 @@ def tune(
     prefill_chunk_tokens: Annotated[int, typer.Option(min=1, help="as in serve")] = 512,
     max_batch_tokens: Annotated[int, typer.Option(min=1, help="the largest step")] = 4096,
     dtype: Annotated[str, typer.Option(help="compute dtype")] = "auto",
+    prove: Annotated[
+        bool, typer.Option("--prove", help="install only what makes the engine faster, in pairs")
+    ] = False,
+    layers: Annotated[int, typer.Option(min=1, help="with --prove: layers that the engine runs")] = 12,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document")] = False,
 ) -> None:
     """Kernel configurations for a model, in minutes: compiled on all cores, ranked by an estimate, measured
@@ -56,8 +61,11 @@ def tune(
     from firebox.tuning.run import tune as run
 
     on, here = _gpu(gpu, predict=predict)
+    if prove and (not here or tp > 1 or op != "moe"):
+        raise ConfigError("--prove", hint="it runs the engine here: without --predict, with --tp 1 --op moe")
     source = source_of(model, dtype)
-    folder = out or read().cache_dir / "tuned"
+    home = out or read().cache_dir / "tuned"
+    folder = home / UNPROVED if prove else home
     works = _works(source, on, tp, op)
     sizes = sizes_of(drafts, prefill_chunk_tokens, max_batch_tokens)
     done: list[Tuned] = []
@@ -70,8 +78,32 @@ def tune(
         except KeyboardInterrupt:
             print("stopped; what was found is kept", file=sys.stderr)
     _show(done, as_json=as_json)
-    if not done:
+    if not done or (prove and not _proved(source, layers, folder, home, done)):
         raise typer.Exit(1)
+
+
+def _proved(source: Source, layers: int, new: Path, home: Path, done: Sequence[Tuned]) -> bool:
+    """Runs the engine with the new files and without, and installs them if that pays."""
+    from firebox.config import Config, EngineConfig, ModelConfig
+    from firebox.text.folder import resolve_folder
+    from firebox.tuning.prove import prove, worth_installing
+    from firebox.tuning.write import merge
+
+    folder, least = str(resolve_folder(source.name)), min(layers, int(source.config["num_hidden_layers"]))
+    of = ModelConfig(model=folder, load_format="dummy", layers=least, dtype=source.dtype)
+    gains = []
+    for gain in prove(Config(model=of, engine=EngineConfig(device="cuda", prefix_cache=False)), new):
+        gains.append(gain)
+        print(
+            f"{gain.case}: {gain.before_ms:.3f} ms before, {gain.after_ms:.3f} after: "
+            f"{gain.share.value:+.2%} ({gain.share.low:+.2%} to {gain.share.high:+.2%})",
+            file=sys.stderr,
+        )
+    pays = worth_installing(gains)
+    for tuned in done if pays else ():
+        merge(home / tuned.file.relative_to(new), tuned.work.tunable, tuned.entries)
+    print("installed" if pays else f"no gain: not installed; the files stay in {new}", file=sys.stderr)
+    return pays
 
 
 def seconds(text: str) -> float:

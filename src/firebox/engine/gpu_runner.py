@@ -72,6 +72,10 @@ class GpuRunner(Runner):
         graph = self._graph(len(plan.chunks))
         return self._sample(plan.chunks, graph.logits, [1] * graph.rows)
 
+    def forget_graphs(self) -> None:
+        """Captures anew from now on; another runner that holds the graphs keeps them."""
+        self._graphs = {}
+
     def may_overlap(self, plan: Plan) -> bool:
         """Whether `launch` can take this plan, and the next step can follow before its tokens are known."""
         return self._overlap and not self._eager_because(plan) and _plainly(plan)

@@ -41,7 +41,7 @@ from firebox.layers.base import Build
 from firebox.layers.decoder import Decoder
 from firebox.layers.device import Device
 from firebox.models.base import Model, decode_bytes, need
-from firebox.weights.checkpoint import Checkpoint, open_checkpoint
+from firebox.weights.checkpoint import Checkpoint, first_layers, open_checkpoint
 from firebox.weights.dummy import load_dummy
 from firebox.weights.load import chosen_slots, load_weights
 from firebox.weights.requantise import Requantiser, requantised_bytes, stored_bytes
@@ -56,6 +56,10 @@ def start(
     """Loads everything; `config.model.model` is a folder. Raises the FireboxError that says what is wrong."""
     began = time.perf_counter()
     checkpoint = open_checkpoint(Path(config.model.model))
+    if config.model.layers is not None:
+        if config.model.load_format != "dummy":
+            raise ConfigError("--layers is for made-up weights", hint="--load-format dummy --layers N")
+        checkpoint = first_layers(checkpoint, config.model.layers)
     dtype = checkpoint.dtype if config.model.dtype == "auto" else config.model.dtype
     gpu, why = device_of(config.engine.device, dtype)
     if gpu.kind == "cuda" and config.model.requantize != "none":

@@ -19,10 +19,15 @@ import json
 import math
 from collections.abc import Callable
 from importlib import resources
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 from firebox.env import read
 from firebox.kernels._experts import Problem
+
+F = TypeVar("F", bound=Callable[..., Any])
+_CACHED: list[Any] = []
+_roots: tuple[Path, ...] = ()
 
 
 def key(problem: Problem) -> str:
@@ -54,12 +59,33 @@ def _nearest(entries: dict[str, Any], tokens: int, wanted: Callable[[str], bool]
     return found
 
 
+def roots() -> tuple[Path, ...]:
+    """The folders that are read, later ones first: the package's own, and what was tuned on this machine."""
+    return _roots or (Path(str(resources.files("firebox"))) / "tuned", read().cache_dir / "tuned")
+
+
+def use(*folders: Path) -> None:
+    """Reads these folders from now on; none: the usual ones. What was looked up before is looked up again,
+    but what has been captured in a graph stays as it is."""
+    global _roots
+    _roots = folders
+    _file.cache_clear()
+    for function in _CACHED:
+        function.cache_clear()
+
+
+def cached(function: F) -> F:
+    """functools.cache for what depends on these files."""
+    found: Any = functools.cache(function)
+    _CACHED.append(found)
+    return cast(F, found)
+
+
 @functools.cache
 def _file(gpu_name: str, name: str = "experts") -> dict[str, dict[str, Any]]:
-    folder, file = gpu_name.replace("-", "_"), f"{name}.json"
     found: dict[str, dict[str, Any]] = {}
-    for root in (resources.files("firebox") / "tuned", read().cache_dir / "tuned"):
-        path = root / folder / file
+    for root in roots():
+        path = root / gpu_name.replace("-", "_") / f"{name}.json"
         if path.is_file():
             found |= json.loads(path.read_text(encoding="utf-8"))
     return found

@@ -217,7 +217,7 @@ class LinearKernels:
                 out.add_(term)
 
 
-@functools.cache
+@_tuned.cached
 def _path_of(problem: Problem, tokens: int, gpu: Gpu) -> Path:
     return path_of(problem, tokens, gpu)
 

@@ -358,7 +358,7 @@ def like(problem: Problem, tokens: int, path: Path) -> int:
     return next(alike)
 
 
-@functools.cache
+@_tuned.cached
 def _path_of(problem: Problem, tokens: int, gpu: Gpu) -> Path:
     return path_of(problem, tokens, gpu)
 

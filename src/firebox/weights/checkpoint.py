@@ -7,17 +7,18 @@ Nothing in a folder is executed: no pickle, no remote code.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import json
 from collections.abc import Container, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from firebox.errors import CheckpointError, CorruptShard
+from firebox.errors import CheckpointError, ConfigError, CorruptShard
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -104,6 +105,23 @@ def _opened(shard: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         raise CorruptShard(f"{shard}: {error}", hint="download the file again") from error
+
+
+def first_layers(checkpoint: Checkpoint, layers: int) -> Checkpoint:
+    """The same with a configuration of the first `layers` layers and no drafting layer: for made-up weights.
+    Raises ConfigError for more than there are, or none."""
+    config = copy.deepcopy(checkpoint.config)
+    nested = config.get("text_config")
+    inner = nested if isinstance(nested, dict) and "num_hidden_layers" in nested else config
+    there = inner.get("num_hidden_layers")
+    if not isinstance(there, int) or not 1 <= layers <= there:
+        raise ConfigError(f"--layers {layers}", hint=f"the model has {there} layers")
+    inner["num_hidden_layers"] = layers
+    if isinstance(inner.get("layer_types"), list):
+        inner["layer_types"] = inner["layer_types"][:layers]
+    for drafting in ("num_nextn_predict_layers", "mtp_num_hidden_layers"):
+        inner.pop(drafting, None)
+    return replace(checkpoint, config=config)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

@@ -1,0 +1,83 @@
+"""Files in tuned/: what joins what, and that kernels read what was written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from firebox.hardware.base import find_gpu
+from firebox.kernels import _tuned
+from firebox.kernels._experts import Problem
+from firebox.layers.experts import path_of
+from firebox.tuning import experts
+from firebox.tuning.base import Option
+from firebox.tuning.search import MEASURED, PREDICTED, Entry
+from firebox.tuning.write import ABOUT, folder_of, merge
+
+PROBLEM = Problem(1024, 256, 16, 4, "fp8_channel")
+GPU = find_gpu("gb10")
+
+
+def entry(tokens: int, how: str, problem: Problem = PROBLEM, warps: int = 4) -> Entry:
+    task = experts.task(problem, tokens)
+    parts = {
+        part: next(
+            c
+            for c in experts.candidates(task, GPU)
+            if (c.path, c.part) == ("few", part) and c.config.warps == warps
+        )
+        for part in experts.PARTS
+    }
+    return Entry(task, Option("few", parts, 12.345), how)
+
+
+@pytest.fixture
+def folder(tmp_path: Path):  # type: ignore[no-untyped-def]
+    _tuned.use(tmp_path)
+    yield tmp_path
+    _tuned.use()
+
+
+def write(folder: Path, *entries: Entry) -> Path:
+    path = folder_of(folder, GPU.name) / experts.FILE
+    merge(path, experts, entries)  # type: ignore[arg-type]
+    _tuned.use(folder)
+    return path
+
+
+def test_kernels_read_what_was_written(folder: Path) -> None:
+    assert path_of(PROBLEM, 4, GPU).why.startswith("default")
+    one = entry(4, PREDICTED)
+    path = write(folder, one)
+    found = path_of(PROBLEM, 4, GPU)
+    assert found.why.startswith("predicted") and found.name == "few"
+    assert found.gate_up == one.option.parts["gate_up"].config
+    assert found.down == one.option.parts["down"].config
+    about = json.loads(path.read_text())[ABOUT]
+    assert set(about) == {"triton", "date", "commit"} and all(about.values())
+
+
+def test_other_problems_stay_and_a_prediction_replaces_no_measurement(folder: Path) -> None:
+    other = Problem(2048, 256, 16, 4, "fp8_channel")
+    write(folder, entry(4, MEASURED))
+    write(folder, entry(8, PREDICTED, other), entry(4, PREDICTED, warps=2))
+    assert path_of(PROBLEM, 4, GPU).why.startswith("measured")
+    assert path_of(PROBLEM, 4, GPU).gate_up.warps == 4
+    assert path_of(other, 8, GPU).why.startswith("predicted")
+    write(folder, entry(4, MEASURED, warps=2))
+    assert path_of(PROBLEM, 4, GPU).gate_up.warps == 2
+
+
+def test_a_file_is_replaced_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(folder, entry(4, MEASURED))
+    before = path.read_text()
+
+    def full(self: Path, *_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="no space"):
+        merge(path, experts, [entry(8, MEASURED)])  # type: ignore[arg-type]
+    assert path.read_text() == before
