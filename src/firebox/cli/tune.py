@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from firebox.hardware.base import Gpu
     from firebox.planning.fit import Source
     from firebox.tuning.run import Tuned, Work
+    from firebox.tuning.spread import Places
 
 UNPROVED = "unproved"  # the folder of files that have not shown a gain
 OPS = ("moe", "linear", "attention", "all")
@@ -45,6 +46,9 @@ def tune(
     prove: Annotated[
         bool, typer.Option("--prove", help="install only what makes the engine faster, in pairs")
     ] = False,
+    ray: Annotated[
+        str | None, typer.Option(help="a Ray cluster to compile and measure on: its address")
+    ] = None,
     layers: Annotated[int, typer.Option(min=1, help="with --prove: layers that the engine runs")] = 12,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document")] = False,
 ) -> None:
@@ -60,7 +64,7 @@ def tune(
     from firebox.tuning.run import sizes_of
     from firebox.tuning.run import tune as run
 
-    on, here = _gpu(gpu, predict=predict)
+    on, here = _gpu(gpu, predict=predict, far=ray is not None)
     if prove and (not here or tp > 1 or op != "moe"):
         raise ConfigError("--prove", hint="it runs the engine here: without --predict, with --tp 1 --op moe")
     source = source_of(model, dtype)
@@ -70,10 +74,10 @@ def tune(
     sizes = sizes_of(drafts, prefill_chunk_tokens, max_batch_tokens)
     done: list[Tuned] = []
     with ExitStack() as stack:
-        meter = stack.enter_context(_worker(on)) if here else None
+        places = stack.enter_context(_places(on, ray, measure=here))
         progress = stack.enter_context(_bar(len(works)))
         try:
-            for tuned in run(works, on, folder, meter, sizes, budget_s, progress):
+            for tuned in run(works, on, folder, places, sizes, budget_s, progress):
                 done.append(tuned)
         except KeyboardInterrupt:
             print("stopped; what was found is kept", file=sys.stderr)
@@ -114,8 +118,8 @@ def seconds(text: str) -> float:
     return float(found[1]) * UNITS[found[2] or "s"]
 
 
-def _gpu(name: str | None, *, predict: bool) -> tuple[Gpu, bool]:
-    """What is tuned for, and whether it can be measured here."""
+def _gpu(name: str | None, *, predict: bool, far: bool) -> tuple[Gpu, bool]:
+    """What is tuned for, and whether it can be measured: here, or with `far` elsewhere."""
     from firebox.hardware.base import find_gpu
     from firebox.hardware.probe import probe_gpu
 
@@ -123,8 +127,8 @@ def _gpu(name: str | None, *, predict: bool) -> tuple[Gpu, bool]:
     wanted = there if name is None else find_gpu(name)
     if wanted is None:
         raise ConfigError("there is no GPU here", hint="--gpu NAME --predict works without one")
-    if predict:
-        return wanted, False
+    if predict or far:
+        return wanted, not predict
     if there is None or there.name != wanted.name:
         raise ConfigError(
             f"there is no {wanted.name} here to measure on", hint="--predict ranks by an estimate instead"
@@ -138,10 +142,10 @@ def _works(source: Source, gpu: Gpu, tp: int, op: str) -> list[Work]:
     return works_of(source, gpu, tp, op)
 
 
-def _worker(gpu: Gpu) -> Any:
-    from firebox.tuning.worker import Worker
+def _places(gpu: Gpu, ray: str | None, *, measure: bool) -> AbstractContextManager[Places]:
+    from firebox.tuning.spread import cluster, this_machine
 
-    return Worker(gpu)
+    return this_machine(gpu, measure=measure) if ray is None else cluster(ray, gpu, measure=measure)
 
 
 class _bar:

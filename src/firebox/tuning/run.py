@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from queue import Queue
+from threading import Lock
 from typing import Any
 
 from firebox.bench.timer import now
@@ -21,6 +24,7 @@ from firebox.kernels import _triton
 from firebox.tuning.base import Task
 from firebox.tuning.journal import Journal
 from firebox.tuning.search import KEYS, Entry, Meter, Report, Search, interleave_keys
+from firebox.tuning.spread import Compile, Places
 from firebox.tuning.write import folder_of, merge
 
 # Batches, and chunks of prompts, that servers really run.
@@ -60,31 +64,63 @@ def tune(
     works: Sequence[Work],
     gpu: Gpu,
     out: Path,
-    meter: Meter | None,
+    places: Places,
     sizes: Sequence[int] = SIZES,
     budget_s: float = math.inf,
     progress: Progress = lambda work, what, done, of: None,
 ) -> Iterator[Tuned]:
-    """Files and journal go to `out`; yields what became of each problem when its file is written. Each
-    problem gets an equal share of the time that is left."""
-    folder, began = folder_of(out, gpu.name), now()
+    """Files and journal go to `out`; yields what became of each problem when its file is written. As many
+    problems at a time as there are GPUs to measure on, one if there are none."""
+    meters = Queue[Meter | None]()
+    for meter in places.meters or (None,):
+        meters.put(meter)
+    at_a_time, ends = meters.qsize(), now() + budget_s
+    turn = Lock()
+
+    def one(n: int) -> Tuned:
+        meter = meters.get()
+        try:
+            # of the time that is left an equal share for each problem that has not begun
+            share = (ends - now()) / math.ceil((len(works) - n) / at_a_time)
+            return _tuned(works[n], gpu, out, meter, places.compile, sizes, share, progress, turn)
+        finally:
+            meters.put(meter)
+
+    if at_a_time == 1:
+        yield from map(one, range(len(works)))
+        return
+    with ThreadPoolExecutor(at_a_time) as pool:
+        yield from pool.map(one, range(len(works)))
+
+
+def _tuned(
+    work: Work,
+    gpu: Gpu,
+    out: Path,
+    meter: Meter | None,
+    compile: Compile,
+    sizes: Sequence[int],
+    share_s: float,
+    progress: Progress,
+    turn: Lock,
+) -> Tuned:
     full, between = interleave_keys(KEYS, sizes)
+    began = now()
     with closing(Journal(out / "journal.sqlite", gpu.name, _triton.VERSION)) as journal:
-        for n, work in enumerate(works):
-            share = (began + budget_s - now()) / (len(works) - n)
-            search = Search(
-                work.tunable,
-                partial(_task, work),
-                gpu,
-                journal,
-                meter,
-                full,
-                between,
-                compile_until=now() + share * (COMPILING_SHARE if meter else 1.0),
-                deadline=now() + share if meter else math.inf,
-                progress=partial(progress, work),
-            )
-            yield _finished(work, search, folder / work.tunable.FILE)
+        search = Search(
+            work.tunable,
+            partial(_task, work),
+            gpu,
+            journal,
+            meter,
+            compile,
+            full,
+            between,
+            compile_until=began + share_s * (COMPILING_SHARE if meter else 1.0),
+            deadline=began + share_s if meter else math.inf,
+            progress=partial(progress, work),
+        )
+        return _written(work, search, folder_of(out, gpu.name) / work.tunable.FILE, turn)
 
 
 def _task(work: Work, tokens: int) -> Task:
@@ -92,12 +128,13 @@ def _task(work: Work, tokens: int) -> Task:
     return found
 
 
-def _finished(work: Work, search: Search, file: Path) -> Tuned:
+def _written(work: Work, search: Search, file: Path, turn: Lock) -> Tuned:
     """Writes what there is, also when it is interrupted."""
     entries: list[Entry] = []
     try:
         entries.extend(search.entries())
     finally:
-        if entries:
-            merge(file, work.tunable, entries)
+        with turn:
+            if entries:
+                merge(file, work.tunable, entries)
     return Tuned(work, tuple(entries), search.report, file)

@@ -81,8 +81,13 @@ class Report:
 Progress = Callable[[str, int, int], None]
 
 
+def compile_here(requests: Sequence[CompileRequest], keep: bool) -> list[Compiled]:
+    """On this machine's cores; `keep`: the binaries too."""
+    return compile_all(requests, keep_binaries=keep)
+
+
 class Search:
-    """One problem of one operation. `meter` None: predict. `between`: further numbers of tokens that occur,
+    """One problem of one operation. `meter` None: predict. `compile`: see spread.Places. `between`: further numbers of tokens that occur,
     where interpolation is tested. `deadline`: on the clock of bench.timer; compiling stops at
     `compile_until`."""
 
@@ -93,6 +98,7 @@ class Search:
         gpu: Gpu,
         journal: Journal,
         meter: Meter | None = None,
+        compile: Callable[[Sequence[CompileRequest], bool], list[Compiled]] = compile_here,
         keys: Sequence[int] = KEYS,
         between: Sequence[int] = (),
         compile_until: float = math.inf,
@@ -100,6 +106,7 @@ class Search:
         progress: Progress = lambda what, done, of: None,
     ) -> None:
         self._tunable, self._gpu, self._journal, self._meter = tunable, gpu, journal, meter
+        self._compile_all = compile
         self._keys = {tokens: make_task(tokens) for tokens in keys}
         self._between = {tokens: make_task(tokens) for tokens in between if tokens not in keys}
         self._compile_until, self._deadline, self._progress = compile_until, deadline, progress
@@ -134,7 +141,7 @@ class Search:
         if self._meter is not None:
             tasks = (*self._keys.values(), *self._between.values())
             others = [r for task in tasks for r in self._tunable.further_requests(task, self._gpu)]
-            compile_all(others, keep_binaries=True)
+            self._compile_all(others, True)
         for _, task, candidate in wanted:
             self._judge(task, candidate)
 
@@ -162,7 +169,7 @@ class Search:
                 break
             self._progress("compiling", first, len(left))
             batch = left[first : first + size]
-            found = compile_all([request for _, request in batch], keep_binaries=self._meter is not None)
+            found = self._compile_all([request for _, request in batch], self._meter is not None)
             self._compiled |= {code: one for (code, _), one in zip(batch, found, strict=True)}
         self.report.compiled = len(self._compiled)
 
