@@ -64,6 +64,13 @@ def expert_shape(model: str, kind: str, config: Mapping[str, Any], tp: int) -> E
     )
 
 
+def token_sizes(kind: str, config: Mapping[str, Any]) -> tuple[int, int]:
+    """The width of a token's hidden states, and how many routed experts it takes; of a model that
+    `expert_shape` accepts."""
+    found = load("models", kind).Config.from_hf(config)
+    return found.hidden_size, found.num_experts_per_tok
+
+
 def asked_names(server: str, shape: ExpertShape, name: Name) -> tuple[Name, ...]:
     """The facts by which `server` looks a file up for this model, the usual ones first; device and "_down"
     are `name`'s. Nothing if no dtype word stands for the format."""

@@ -6,11 +6,12 @@
 
 Each part but the first three is left out where it says nothing: no dtype for bf16 and fp16, no block shape
 for scales per tensor, channel or group, "per_channel_quant" only in SGLang's names, "_down" only in the names
-of its files for the second product. Spaces in a device's name become underscores; vLLM calls every device
-with the word H200 in its name "NVIDIA_H200". Anything else in a name and the file is never found.
+of its files for the second product. A space in a device's name becomes an underscore, for vLLM a run of
+spaces and slashes does; vLLM calls every device with the word H200 in its name "NVIDIA_H200". Anything else
+in a name and the file is never found.
 
 Sources: sgl-project/sglang fused_moe_triton_config.py, vllm-project/vllm fused_moe.py and config.py, both
-get_config_file_name, read 2026-11-21.
+get_config_file_name, of sglang 0.5.23 and vllm 0.33.0, read 2026-11-21.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def file_name(server: str, name: Name) -> str | None:
     parts = [f"E={name.experts}", f"N={name.width}", f"device_name={name.device}"]
     if name.dtype is not None:
         parts.append(f"dtype={name.dtype}")
-    if name.block is not None:
+    if name.block is not None and all(name.block):
         shape = str(list(name.block))
         parts.append(f"block_shape={shape if server == SGLANG else shape.replace(' ', '')}")
     if name.per_channel and server == SGLANG:
@@ -105,9 +106,11 @@ def file_name(server: str, name: Name) -> str | None:
 
 def devices(server: str, gpu: Gpu) -> tuple[str, ...]:
     """How `server` writes the names by which CUDA may call this GPU."""
-    spelled = [name.replace(" ", "_") for name in gpu.device_names]
     if server == VLLM:
+        spelled = [re.sub(r"[\s/]+", "_", name) for name in gpu.device_names]
         spelled = ["NVIDIA_H200" if "H200" in name.split("_") else name for name in spelled]
+    else:
+        spelled = [name.replace(" ", "_") for name in gpu.device_names]
     return tuple(dict.fromkeys(spelled))
 
 

@@ -67,8 +67,8 @@ def judge(path: Path, gpu: Gpu, shape: ExpertShape | None = None) -> Verdict:
     from firebox.planning._foreign_kernel import request  # Triton
 
     file, name = _foreign_file.read(path), _foreign_name.parse(path.name)
-    operands = _operands(name)
-    tiles = {key: _tile(entry, name, operands) for key, entry in file.entries.items()}
+    operands = operands_of(name)
+    tiles = {key: tile_of(entry, name, operands) for key, entry in file.entries.items()}
     requests = [request(operands, tile, name.down, gpu) for tile in tiles.values()]
     keys = dict(zip(tiles, compile_all(requests), strict=True))
     askers = _foreign_name.askers(path.name, name, gpu)
@@ -92,8 +92,8 @@ def judge(path: Path, gpu: Gpu, shape: ExpertShape | None = None) -> Verdict:
     )
 
 
-def _operands(name: Name) -> Operands:
-    """What the dtype word means. Scales: of weights alone a channel or (int4) a group, else as the name
+def operands_of(name: Name) -> Operands:
+    """What a name's dtype word means. Scales: of weights alone a channel or (int4) a group, else as the name
     says. "bf16" stands for fp16 too, which needs the same bytes."""
     from firebox.planning._foreign_kernel import Operands
 
@@ -115,7 +115,8 @@ def _block(name: Name) -> tuple[int, int] | None:
     return name.block if name.block is not None and all(name.block) else None
 
 
-def _tile(entry: Mapping[str, Any], name: Name, operands: Operands) -> Tile:
+def tile_of(entry: Mapping[str, Any], name: Name, operands: Operands) -> Tile:
+    """What an entry of a file with this name is compiled as."""
     from firebox.planning._foreign_kernel import Tile
 
     block = operands.block if operands.scales == "block" else ()
