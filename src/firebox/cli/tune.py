@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from firebox.tuning.run import Tuned, Work
     from firebox.tuning.spread import Places
 
+SERVERS_SHARE = 0.45  # of the budget: files for SGLang and vLLM, which compile their own kernel
 UNPROVED = "unproved"  # the folder of files that have not shown a gain
 OPS = ("moe", "linear", "attention", "all")
 UNITS = {"s": 1, "m": 60, "h": 3600}
@@ -49,6 +50,11 @@ def tune(
     ray: Annotated[
         str | None, typer.Option(help="a Ray cluster to compile and measure on: its address")
     ] = None,
+    seeds: Annotated[
+        list[Path],
+        typer.Option("--import", help="a tuning file of SGLang or vLLM: its tiles compete in theirs"),
+    ] = [],  # noqa: B006 (typer copies it)
+    servers: Annotated[bool, typer.Option(help="files for SGLang and vLLM too")] = True,
     layers: Annotated[int, typer.Option(min=1, help="with --prove: layers that the engine runs")] = 12,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON document")] = False,
 ) -> None:
@@ -72,16 +78,18 @@ def tune(
     folder = home / UNPROVED if prove else home
     works = _works(source, on, tp, op)
     sizes = sizes_of(drafts, prefill_chunk_tokens, max_batch_tokens)
+    theirs_s = budget_s * SERVERS_SHARE if servers and op in ("moe", "all") else 0.0
     done: list[Tuned] = []
     with ExitStack() as stack:
         places = stack.enter_context(_places(on, ray, measure=here))
         progress = stack.enter_context(_bar(len(works)))
         try:
-            for tuned in run(works, on, folder, places, sizes, budget_s, progress):
+            for tuned in run(works, on, folder, places, sizes, budget_s - theirs_s, progress):
                 done.append(tuned)
         except KeyboardInterrupt:
             print("stopped; what was found is kept", file=sys.stderr)
-    _show(done, as_json=as_json)
+    theirs = _for_servers(source, on, tp, folder, theirs_s, seeds) if theirs_s else []
+    _show(done, theirs, as_json=as_json)
     if not done or (prove and not _proved(source, layers, folder, home, done)):
         raise typer.Exit(1)
 
@@ -139,7 +147,13 @@ def _gpu(name: str | None, *, predict: bool, far: bool) -> tuple[Gpu, bool]:
 def _works(source: Source, gpu: Gpu, tp: int, op: str) -> list[Work]:
     from firebox.tuning.problems import works_of
 
-    return works_of(source, gpu, tp, op)
+    works, refusals = works_of(source, gpu, tp, op)
+    if not works:
+        raise ConfigError(
+            f"{source.name} has nothing to tune for --op {op} on {gpu.name}",
+            hint="; ".join(refusals) or "another --op",
+        )
+    return works
 
 
 def _places(gpu: Gpu, ray: str | None, *, measure: bool) -> AbstractContextManager[Places]:
@@ -174,9 +188,26 @@ class _bar:
         self._bar.update(self._rows[key], completed=done, total=of)
 
 
-def _show(done: Sequence[Tuned], *, as_json: bool) -> None:
+def _for_servers(
+    source: Source, gpu: Gpu, tp: int, folder: Path, budget_s: float, seeds: Sequence[Path]
+) -> list[Path]:
+    """The files that SGLang and vLLM look up; none, and a line that says why, where they read none."""
+    from firebox.errors import UnsupportedFormat
+    from firebox.tuning.servers.predict import predict_files
+    from firebox.tuning.write import commit
+
+    try:
+        report = predict_files(source, gpu, tp, folder, budget_s, seeds=seeds, commit=commit())
+    except UnsupportedFormat as error:
+        print(f"no files for other servers: {error}", file=sys.stderr)
+        return []
+    return list(report.paths)
+
+
+def _show(done: Sequence[Tuned], theirs: Sequence[Path], *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps([_document(tuned) for tuned in done]))
+        found = {"problems": [_document(tuned) for tuned in done], "servers": [str(path) for path in theirs]}
+        print(json.dumps(found))
         return
     for tuned in done:
         report = tuned.report
@@ -195,6 +226,10 @@ def _show(done: Sequence[Tuned], *, as_json: bool) -> None:
         )
         for name, why in report.failed.items():
             print(f"  failed: {name}: {why}")
+    if theirs:
+        print("for SGLang and vLLM, predicted:")
+    for path in theirs:
+        print(f"  {path}")
 
 
 def _document(tuned: Tuned) -> dict[str, Any]:

@@ -12,13 +12,17 @@ from firebox.tuning.run import Work
 TUNED = {experts: ("moe", "experts")}  # who launches → what --op calls it, who tunes it
 
 
-def works_of(source: Source, gpu: Gpu, tp: int, op: str) -> list[Work]:
-    """The problems of `op` ("moe", "linear", "attention" or "all")."""
-    layers: dict[tuple[str, object], int] = {}
-    for alike in layers_for(open_source(source, gpu), gpu, tp, EngineConfig()):
-        for operation in alike.operations:
+def works_of(source: Source, gpu: Gpu, tp: int, op: str) -> tuple[list[Work], list[str]]:
+    """The problems of `op` ("moe", "linear", "attention" or "all"), and why layers have none."""
+    found: dict[tuple[str, object], int] = {}
+    refusals = dict[str, None]()
+    for layers in layers_for(open_source(source, gpu), gpu, tp, EngineConfig()):
+        if layers.refusal is not None:
+            refusals[f"{layers.op}: {layers.refusal}"] = None
+        for operation in layers.operations:
             kind, file = TUNED.get(operation.source, ("", ""))
             if kind and op in (kind, "all"):
                 key = (file, operation.problem)
-                layers[key] = layers.get(key, 0) + alike.layers
-    return [Work(load("tuning", file), problem, count) for (file, problem), count in layers.items()]
+                found[key] = found.get(key, 0) + layers.layers
+    works = [Work(load("tuning", file), problem, count) for (file, problem), count in found.items()]
+    return works, list(refusals)

@@ -87,9 +87,9 @@ def compile_here(requests: Sequence[CompileRequest], keep: bool) -> list[Compile
 
 
 class Search:
-    """One problem of one operation. `meter` None: predict. `compile`: see spread.Places. `between`: further numbers of tokens that occur,
-    where interpolation is tested. `deadline`: on the clock of bench.timer; compiling stops at
-    `compile_until`."""
+    """One problem of one operation. `meter` None: predict. `compile`: see spread.Places. `between`:
+    further numbers of tokens that occur, where interpolation is tested. `deadline`: on the clock of
+    bench.timer; compiling stops at `compile_until`."""
 
     def __init__(
         self,

@@ -1,5 +1,5 @@
-"""Where a tuning run compiles and measures: on this machine, or over a Ray cluster (the extra `cluster`), where
-compiles go to all CPUs and every GPU measures problems of its own. What comes out is the same.
+"""Where a tuning run compiles and measures: on this machine, or over a Ray cluster (the extra `cluster`),
+where compiles go to all CPUs and every GPU measures problems of its own. What comes out is the same.
 
 A compile request travels as plain data, its kernel by name: Triton's functions do not pickle. The machines
 must have the same version of this package.
@@ -55,7 +55,8 @@ def cluster(address: str, gpu: Gpu, *, measure: bool) -> Iterator[Places]:
         raise ConfigError("--ray needs Ray", hint="pip install 'firebox[cluster]'") from error
     ray.init(address=address, include_dashboard=False, log_to_driver=False)
     try:
-        gpus = int(ray.cluster_resources().get("GPU", 0)) if measure else 0
+        there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        gpus = int(there.get("GPU", 0)) if measure else 0
         if measure and not gpus:
             raise ConfigError(f"the cluster at {address} has no GPU", hint="--predict works without one")
         remote = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(_compiled)
