@@ -160,7 +160,7 @@ def _tuned(name: str, gpu: Gpu, worker: Worker, found: Lines) -> dict[str, Any]:
     full, between = interleave_keys(KEYS, TOKENS)
     make = partial(experts.task, MODELS[name])
     journal = Journal(None, gpu.name, triton.__version__)
-    search = Search(experts, make, gpu, journal, worker, full, between)
+    search = Search(experts, make, gpu, journal, worker, keys=full, between=between)
     entries = {entry.task.tokens: entry for entry in search.entries()}
     for tokens, entry in entries.items():
         print(tokens, entry.option.path, [c.name for c in entry.option.parts.values()], flush=True)

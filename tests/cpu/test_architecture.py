@@ -82,7 +82,17 @@ TABLE: dict[str, tuple[str, ...]] = {
     # level 9
     "bench": ("kernels", "formats", "llm", "engine.client", "text", "planning", "config"),
     # level 10
-    "tuning": ("kernels", "formats", "bench.timer", "planning", "layers"),
+    "tuning": (
+        "kernels",
+        "formats",
+        "attention",
+        "layers",
+        "planning",
+        "engine",
+        "bench.timer",
+        "bench.statistics",
+        "config",
+    ),
     "matrix": ("bench", "planning", "config"),
     # level 11
     "cli": ("*",),
@@ -250,6 +260,7 @@ def _declared() -> set[str]:
     """Dependencies, and those of the extra `report`, which is for users too."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = [*project["dependencies"], *project["optional-dependencies"]["report"]]
+    lines += project["optional-dependencies"]["cluster"]
     return {_normal(re.split(r"[^\w.-]", line)[0]) for line in lines}
 
 

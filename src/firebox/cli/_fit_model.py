@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,14 +22,16 @@ PARTIAL = (
 
 
 def fit_model(
-    model: str, gpu: str, tp: int, dtype: str, engine: EngineConfig, *, as_json: bool, strict: bool = False
-) -> bool:
-    """Prints the answer; True: it fits, with `strict` without fallbacks."""
+    model: str, gpu: str, divided: Mapping[str, int], dtype: str, engine: EngineConfig, *, as_json: bool,
+    strict: bool = False,
+) -> bool:  # fmt: skip
+    """Prints the answer; True: it fits, with `strict` without fallbacks. `divided`: tp, ep and drafts, as
+    plan takes them."""
     from firebox.hardware.base import find_gpu
     from firebox.planning.fit import compiled, open_source, plan
 
     on = find_gpu(gpu)
-    found = compiled(plan(open_source(source_of(model, dtype), on), on, tp, engine))
+    found = compiled(plan(open_source(source_of(model, dtype), on), on, engine=engine, **divided))
     if as_json:
         print(json.dumps(found.document()))
     else:
@@ -61,13 +63,15 @@ def _show(fit: Fit, *, strict: bool) -> None:
     if fit.roof is not None:
         print("\n".join(_roof_lines(fit.roof)))
     print(PARTIAL + ", ".join(fit.not_planned))
+    for sentence in fit.planned_only:
+        print(f"planned only: {sentence}")
     for problem in fit.problems:
         print(f"does not fit: {problem}")
     for fallback in fit.fallbacks if strict else ():
         print(f"--strict: {fallback}")
     for help in fit.help:
         print(f"would help: {help}")
-    what = f"{fit.source.name} on {fit.tp} × {fit.gpu.name}"
+    what = f"{fit.source.name} on {fit.setting.gpus} × {fit.gpu.name}"
     print(f"{what}: {'fits' if fit.fits else 'does not fit'}, as far as was checked", flush=True)
 
 
@@ -76,6 +80,8 @@ def _show_launches(fit: Fit, layers: Layers, launches: Sequence[Launch]) -> None
     from rich.table import Table
 
     title = f"{layers.op} in {layers.format}, {layers.layers} of them, on {fit.gpu.name}, tp {fit.tp}"
+    if fit.setting.ep > 1:
+        title += f", ep {fit.setting.ep}"
     table = Table(title=title, title_justify="left")
     for heading in ("tokens", "bytes", "limit", "registers", "spilled"):
         table.add_column(heading, justify="right", no_wrap=True)

@@ -31,6 +31,13 @@ def fit(
         str | None, typer.Argument(help="a card, a folder or a Hugging Face id; default: firebox-tiny")
     ] = None,
     tp: Annotated[int | None, typer.Option(help="GPUs that share the model; default 1")] = None,
+    ep: Annotated[
+        int | None,
+        typer.Option(help="groups of GPUs that share out the routed experts; default 1"),
+    ] = None,
+    num_drafts: Annotated[
+        int | None, typer.Option(help="tokens beside its own that a request's decode step checks; default 0")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="compute dtype; default: the checkpoint's")] = None,
     kv_cache_dtype: Annotated[
         str | None, typer.Option(help="as in serve: bf16, fp8, …; default: the compute dtype")
@@ -62,7 +69,8 @@ def fit(
     }
     given = {name: value for name, value in engine.items() if value is not None}
     if moe_config is not None:
-        unused = [*given, *(["dtype"] if dtype is not None else []), *(["strict"] if strict else [])]
+        others = {"dtype": dtype, "ep": ep, "num_drafts": num_drafts, "strict": strict or None}
+        unused = [*given, *(name for name, value in others.items() if value is not None)]
         if unused:
             raise ConfigError(f"--moe-config does not go with --{unused[0].replace('_', '-')}")
         raise typer.Exit(0 if _judge(moe_config, gpu, model, of_model, tp, as_json) else 1)
@@ -74,9 +82,9 @@ def fit(
     from firebox.config import DEFAULT_MODEL, EngineConfig
 
     settings = EngineConfig(**given)
-    cut = 1 if tp is None else tp
+    divided = {"tp": 1 if tp is None else tp, "ep": 1 if ep is None else ep, "drafts": num_drafts or 0}
     name = model or DEFAULT_MODEL
-    fits = fit_model(name, gpu, cut, dtype or "auto", settings, as_json=as_json, strict=strict)
+    fits = fit_model(name, gpu, divided, dtype or "auto", settings, as_json=as_json, strict=strict)
     raise typer.Exit(0 if fits else 1)
 
 

@@ -24,7 +24,7 @@ from firebox.config import (
     kv_format_of,
     resolve,
 )
-from firebox.engine.ledger import ledger_rows, refuse_fallbacks
+from firebox.engine.ledger import ledger_rows, refuse_fallbacks, refuse_untuned
 from firebox.engine.messages import Ready, SamplingParams
 from firebox.engine.request import Request
 from firebox.engine.runner import Runner
@@ -84,6 +84,7 @@ def start(
     rows = ledger_rows(build.choices, settings.max_batch_tokens, settings.dtype)
     if config.engine.strict:
         refuse_fallbacks(rows)
+        _refuse_untuned(model, settings, gpu)
     loaded = _load(model, checkpoint, config.model, on_progress)
 
     sizes = PoolSizes(settings.kv_pages, settings.page_tokens, settings.window_pages, settings.states)
@@ -131,6 +132,18 @@ def start(
         load_seconds=time.perf_counter() - began,
     )
     return scheduler, runner, ready
+
+
+def _refuse_untuned(model: Model, settings: Resolved, gpu: Gpu) -> None:
+    """For --strict. On a CPU nothing is tuned."""
+    if gpu.kind != "cuda":
+        return
+    from firebox.kernels.plan import Setting
+
+    assert isinstance(model, Decoder)
+    kv = _kv_format(settings.kv_format).DTYPE
+    setting = Setting(gpu, kv_dtype=kv, page_tokens=settings.page_tokens)
+    refuse_untuned(model, setting, settings.max_batch_tokens)
 
 
 def device_of(wanted: str, dtype: str) -> tuple[Gpu, str]:

@@ -1,5 +1,5 @@
-"""Configurations found by measuring, as data: tuned/<gpu>/experts.json, tuned/<gpu>/linear.json. Kernels read
-them; who measures writes them.
+"""Configurations that were measured or predicted, as data: tuned/<gpu>/experts.json, tuned/<gpu>/linear.json.
+Kernels read them; who finds them writes them.
 
     {"fp8_channel hidden=5120 inter=384 experts=160 top_k=8":
         {"16": {"path": "few", "gate_up": {…Config…}, "down": {…Config…}},
@@ -7,9 +7,9 @@ them; who measures writes them.
     {"fp8_channel rows=3584 columns=5120":
         {"16": {"path": "few", "config": {…Config…}}, "512": {"path": "many", "config": …}, …}, …}
 
-A number of tokens takes the entry of the nearest number there is, by ratio. "how" of an entry: "measured", or
-"predicted" by the tuner's estimate. What `firebox tune` wrote on this machine, under
-FIREBOX_CACHE_DIR/tuned, stands in for the same problem's entries in the package.
+A number of tokens takes the entry of the nearest number that is there, by ratio. An entry that was not
+measured says so: "how": "predicted". What `firebox tune` wrote here, under FIREBOX_CACHE_DIR/tuned,
+stands in for the same problem's entries in the package.
 """
 
 from __future__ import annotations
@@ -49,6 +49,11 @@ def measured(
 ) -> dict[str, Any] | None:
     """The same of another `file`, under `key`; of any path but one."""
     return _nearest(_file(gpu_name, file).get(key, {}), tokens, lambda found: found != but)
+
+
+def how(entry: dict[str, Any]) -> str:
+    """How an entry was found: "measured" or "predicted"."""
+    return str(entry.get("how", "measured"))
 
 
 def _nearest(entries: dict[str, Any], tokens: int, wanted: Callable[[str], bool]) -> dict[str, Any] | None:

@@ -42,6 +42,7 @@ __all__ = ["accepts"]
 
 OP = "moe_gate_up"
 FLIPPED_FROM = 64  # tokens of a tile: wgmma's first operand has 64 rows
+MOST_OF_4_WARPS = 128 * 64  # sums of a tile; twice as many spill on sm_120 and sm_121 (FP8: 172 bytes)
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
     rows = 2 * inner_group(problem) if native else next(fitting)
     depth = max(d for d in _experts.pipeline_depths(problem.hidden, problem, remainder=False) if d <= 128)
     flip = native and tokens >= FLIPPED_FROM
-    return Config(rows, tokens, min(depth, 64 if problem.format == "bf16" else 128), 4, 3, flip=flip)
+    warps = 4 if rows * tokens <= MOST_OF_4_WARPS else 8
+    return Config(rows, tokens, min(depth, 64 if problem.format == "bf16" else 128), warps, 3, flip=flip)
 
 
 # ---- 2. the device code

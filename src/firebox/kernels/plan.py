@@ -26,13 +26,35 @@ CUBLAS = "cublas"
 
 @dataclass(frozen=True)
 class Setting:
-    """What layers are planned for: one of `tp` GPUs, a cache that stores `kv_dtype` in pages of
-    `page_tokens`."""
+    """What layers are planned for: one of `gpus`, a cache that stores `kv_dtype` in pages of `page_tokens`.
+
+    `tp` GPUs share whatever is not a routed expert. The routed experts are shared out, whole, among `ep`
+    places. With fewer places than GPUs, those of a place cut each expert among them (`expert_tp`). With more
+    places than `tp`, there are several `groups` of `tp` GPUs with requests of their own, whose tokens meet at
+    the experts. One of `tp` and `ep` is a multiple of the other. `drafts`: tokens beside its own that a
+    request's decode step checks."""
 
     gpu: Gpu
     tp: int = 1
     kv_dtype: torch.dtype = torch.bfloat16
     page_tokens: int = 16
+    ep: int = 1
+    drafts: int = 0
+
+    @property
+    def gpus(self) -> int:
+        """All of them."""
+        return max(self.tp, self.ep)
+
+    @property
+    def expert_tp(self) -> int:
+        """GPUs that share one expert."""
+        return max(1, self.tp // self.ep)
+
+    @property
+    def groups(self) -> int:
+        """Groups of `tp` GPUs with requests of their own."""
+        return max(1, self.ep // self.tp)
 
 
 @dataclass(frozen=True)
@@ -68,12 +90,15 @@ class Made:
 @dataclass(frozen=True)
 class Operation:
     """`name`: what the layer calls it; `format`: of its weights, or of what it computes in. `source`: the
-    module whose `made(problem, tokens, gpu)` says what is launched."""
+    module whose `made(problem, tokens, gpu)` says what is launched; `TUNED` in it is the file of tuned/<gpu>/
+    that its configurations come from, if they come from one. `times`: as many tokens as in a step of
+    one group of GPUs may meet here."""
 
     name: str
     format: str
     source: Any
     problem: Any
+    times: int = 1
 
     def made(self, tokens: int, gpu: Gpu) -> Made:
         """The same object for numbers of tokens that share everything, as far as is cheap."""
@@ -126,12 +151,23 @@ class Planned:
         """What was chosen for it."""
         return self.compile.chosen
 
+    def untuned(self, gpu: Gpu) -> str | None:
+        """Which entry of a tuned file is missing, where a default configuration was taken for want of it;
+        None where there is one, or where no file has any."""
+        operation = self.operation
+        file: str | None = getattr(operation.source, "TUNED", None)
+        if file is None or self.request is None or not self.why.startswith("default"):
+            return None
+        path = f"tuned/{gpu.name.replace('-', '_')}/{file}.json"
+        return f"default tiles: {path} has no entry for {operation.source.key(operation.problem)!r}"
+
 
 def planned(operation: Operation, gpu: Gpu, max_tokens: int) -> list[Planned]:
-    """Every launch that 1 … `max_tokens` tokens can make, successive numbers that share one together."""
+    """Every launch that steps of 1 … `max_tokens` tokens can make, successive numbers that share one
+    together. Numbers of a row are tokens at the operation."""
     rows: list[Planned] = []
     open_rows: dict[tuple[str, str], int] = {}  # (name, variant) → the index of its latest row
-    for first, last, made in _runs(operation, gpu, max_tokens):
+    for first, last, made in _runs(operation, gpu, max_tokens * operation.times):
         for compile in made.compiles:
             key = (compile.op, compile.variant)
             at = open_rows.get(key)

@@ -4,6 +4,7 @@ float32: it becomes bf16, as the weight that it scales would.
 
     pack(format, tensors, rows, columns)      one matrix
     stack(parts)                              matrices of one layer, row-wise (q, k, v; gate, up)
+    padded(packed, rows, columns)             a matrix with zeros behind it, for widths that no tile divides
     problem(packed, …)                        the kernels' sizes for it
 """
 
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from firebox.errors import UnsupportedFormat
 from firebox.formats import awq, fp8_block, gptq, int4_group, layouts, mxfp4, nvfp4
@@ -97,6 +99,26 @@ def stack(parts: Sequence[Packed], bias: torch.Tensor | None = None) -> Packed:
         None if bias is None else bias.float(),
     )
     return Packed(sum(part.rows for part in parts), first.columns, first.format, first.group, weights)
+
+
+def padded(packed: Packed, rows: int, columns: int) -> Packed:
+    """The same matrix with zeros behind it, up to [rows, columns]: any number of rows, columns in groups and
+    blocks. A code of 4-bit integers that is zero stands for another number; its scale, which is zero
+    too, makes it one."""
+    of = packed.weights
+    if (rows, columns) == (packed.rows, packed.columns):
+        return packed
+    per_item = layouts.PER_WORD if packed.group else 1
+    scale = of.scale
+    if scale is not None and packed.group:
+        groups = -(-columns // packed.group // layouts.GROUPS_PADDED) * layouts.GROUPS_PADDED
+        scale = _grown(scale, rows, groups)
+    elif scale is not None:
+        scale = _grown(scale, -(-rows // BLOCK), columns // BLOCK)
+    row_scale = None if of.row_scale is None else _grown(of.row_scale.unsqueeze(1), rows, 1).squeeze(1)
+    bias = None if of.bias is None else F.pad(of.bias, (0, rows - packed.rows))
+    w = _grown(of.w, rows, columns // per_item)
+    return Packed(rows, columns, packed.format, packed.group, Weights(w, scale, row_scale, bias))
 
 
 def problem(
@@ -224,6 +246,14 @@ def _joined(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     # As bytes: not every type can be joined on every device.
     raw = torch.cat([tensor.contiguous().view(torch.uint8) for tensor in there])
     return raw.view(there[0].dtype)
+
+
+def _grown(matrix: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """`matrix` [m, n] with zeros behind, as bytes: not every type can be padded on every device."""
+    (height, width), itemsize = matrix.shape, matrix.itemsize
+    raw = matrix.contiguous().view(torch.uint8)
+    grown = F.pad(raw, (0, (columns - width) * itemsize, 0, rows - height))
+    return grown.view(matrix.dtype)
 
 
 def _unknown(format: Format, what: str, known: str) -> UnsupportedFormat:

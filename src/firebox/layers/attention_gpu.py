@@ -7,6 +7,7 @@ Weights stay in their format."""
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -70,14 +71,26 @@ def operations(layer: Layer, setting: Setting) -> tuple[Operation, ...] | str:
         return why
     dtype, kv = KERNEL_DTYPES[p.dtype], KERNEL_DTYPES[p.kv_dtype]
     gate = (Single("gate", dtype, sigmoid_mul, _gate_problem(p)),) if p.output_gate else ()
+    paged = _paged_problem(p, setting.page_tokens)
     return (
         Single("norm", dtype, rms_norm, _norm_problem(p)),
         layer.qkv.operation("qkv", setting),
         Single("rope_write", kv, rope_write, _rope_problem(p)),
-        Operation("attention", kv, backend, _paged_problem(p, setting.page_tokens)),
+        Operation("attention", kv, backend, paged),
+        *verified("attention", kv, backend, paged, setting),
         *gate,
         layer.o.operation("o", setting),
     )
+
+
+def verified(
+    name: str, format: str, backend: Any, problem: Any, setting: Setting
+) -> Iterator[Operation]:  # fmt: skip
+    """With drafts: the same attention for steps whose requests have trees of tokens."""
+    from firebox.kernels.plan import Operation
+
+    if setting.drafts:
+        yield Operation(f"{name} with drafts", format, backend, dataclasses.replace(problem, tree=True))
 
 
 def _gate_problem(p: Problem) -> Any:

@@ -13,7 +13,7 @@ from firebox.kernels import cpu_dense_block
 from firebox.kernels.select import TORCH, Choice, select
 from firebox.layers.base import Build
 from firebox.layers.device import KERNEL_DTYPES
-from firebox.layers.linear import Linear
+from firebox.layers.linear import INNER_UNIT, Linear, fitted, grown
 from firebox.layers.norm import RMSNorm
 
 if TYPE_CHECKING:
@@ -29,8 +29,9 @@ class DenseBlock:
         self.norm, self._inter = norm, inter
         rows, columns = (Cut(axis, inter, "intermediate_size") for axis in (0, 1))
         gate_up = {f"{name}.gate_proj": inter, f"{name}.up_proj": inter}
-        self.gate_up = Linear(build, hidden, gate_up, cuts=(rows, rows))
-        self.down = Linear(build, inter, {f"{name}.down_proj": hidden}, cuts=(columns,), residual=True)
+        self.gate_up = Linear(build, hidden, gate_up, cuts=(rows, rows), unit=INNER_UNIT)
+        down = {f"{name}.down_proj": hidden}
+        self.down = Linear(build, inter, down, cuts=(columns,), residual=True, unit=INNER_UNIT)
         self._problem = cpu_dense_block.Problem(hidden, inter, norm.eps, build.dtype)
         self._choice = select(cpu_dense_block.OP, self._problem, build.gpu)
         self._threads = build.threads
@@ -95,15 +96,15 @@ class DenseBlock:
         from firebox.kernels import rms_norm, silu_mul
 
         p, dtype = self._problem, KERNEL_DTYPES[self._problem.dtype]
-        return rms_norm.Problem(p.hidden, p.eps, dtype=dtype), silu_mul.Problem(
-            self._inter // tp, dtype=dtype
-        )
+        inner = grown(self._inter // tp, INNER_UNIT)
+        return rms_norm.Problem(p.hidden, p.eps, dtype=dtype), silu_mul.Problem(inner, dtype=dtype)
 
     def _with_kernels(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """rms_norm → linear → silu_mul → linear, which adds x; x becomes the result."""
         from firebox.kernels import rms_norm, silu_mul
 
-        device, inter, problems = self._build.shared, self._inter, self._problems()
+        device, problems = self._build.shared, self._problems()
+        inter = problems[1].inter
         assert device is not None
         norm, activate = device.launcher(rms_norm, problems[0]), device.launcher(silu_mul, problems[1])
 
@@ -117,4 +118,4 @@ class DenseBlock:
 
     def _compose(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_up(self.norm(x)).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up, x)
+        return self.down(fitted(F.silu(gate) * up, self.down), x)

@@ -32,8 +32,8 @@ DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 @dataclass(frozen=True)
 class Path:
-    """How a number of tokens is computed. `config`: the tile, None for cuBLAS. `why`: "measured", "default"
-    for want of a measurement, or why no kernel here runs it."""
+    """How a number of tokens is computed. `config`: the tile, None for cuBLAS. `why`: "measured",
+    "predicted", "default" for want of both, or why no kernel here runs it."""
 
     name: str
     config: Any
@@ -52,7 +52,7 @@ def path_of(problem: Problem, tokens: int, gpu: Gpu) -> Path:
     if entry is not None and entry["path"] == FEW and tokens > linear_few.MAX_TOKENS:
         entry = _tuned.measured(gpu.name, TUNED, key(problem), tokens, but=FEW)
     if entry is not None:
-        return Path(entry["path"], _config(entry), "measured")
+        return Path(entry["path"], _config(entry), _tuned.how(entry))
     if tokens <= linear_few.MAX_TOKENS:
         return Path(FEW, linear_few.default(problem, tokens, gpu), "default")
     refusal = linear.accepts(problem, gpu)

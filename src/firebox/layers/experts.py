@@ -43,6 +43,7 @@ from firebox.kernels.launch import INTERPRETED, Launcher
 from firebox.kernels.plan import Compile, Made
 
 FEW, SORTED, SCALED = "few", "sorted", "block-scaled"
+TUNED = "experts"  # the file in tuned/<gpu>/
 MODULES = {
     FEW: (moe_gate_up_few, moe_down_few),
     SORTED: (moe_gate_up, moe_down),
@@ -54,8 +55,8 @@ DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 
 @dataclass(frozen=True)
 class Path:
-    """How a number of tokens is computed. `why`: "measured", "predicted" (by the tuner, without the GPU), or
-    "default" for want of either, and for 4-bit formats what is multiplied."""
+    """How a number of tokens is computed. `why`: "measured", "predicted", or "default" for want of both, and
+    for 4-bit formats what is multiplied."""
 
     name: str
     gate_up: Any
@@ -66,6 +67,11 @@ class Path:
     def block(self) -> int:
         """Choices that are sorted into one block: the larger tile's."""
         return max(int(self.gate_up.tokens), int(self.down.tokens))
+
+
+def key(problem: Problem) -> str:
+    """How experts.json calls a problem."""
+    return _tuned.key(problem)
 
 
 def path_of(problem: Problem, tokens: int, gpu: Gpu) -> Path:
@@ -80,13 +86,12 @@ def path_of(problem: Problem, tokens: int, gpu: Gpu) -> Path:
         )
         if entry["path"] == FEW and tokens > moe_gate_up_few.COLUMNS_UP_TO and down.depth == 0:
             down = moe_down_few.default(problem, tokens, gpu)
-        how = entry.get("how", "measured")
-        return Path(entry["path"], gate_up, down, how + _multiplied(problem, entry["path"]))
+        return Path(entry["path"], gate_up, down, _tuned.how(entry) + _multiplied(problem, entry["path"]))
     return stock_path(problem, tokens, gpu)
 
 
 def stock_path(problem: Problem, tokens: int, gpu: Gpu) -> Path:
-    """What so many tokens take for want of a measurement."""
+    """What so many tokens take for want of both."""
     if tokens <= FEW_UNMEASURED:
         return default_path(problem, FEW, tokens, gpu)
     native = tokens >= _block_scaled.native_from(problem, gpu)

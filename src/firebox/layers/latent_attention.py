@@ -127,6 +127,7 @@ class LatentAttentionBlock:
         rest is torch's."""
         from firebox.kernels import _attention
         from firebox.kernels.plan import Operation
+        from firebox.layers.attention_gpu import verified
 
         p, heads = self.problem, self.problem.heads // setting.tp
         backend = select_backend(heads, LatentSpec(p.latent_dim, p.rope_dim), setting.gpu)
@@ -135,7 +136,10 @@ class LatentAttentionBlock:
             heads, 1, p.latent_dim + p.rope_dim, p.latent_dim, setting.page_tokens, p.dtype, setting.kv_dtype
         )
         name = str(setting.kv_dtype).removeprefix("torch.")
-        paged = (Operation("attention", name, backend, attention),) if hasattr(backend, "made") else ()
+        paged: tuple[Operation, ...] = ()
+        if hasattr(backend, "made"):
+            drafts = verified("attention", name, backend, attention, setting)
+            paged = (Operation("attention", name, backend, attention), *drafts)
         first = self.q_and_kv_a.operation("q_and_kv_a", setting)
         return (first, *inner, *paged, self.o.operation("o", setting))
 

@@ -20,6 +20,19 @@ if TYPE_CHECKING:  # Triton is imported where there is a GPU, and not before
     from firebox.layers.dense_gpu import LinearKernels
 
 DENSE = "dequantised weights were asked for"
+INNER_UNIT = 16  # columns of an MLP that any kernel takes
+
+
+def grown(size: int, unit: int) -> int:
+    """`size` up to a multiple of `unit`."""
+    return -(-size // unit) * unit
+
+
+def fitted(inner: torch.Tensor, down: Linear) -> torch.Tensor:
+    """`inner` [tokens, n] as wide as `down` takes it, where only one of an MLP's layers has kernels: what is
+    added or left out is zero."""
+    missing = down.in_features - inner.shape[-1]
+    return F.pad(inner, (0, missing)) if missing else inner
 
 
 class Linear:
@@ -31,7 +44,8 @@ class Linear:
     On an NVIDIA GPU the weight stays as it is stored, for kernels that read it so, unless `dense` asks for
     numbers that torch can compute with, or the parts' formats are not those of one kernel. Elsewhere it is
     dequantised as it is loaded. `residual`: calls add one; `out_dtype`: of y, by default the compute dtype,
-    for kernels only.
+    for kernels only. `unit`: for kernels, a share that is cut is grown with zeros to a multiple of this: rows
+    of y that are 0, columns of x that do not count (GLM-4.5-Air at tp 8: 1,368 columns of an MLP).
     """
 
     def __init__(
@@ -46,8 +60,10 @@ class Linear:
         dense: bool = False,
         residual: bool = False,
         out_dtype: torch.dtype | None = None,
+        unit: int = 1,
     ) -> None:
-        self.parts = parts
+        assert unit == 1 or not bias, "a bias is not grown"
+        self.parts, self._unit = parts, unit
         self.cuts = tuple(cuts) or (None,) * len(parts)
         self._build, self._columns = build, in_features
         self._formats = [build.format_of(path) for path in parts]
@@ -73,7 +89,7 @@ class Linear:
             zip(self.parts.items(), self._formats, self.cuts, strict=True)
         ):
             if self.refusal is None:
-                keep, invent = partial(self._keep, i, rows, format), partial(self._invent, i, rows, format)
+                keep, invent = partial(self._keep, i, rows, format), partial(self._invent, i, format)
                 yield StoredSlot(
                     path, format, (rows, self._columns), self._build.device, keep, invent, cut=cut
                 )
@@ -104,8 +120,14 @@ class Linear:
         bias = None if self.bias is None else self.bias.float()
         self._bind(Packed(weight.shape[0], weight.shape[1], "bf16", 0, Weights(weight, bias=bias)))
 
+    @property
+    def in_features(self) -> int:
+        """Columns that x must have."""
+        return self._share(1)[1] if self.refusal is None else self._columns
+
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """`x` [tokens, in_features] → [tokens, rows]. With kernels the sum may take the residual's place."""
+        """`x` [tokens, in_features] → [tokens, rows], grown ones included. With kernels the sum may take the
+        residual's place."""
         if self._kernels is None:
             y = F.linear(x, self.weight, self.bias)
             return y if residual is None else residual + y
@@ -162,25 +184,32 @@ class Linear:
         return Operation(name, self.format, dense_gpu, self.problem(setting.tp))
 
     def _share(self, tp: int) -> tuple[list[int], int]:
-        """Each part's rows, and the columns, of one of `tp` ranks."""
+        """Each part's rows, and the columns, of one of `tp` ranks, as kernels have them."""
+
+        def share(cut: Cut | None, size: int) -> int:
+            return size if cut is None else grown(cut.share(size, tp), self._unit)
+
         along = [cut if cut is not None and cut.axis == 0 else None for cut in self.cuts]
-        rows = [cut.share(n, tp) if cut else n for n, cut in zip(self.parts.values(), along, strict=True)]
+        rows = [share(cut, n) for n, cut in zip(self.parts.values(), along, strict=True)]
         across = next((cut for cut in self.cuts if cut is not None and cut.axis == 1), None)
-        return rows, across.share(self._columns, tp) if across else self._columns
+        return rows, share(across, self._columns)
 
     def _keep(self, part: int, rows: int, format: Format, tensors: Mapping[str, torch.Tensor]) -> None:
         from firebox.layers import _pack
 
-        self._stored[part] = _pack.pack(format, tensors, rows, self._columns, self._build.dtype)
+        packed = _pack.pack(format, tensors, rows, self._columns, self._build.dtype)
+        grown_rows, columns = self._share(1)
+        self._stored[part] = _pack.padded(packed, grown_rows[part], columns)
 
-    def _invent(self, part: int, rows: int, format: Format, generator: torch.Generator) -> None:
+    def _invent(self, part: int, format: Format, generator: torch.Generator) -> None:
         from firebox.kernels._linear import Weights
         from firebox.layers import _pack
         from firebox.layers._invented import invented
 
-        name, group = _pack.kind(format, self._columns)
-        made = invented(name, group, (rows,), self._columns, generator, self._build.dtype)
-        self._stored[part] = _pack.Packed(rows, self._columns, name, group, Weights(*made))
+        all_rows, columns = self._share(1)
+        rows, (name, group) = all_rows[part], _pack.kind(format, columns)
+        made = invented(name, group, (rows,), columns, generator, self._build.dtype)
+        self._stored[part] = _pack.Packed(rows, columns, name, group, Weights(*made))
 
     def _bind(self, packed: Any) -> None:
         from firebox.layers import _pack

@@ -16,7 +16,7 @@ from firebox.kernels import cpu_moe_block
 from firebox.kernels.cpu_moe_block import Problem
 from firebox.kernels.select import TORCH, Choice, select
 from firebox.layers.base import Build
-from firebox.layers.linear import Linear
+from firebox.layers.linear import INNER_UNIT, Linear, fitted
 from firebox.layers.moe_names import MoeNames
 from firebox.layers.norm import RMSNorm
 
@@ -66,8 +66,9 @@ class MoeBlock:
         gate_up = {f"{names.shared}.{names.gate}": wide, f"{names.shared}.{names.up}": wide}
         label = inter_key if p.shared_experts == 1 else f"{p.shared_experts} · {inter_key}"
         rows, columns = (Cut(axis, wide, label) for axis in (0, 1))
-        self.shared_gate_up = Linear(build, p.hidden, gate_up, cuts=(rows, rows))
-        self.shared_down = Linear(build, wide, {f"{names.shared}.{names.down}": p.hidden}, cuts=(columns,))
+        down = {f"{names.shared}.{names.down}": p.hidden}
+        self.shared_gate_up = Linear(build, p.hidden, gate_up, cuts=(rows, rows), unit=INNER_UNIT)
+        self.shared_down = Linear(build, wide, down, cuts=(columns,), unit=INNER_UNIT)
         shared_gate = {names.shared_gate: int(p.shared_gate)}
         self.shared_gate = Linear(build, p.hidden, shared_gate, requantisable=False, dense=True)
         self._build = build
@@ -245,7 +246,7 @@ class MoeBlock:
             y = F.linear(self._activate(gate_up), self.down[e], self.down_bias[e] if p.biases else None)
             out.index_add_(0, token, y.float() * weights[token, choice].unsqueeze(-1))
         if p.shared_experts:
-            shared = self.shared_down(self._activate(self.shared_gate_up(h)))
+            shared = self.shared_down(fitted(self._activate(self.shared_gate_up(h)), self.shared_down))
             out += shared * self.shared_gate(h).sigmoid() if p.shared_gate else shared
         return out.to(x.dtype)
 

@@ -22,6 +22,7 @@ from firebox.formats.layouts import interleave
 from firebox.hardware.base import Gpu
 from firebox.layers.base import Build
 from firebox.layers.device import KERNEL_DTYPES
+from firebox.layers.linear import INNER_UNIT, grown
 
 if TYPE_CHECKING:
     from firebox.kernels.cpu_moe_block import Problem
@@ -67,20 +68,19 @@ def refusal(gpu: Gpu, p: Problem, formats: set[Format]) -> str | None:
 
 
 def operations(layer: Layer, setting: Setting) -> tuple[Operation, ...] | str:
-    """What such a layer launches on one of `setting.tp` GPUs, for the plan; or why the kernels cannot run
-    it."""
+    """What such a layer launches on one of `setting.gpus`, for the plan; or why the kernels cannot run it."""
     from firebox.kernels import moe_route, rms_norm
     from firebox.kernels.plan import Operation, Single
     from firebox.layers import dense_gpu, experts
 
     p = layer.problem
-    share = dataclasses.replace(p, inter=p.inter // setting.tp)
+    share = _share(p, setting)
     formats = layer.expert_formats
     why = refusal(setting.gpu, share, formats)
     if why is not None:
         return why
     dtype, format = KERNEL_DTYPES[p.dtype], next(iter(formats))
-    fused = fused_experts(p, layer.names, layer.format_of)
+    fused = _fused_in(layer, setting)
     routed = _experts_problem(share, format, setting.gpu, fused)
     gate = (layer.shared_gate.operation("shared_gate", setting),) if p.shared_gate else ()
     return (
@@ -88,15 +88,40 @@ def operations(layer: Layer, setting: Setting) -> tuple[Operation, ...] | str:
         Operation("router", "bf16", dense_gpu, router_problem(p)),
         *gate,
         Single("route", "f32", moe_route, _route_problem(p, fused, layer.kept_groups)),
-        *(() if fused or not p.shared_experts else _shared_operations(layer, share, setting)),
-        Operation("experts", format.name, experts, routed),
+        *(() if fused or not p.shared_experts else _shared_operations(layer, setting)),
+        Operation("experts", format.name, experts, routed, times=setting.groups),
     )
 
 
-def _shared_operations(layer: Layer, share: Problem, setting: Setting) -> Iterator[Operation]:
+def _share(p: Problem, setting: Setting) -> Problem:
+    """Of the routed experts on one of `setting.gpus`. A token's choices may all lie there."""
+    experts = p.experts // setting.ep
+    return dataclasses.replace(
+        p, inter=p.inter // setting.expert_tp, experts=experts, top_k=min(p.top_k, experts)
+    )
+
+
+def _fused_in(layer: Layer, setting: Setting) -> int:
+    """`fused_experts`; none with the routed ones divided: every GPU has its share of a shared expert."""
+    return fused_experts(layer.problem, layer.names, layer.format_of) if setting.ep == 1 else 0
+
+
+def inner_widths(layer: Layer, setting: Setting) -> tuple[int, int]:
+    """Columns of a routed and of the shared expert as one GPU keeps them, for the count of its memory: a
+    share grows where no tile divides it. As they are where no kernel runs the layer."""
+    p, share, formats = layer.problem, _share(layer.problem, setting), layer.expert_formats
+    shared = p.shared_experts * p.inter // setting.tp
+    if refusal(setting.gpu, share, formats) is not None:
+        return share.inter, shared
+    routed: int = _experts_problem(share, next(iter(formats)), setting.gpu).inter
+    return routed, routed if _fused_in(layer, setting) else grown(shared, INNER_UNIT)
+
+
+def _shared_operations(layer: Layer, setting: Setting) -> Iterator[Operation]:
     from firebox.kernels import silu_mul
     from firebox.kernels.plan import Single
 
+    share = dataclasses.replace(layer.problem, inter=layer.problem.inter // setting.tp)
     yield layer.shared_gate_up.operation("shared_gate_up", setting)
     yield Single("shared_silu_mul", KERNEL_DTYPES[share.dtype], silu_mul, _activation_problem(share))
     yield layer.shared_down.operation("shared_down", setting)
@@ -126,7 +151,7 @@ def _norm_problem(p: Problem) -> Any:
 def _activation_problem(p: Problem) -> Any:
     from firebox.kernels import silu_mul
 
-    wide, dtype = p.shared_experts * p.inter, KERNEL_DTYPES[p.dtype]
+    wide, dtype = grown(p.shared_experts * p.inter, INNER_UNIT), KERNEL_DTYPES[p.dtype]
     return silu_mul.Problem(wide, p.activation, p.limit or 7.0, p.alpha or 1.702, dtype=dtype)
 
 
@@ -138,10 +163,10 @@ def _experts_problem(p: Problem, format: Format, gpu: Gpu, shared: int = 0) -> A
     further: dict[str, Any] = {"int4_columns": group} if name in _experts.INTEGERS else {}
     if p.activation == "clamped_swiglu":
         further |= {"limit": p.limit, "alpha": p.alpha}
-    return _experts.Problem(
+    return _experts.widened(_experts.Problem(
         p.hidden, p.inter, p.experts + shared, p.top_k + shared, experts.stored_as(name, gpu), p.activation,
         biases=p.biases, dtype=KERNEL_DTYPES[p.dtype], residual=True, **further,
-    )  # fmt: skip
+    ))  # fmt: skip
 
 
 def _route_problem(p: Problem, shared: int, kept_groups: int = 1) -> Any:
@@ -202,10 +227,11 @@ class MoeKernels:
 
         nibbles = self.problem.format in NIBBLES
         packed = _pack.pack(self._format, tensors, *shape, self._build.dtype, nibbles)
+        wide, hidden = self.problem.inter, self._p.hidden
         if part == 2:
-            self._store.keep_down(e, packed)
+            self._store.keep_down(e, _pack.padded(packed, hidden, wide))
         else:
-            self._store.keep_half(e, part, packed)
+            self._store.keep_half(e, part, _pack.padded(packed, wide, hidden))
 
     def _invent(self, e: int, part: str, generator: torch.Generator) -> None:
         if e == 0 and part == self._names.gate:  # the first slot fills all experts
@@ -248,7 +274,8 @@ class MoeKernels:
             else:
                 yield StoredSlot(path, self._format, shape, device, keep, invent, separator="_", cut=cut)
         gate_up, down = self._store.gate_up.bias, self._store.down.bias
-        yield PlainSlot(f"{fused}.gate_up_proj_bias", gate_up, tuple(gate_up.shape), _in_runs, cut=rows)
+        in_turn, in_runs = (p.experts, 2 * p.inter), partial(_in_runs, self.problem.inter)
+        yield PlainSlot(f"{fused}.gate_up_proj_bias", gate_up, in_turn, in_runs, cut=rows)
         yield PlainSlot(f"{fused}.down_proj_bias", down)
 
     def _keep_transposed(self, keep: Any, tensor: torch.Tensor) -> None:
@@ -306,16 +333,20 @@ class MoeKernels:
         from firebox.kernels import silu_mul
 
         gate_up, down, _ = self._shared
-        inner = h.new_empty(h.shape[0], self._p.shared_experts * self._p.inter)
-        silu_mul.run(self._activate, gate_up(h), out=inner)
+        inner = h.new_empty(h.shape[0], down.in_features)
+        both = gate_up(h)
+        assert both.shape[1] == 2 * inner.shape[1], (both.shape, inner.shape)
+        silu_mul.run(self._activate, both, out=inner)
         y = down(inner)
         x += y if gate is None else y * F.sigmoid(gate).unsqueeze(-1).to(y.dtype)
 
 
-def _in_runs(bias: torch.Tensor) -> torch.Tensor:
-    """`bias` [experts, 2 · inter], gate and up in turn → as the kernels read it."""
-    halves = (bias[:, half::2].float().unsqueeze(-1) for half in (0, 1))
-    return interleave(*halves).squeeze(-1)
+def _in_runs(wide: int, bias: torch.Tensor) -> torch.Tensor:
+    """`bias` [experts, 2 · inter], gate and up in turn → [experts, 2 · wide] as the kernels read it, zeros
+    behind."""
+    halves = (bias[:, half::2].float() for half in (0, 1))
+    grown = (F.pad(half, (0, wide - half.shape[1])).unsqueeze(-1) for half in halves)
+    return interleave(*grown).squeeze(-1)
 
 
 class _Whole:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,11 +23,15 @@ from firebox.formats.base import OneOf, Slot, Slots, TensorSpec, WeightSlot
 from firebox.formats.kv.base import KvFormat, require_fp8_scales
 from firebox.formats.select import formats_of
 from firebox.hardware.base import Gpu
+from firebox.kernels.plan import Setting
+from firebox.layers import moe_gpu
 from firebox.layers.base import Build
 from firebox.layers.decoder import Decoder
+from firebox.layers.linear import INNER_UNIT, grown
 from firebox.layers.moe import MoeBlock
 from firebox.weights.cuts import pieces_of, refusal
 
+DENSE_MLP = "dense_mlp"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -47,17 +51,35 @@ class Source:
 class Part:
     """Weights of one purpose over all layers. `slots`: one of each kind, and how many there are; `read`: a
     decode step reads them; `block`, `layers`: of routed experts, one of the layers that are alike, and how
-    many those are."""
+    many those are; `shared_of`: of their routers and shared experts, one of the layers."""
 
     name: str
     slots: tuple[tuple[Slot, int], ...]
     read: bool = True
     block: MoeBlock | None = None
     layers: int = 0
+    shared_of: MoeBlock | None = None
 
-    def shard_bytes(self, tp: int) -> int:
-        """On one of `tp` GPUs."""
-        return sum(count * shard_bytes(slot, tp) for slot, count in self.slots)
+    def shard_bytes(self, tp: int, ep: int = 1) -> int:
+        """On one of the GPUs of kernels.plan.Setting, as the checkpoint stores it."""
+        if self.block is None:
+            return sum(count * shard_bytes(slot, tp) for slot, count in self.slots)
+        return sum(count * shard_bytes(slot, max(1, tp // ep)) for slot, count in self.slots) // ep
+
+    def kept_bytes(self, setting: Setting) -> int:
+        """The same as the kernels' layers keep it: with what widths that no tile divides are grown by."""
+        wide, tp, ep = self._grown(setting), setting.tp, 1
+        if self.block is not None:
+            tp, ep = setting.expert_tp, setting.ep
+        return sum(count * shard_bytes(slot, tp, wide) for slot, count in self.slots) // ep
+
+    def _grown(self, setting: Setting) -> Callable[[int], int]:
+        """The width of an MLP's share → the one that is kept."""
+        layer, shared = self.block or self.shared_of, self.block is None
+        if layer is not None:
+            kept = moe_gpu.inner_widths(layer, setting)[shared]
+            return lambda width: kept
+        return lambda width: grown(width, INNER_UNIT) if self.name == DENSE_MLP else width
 
 
 @dataclass(frozen=True)
@@ -107,38 +129,51 @@ def open_source(source: Source, gpu: Gpu) -> Opened:
 def parts_of(model: Decoder) -> tuple[Part, ...]:
     """All of a model's weights. Of weights that checkpoints store in one of several layouts, the first
     counts. MTP layers are loaded, and read by no step yet."""
-    attention, dense, rest, mtp = (Counter[Hashable]() for _ in range(4))
     kinds: dict[Hashable, Slot] = {}
-    experts: dict[Hashable, tuple[MoeBlock, int, Counter[Hashable]]] = {}
-    for first, second in model.blocks:
-        attention += _count(first.slots(), kinds)
-        if not isinstance(second, MoeBlock):
-            dense += _count(second.slots(), kinds)
-            continue
-        routed = _count(second.expert_slots(), kinds)
-        rest += _count(second.slots(), kinds) - routed
-        key = (second.problem, frozenset(routed.items()))
-        _, layers, _ = experts.get(key, (second, 0, routed))
-        experts[key] = (second, layers + 1, routed)
-    for layer in model.mtp:
-        mtp += _count(layer.slots(), kinds)
-    embedding, head = (_count(part.slots(), kinds) for part in (model.embedding, model.head))
 
     def part(name: str, counted: Counter[Hashable], **more: Any) -> Part:
         return Part(name, tuple((kinds[kind], count) for kind, count in counted.items()), **more)
 
+    attention, dense, beside_mtp = (Counter[Hashable]() for _ in range(3))
+    for first, second in model.blocks:
+        attention += _count(first.slots(), kinds)
+        if not isinstance(second, MoeBlock):
+            dense += _count(second.slots(), kinds)
+    sparse = [second for _, second in model.blocks if isinstance(second, MoeBlock)]
+    of_mtp = [layer.mlp for layer in model.mtp if isinstance(layer.mlp, MoeBlock)]
+    for layer in model.mtp:
+        beside_mtp += _count(layer.slots(), kinds)
+    for block in of_mtp:
+        beside_mtp -= _count(block.slots(), kinds)
+    embedding, head = (_count(part.slots(), kinds) for part in (model.embedding, model.head))
     return (
         part("embedding", embedding, read=model.head.tied),
         part("attention", attention),
-        part("dense_mlp", dense),
-        part("router_and_shared", rest),
-        *(
-            part("experts", Counter({kind: n * layers for kind, n in routed.items()}), block=b, layers=layers)
-            for b, layers, routed in experts.values()
-        ),
+        part(DENSE_MLP, dense),
+        *_sparse(sparse, kinds, part, ("router_and_shared", "experts")),
         part("head", head),
-        part("mtp", mtp, read=False),
+        part("mtp", beside_mtp, read=False),
+        *_sparse(of_mtp, kinds, part, ("mtp", "mtp"), read=False),
     )
+
+
+def _sparse(
+    blocks: Sequence[MoeBlock], kinds: dict[Hashable, Slot], part: Callable[..., Part],
+    names: tuple[str, str], **more: Any,
+) -> Iterator[Part]:  # fmt: skip
+    """MoE layers: routers, norms and shared experts, then the routed experts of those that are alike."""
+    rest, experts = Counter[Hashable](), dict[Hashable, tuple[MoeBlock, int, Counter[Hashable]]]()
+    for block in blocks:
+        routed = _count(block.expert_slots(), kinds)
+        rest += _count(block.slots(), kinds) - routed
+        key = (block.problem, frozenset(routed.items()))
+        _, layers, _ = experts.get(key, (block, 0, routed))
+        experts[key] = (block, layers + 1, routed)
+    if blocks:
+        yield part(names[0], rest, shared_of=blocks[0], **more)
+    for block, layers, routed in experts.values():
+        counted = Counter({kind: n * layers for kind, n in routed.items()})
+        yield part(names[1], counted, block=block, layers=layers, **more)
 
 
 def first_layout(slots: Slots) -> Iterator[Slot]:
@@ -147,22 +182,29 @@ def first_layout(slots: Slots) -> Iterator[Slot]:
         yield from entry.layouts[0] if isinstance(entry, OneOf) else (entry,)
 
 
-def all_slots(parts: Iterable[Part]) -> Sequence[Slot]:
-    """One of each kind."""
-    return [slot for part in parts for slot, _ in part.slots]
+def refused(parts: Iterable[Part], tp: int, ep: int = 1) -> str | None:
+    """Why the model cannot be divided so among GPUs (kernels.plan.Setting), or None: the first reason."""
+    if tp % ep and ep % tp:
+        return f"one of {tp} and {ep} must be a multiple of the other"
+    for part in parts:
+        experts = 0 if part.block is None else part.block.problem.experts
+        if experts % ep:
+            return f"{experts} experts / {ep} is not a whole number"
+        shares = max(1, tp // ep) if experts else tp
+        for slot, _ in part.slots:
+            why = refusal(slot, shares)
+            if why is not None:
+                return str(why)
+    return None
 
 
-def refused(parts: Iterable[Part], tp: int) -> str | None:
-    """Why the model cannot be cut among `tp` GPUs, or None: the first reason."""
-    return next((str(why) for slot in all_slots(parts) if (why := refusal(slot, tp)) is not None), None)
-
-
-def shard_bytes(slot: Slot, tp: int) -> int:
+def shard_bytes(slot: Slot, tp: int, wide: Callable[[int], int] = lambda kept: kept) -> int:
     """Bytes of one slot on one of `tp` GPUs, which its cut allows: codes and scales as the checkpoint stores
     them, unquantised numbers in the dtype they are computed in. An activation's optional scale is not
-    counted."""
+    counted. `wide`: the pieces that it keeps → what they are grown to."""
     whole, kept = (slot.cut.count, pieces_of(slot.cut, tp)) if slot.cut is not None else (1, 1)
     assert kept is not None, (slot, tp)
+    kept = kept if slot.cut is None else wide(kept)
     if not isinstance(slot, WeightSlot) or slot.format.name == "bf16":
         return slot.target.nbytes // whole * kept
     sizes = list(slot.stored or slot.target.shape[-2:])

@@ -1,7 +1,7 @@
 """`firebox fit MODEL`: would this model run on GPUs that need not be here, and how fast could it be?
 
     open_source(source, gpu) → Opened       the model without memory
-    plan(opened, gpu, tp, engine) → Fit     memory and roof
+    plan(opened, gpu, tp, engine) → Fit     memory and roof; also with experts divided, and with drafts
     compiled(fit) → Fit                     and every launch of its layers, compiled for the GPU
 
 The check is partial, and the answer says so: operations that are composed of torch operators on a GPU are
@@ -19,24 +19,22 @@ from firebox.config import EngineConfig
 from firebox.errors import ConfigError, FireboxError, UnsupportedFormat
 from firebox.hardware.base import Gpu
 from firebox.kernels import cpu_attention_block, cpu_dense_block, cpu_head, cpu_moe_block
-from firebox.kernels.plan import Library, Setting
-from firebox.layers.decoder import Decoder
-from firebox.layers.linear import DENSE
+from firebox.kernels.plan import Setting
 from firebox.models.base import need
-from firebox.planning import launches
-from firebox.planning._parts import Opened, Source, all_slots, kv_dtype, open_source
+from firebox.planning import _verdict, launches
+from firebox.planning._parts import Opened, Source, kv_dtype, open_source, refused
+from firebox.planning._verdict import EMBEDDING, TORCH_ONLY
 from firebox.planning.launches import Launch, Layers
-from firebox.planning.memory import GIB, Memory, Sizes, cache_bytes, ledger
+from firebox.planning.memory import Memory, Sizes, cache_bytes, ledger, step_tokens
 from firebox.planning.roof import Roof, roof
-from firebox.weights.cuts import SIZES, check_cuts, refusal
+from firebox.weights.cuts import SIZES, check_cuts
 
 __all__ = ["Fit", "Opened", "Source", "compiled", "open_source", "plan"]
 
 CONTEXT_TOKENS = 4096  # unless --context-length says otherwise
 MAX_TOKENS = 8192  # launches are planned for at least so many tokens a step
 PLANNED = (cpu_attention_block.OP, cpu_moe_block.OP, cpu_dense_block.OP, cpu_head.OP)
-EMBEDDING = "embedding"
-TORCH_ONLY = "composed of torch operators on a GPU"
+MOST_DRAFTS = 15  # with its own token what attention takes for decode (attention_decode.MAX_QUERIES)
 
 
 @dataclass(frozen=True)
@@ -46,8 +44,7 @@ class Fit:
     make it fit."""
 
     source: Source
-    gpu: Gpu
-    tp: int
+    setting: Setting
     working_tp: tuple[int, ...]
     max_tokens: int
     not_planned: tuple[str, ...]
@@ -59,9 +56,21 @@ class Fit:
     help: tuple[str, ...] = field(default=())
 
     @property
+    def gpu(self) -> Gpu:
+        """Of which there are `setting.gpus`."""
+        return self.setting.gpu
+
+    @property
+    def tp(self) -> int:
+        """GPUs that share whatever is not a routed expert."""
+        return self.setting.tp
+
+    @property
     def problems(self) -> tuple[str, ...]:
         """Why it does not fit, one sentence each; empty if it does, as far as was checked."""
-        return tuple(_problems(self))
+        return tuple(
+            _verdict.problems(self.setting, self.refusal, self.memory, self.layers, self.launches or ())
+        )
 
     @property
     def fits(self) -> bool:
@@ -70,9 +79,16 @@ class Fit:
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
-        """What --strict refuses, one sentence each: layers that fall back to torch operators, and launches
-        written for a tensor instruction that the compiler did not use."""
-        return tuple(_fallbacks(self))
+        """What --strict refuses, one sentence each: layers that fall back to torch operators, launches
+        written for a tensor instruction that the compiler did not use, and default tiles for want of tuned
+        ones. The last two once the launches are `compiled`."""
+        found = _verdict.fallbacks(self.gpu, self.not_planned, self.layers, self.launches or ())
+        return tuple(found)
+
+    @property
+    def planned_only(self) -> tuple[str, ...]:
+        """What the answer is about although the engine does not do it yet."""
+        return tuple(_verdict.planned_only(self.setting))
 
     @property
     def checked(self) -> tuple[str, ...]:
@@ -88,6 +104,10 @@ class Fit:
             "model": self.source.name,
             "gpu": self.gpu.name,
             "tp": self.tp,
+            "ep": self.setting.ep,
+            "gpus": self.setting.gpus,
+            "num_drafts": self.setting.drafts,
+            "planned_only": list(self.planned_only),
             "checked": list(self.checked),
             "problems": list(self.problems),
             "fallbacks": list(self.fallbacks),
@@ -105,25 +125,32 @@ class Fit:
         }
 
 
-def plan(opened: Opened, gpu: Gpu, tp: int, engine: EngineConfig) -> Fit:
-    """Everything but the compiles. Raises ConfigError for a call that means nothing."""
+def plan(opened: Opened, gpu: Gpu, tp: int, engine: EngineConfig, *, ep: int = 1, drafts: int = 0) -> Fit:
+    """Everything but the compiles. `ep` and `drafts` as in kernels.plan.Setting. Raises ConfigError for a
+    call that means nothing."""
     if gpu.kind != "cuda":
         raise ConfigError(f"fit is about GPUs, not {gpu.name}", hint="--gpu gb10, rtx-pro-6000, h200, …")
-    if tp < 1:
-        raise ConfigError(f"--tp {tp}", hint="at least 1")
-    slots, parts = all_slots(opened.parts), opened.parts
-    working = tuple(n for n in SIZES if all(refusal(slot, n) is None for slot in slots))
-    max_tokens = max(MAX_TOKENS, engine.max_batch_tokens)
-    fit = Fit(opened.source, gpu, tp, working, max_tokens, tuple(_not_planned(opened)))
-    if any(refusal(slot, tp) is not None for slot in slots):
-        fit = dataclasses.replace(fit, refusal=_rule(opened.model, tp))
+    for name, value in (("--tp", tp), ("--ep", ep)):
+        if value < 1:
+            raise ConfigError(f"{name} {value}", hint="at least 1")
+    if tp % ep and ep % tp:
+        raise ConfigError(f"--tp {tp} with --ep {ep}", hint="one of them a multiple of the other")
+    if not 0 <= drafts <= MOST_DRAFTS:
+        raise ConfigError(f"--num-drafts {drafts}", hint=f"0 to {MOST_DRAFTS}")
+    kv = kv_dtype(opened.source, engine.kv_cache_dtype)
+    setting = Setting(gpu, tp, kv, engine.page_tokens, ep, drafts)
+    working = tuple(n for n in SIZES if refused(opened.parts, n, ep) is None)
+    max_tokens = max(MAX_TOKENS, step_tokens(engine, drafts))
+    fit = Fit(opened.source, setting, working, max_tokens, tuple(_not_planned(opened)))
+    if refused(opened.parts, tp, ep) is not None:
+        fit = dataclasses.replace(fit, refusal=_rule(opened, tp, ep))
         return dataclasses.replace(fit, help=tuple(_other_sizes(opened, fit, engine)))
-    memory = _memory(opened, gpu, tp, engine)
+    memory = _memory(opened, setting, engine)
     fit = dataclasses.replace(
         fit,
         memory=memory,
-        roof=roof(parts, memory.cache, gpu, tp, memory.context_tokens),
-        layers=layers_for(opened, gpu, tp, engine),
+        roof=roof(opened.parts, memory.cache, gpu, tp, memory.context_tokens, ep),
+        layers=launches.layers_of(opened.model, setting),
     )
     return fit if fit.fits else dataclasses.replace(fit, help=tuple(_help(opened, fit, engine)))
 
@@ -136,118 +163,75 @@ def compiled(fit: Fit) -> Fit:
     return dataclasses.replace(fit, launches=found)
 
 
-def _memory(opened: Opened, gpu: Gpu, tp: int, engine: EngineConfig) -> Memory:
+def _memory(opened: Opened, setting: Setting, engine: EngineConfig) -> Memory:
     weights: dict[str, int] = {}
     for part in opened.parts:
-        weights[part.name] = weights.get(part.name, 0) + part.shard_bytes(tp)
+        weights[part.name] = weights.get(part.name, 0) + part.kept_bytes(setting)
     model, dtype = opened.model, opened.build.dtype
-    layers = layers_for(opened, gpu, tp, engine)
+    layers = launches.layers_of(model, setting)
     return ledger(
-        gpu,
+        setting.gpu,
         weights,
-        cache_bytes(model.cache_specs, kv_dtype(opened.source, engine.kv_cache_dtype).itemsize, tp),
-        launches.workspace_bytes(layers, gpu, engine.max_batch_tokens),
+        cache_bytes(model.cache_specs, setting.kv_dtype.itemsize, setting.tp),
+        launches.workspace_bytes(layers, setting.gpu, step_tokens(engine, setting.drafts)),
         Sizes(model.embedding.weight.shape[1], model.head.vocab, len(model.blocks), dtype.itemsize),
         engine,
         _context_tokens(opened.source, engine.context_length),
+        setting.drafts,
     )
-
-
-def layers_for(opened: Opened, gpu: Gpu, tp: int, engine: EngineConfig) -> tuple[Layers, ...]:
-    """What one of `tp` such GPUs launches of a model."""
-    setting = Setting(gpu, tp, kv_dtype(opened.source, engine.kv_cache_dtype), engine.page_tokens)
-    return launches.layers_of(opened.model, setting)
 
 
 def _help(opened: Opened, fit: Fit, engine: EngineConfig) -> Iterator[str]:
     """What would fit instead, each for itself."""
-    gpu, tp, memory = fit.gpu, fit.tp, fit.memory
+    setting, memory = fit.setting, fit.memory
     assert memory is not None
     yield from _other_sizes(opened, fit, engine)
-    if not _all_run(opened, gpu, tp, engine):
+    if not _all_run(opened, setting):
         as_bf16 = dataclasses.replace(opened.source, dtype="bfloat16")
-        if opened.source.dtype != "bfloat16" and _all_run(open_source(as_bf16, gpu), gpu, tp, engine):
+        if opened.source.dtype != "bfloat16" and _all_run(open_source(as_bf16, fit.gpu), setting):
             yield "--dtype bfloat16"
         return
-    if _fits_with(opened, gpu, tp, engine, kv_cache_dtype="fp8"):
+    if _fits_with(opened, setting, engine, kv_cache_dtype="fp8"):
         yield "--kv-cache-dtype fp8"
     if memory.kv_tokens > 0:
         yield f"--context-length {memory.kv_tokens}"
-    if _fits_with(opened, gpu, tp, engine, max_running_requests=1):
+    if _fits_with(opened, setting, engine, max_running_requests=1):
         yield "fewer --max-running-requests"
 
 
 def _other_sizes(opened: Opened, fit: Fit, engine: EngineConfig) -> Iterator[str]:
+    others = (dataclasses.replace(fit.setting, tp=n) for n in fit.working_tp if n != fit.tp)
     found = [
-        n
-        for n in fit.working_tp
-        if n != fit.tp and _memory(opened, fit.gpu, n, engine).fits and _all_run(opened, fit.gpu, n, engine)
+        str(other.tp) for other in others if _memory(opened, other, engine).fits and _all_run(opened, other)
     ]
     if found:
-        yield f"--tp {' or '.join(map(str, found))}"
+        yield f"--tp {' or '.join(found)}"
 
 
-def _all_run(opened: Opened, gpu: Gpu, tp: int, engine: EngineConfig) -> bool:
+def _all_run(opened: Opened, setting: Setting) -> bool:
     """Are there kernels for all expert layers?"""
-    layers = layers_for(opened, gpu, tp, engine)
+    layers = launches.layers_of(opened.model, setting)
     return all(alike.refusal is None for alike in layers if alike.op == cpu_moe_block.OP)
 
 
-def _fits_with(opened: Opened, gpu: Gpu, tp: int, engine: EngineConfig, **other: Any) -> bool:
+def _fits_with(opened: Opened, setting: Setting, engine: EngineConfig, **other: Any) -> bool:
     """Would it fit with this one setting changed? A checkpoint may not allow it."""
+    engine = dataclasses.replace(engine, **other)
     try:
-        return _memory(opened, gpu, tp, dataclasses.replace(engine, **other)).fits
+        kv = kv_dtype(opened.source, engine.kv_cache_dtype)
     except UnsupportedFormat:
         return False
+    return _memory(opened, dataclasses.replace(setting, kv_dtype=kv), engine).fits
 
 
-def _problems(fit: Fit) -> Iterator[str]:
-    if fit.refusal is not None:
-        yield f"--tp {fit.tp}: {fit.refusal}"
-    if fit.memory is not None and not fit.memory.fits:
-        yield (
-            f"{fit.memory.missing_bytes / GIB:.1f} GiB are missing on each GPU for one request of "
-            f"{fit.memory.context_tokens} tokens"
-        )
-    for layers in fit.layers:
-        if layers.refusal is not None and layers.op == cpu_moe_block.OP:
-            yield f"no kernel runs the experts of {layers.layers} layers ({layers.format}): {layers.refusal}"
-    for launch in fit.launches or ():
-        compiled, planned = launch.compiled, launch.planned
-        if compiled is not None and not compiled.fits:
-            said = (
-                compiled.error or f"{compiled.shared_bytes} bytes of shared memory of {compiled.limit_bytes}"
-            )
-            where = f"{launch.layers.op}, {planned.operation.name}: {planned.op}"
-            yield f"{where} at {planned.first} to {planned.last} tokens: {said}"
-
-
-def _fallbacks(fit: Fit) -> Iterator[str]:
-    for op in fit.not_planned:
-        if op != EMBEDDING:  # one gather, of which torch's is as good as any
-            yield f"{op} is {TORCH_ONLY}"
-    for layers in fit.layers:
-        if layers.refusal is not None:
-            yield f"{layers.op} of {layers.layers} layers falls back to torch operators: {layers.refusal}"
-        for operation in layers.operations:
-            if isinstance(operation, Library) and operation.problem != DENSE:
-                yield f"{layers.op}, {operation.name} falls back to torch operators: {operation.problem}"
-    for launch in fit.launches or ():
-        if launch.emulated and launch.compiled is not None and launch.planned.request is not None:
-            planned, wanted = launch.planned, " and ".join(launch.planned.request.declares)
-            yield (
-                f"{launch.layers.op}, {planned.operation.name}: {planned.op} at {planned.first} to "
-                f"{planned.last} tokens is written for {wanted} and runs {launch.compiled.instruction}"
-            )
-
-
-def _rule(model: Decoder, tp: int) -> str:
-    """What the weights' cuts say against it."""
+def _rule(opened: Opened, tp: int, ep: int) -> str:
+    """What speaks against such a division."""
     try:
-        check_cuts(model, tp)
+        check_cuts(opened.model, tp)
     except FireboxError as error:
-        return f"{error}; {error.hint}"
-    raise AssertionError(f"one kind of slot cannot be cut into {tp}, and yet all slots can")
+        if ep == 1:
+            return f"{error}; {error.hint}"
+    return str(refused(opened.parts, tp, ep))
 
 
 def _not_planned(opened: Opened) -> Iterator[str]:

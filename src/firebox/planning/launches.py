@@ -131,8 +131,8 @@ def workspace_bytes(layers: Sequence[Layers], gpu: Gpu, max_tokens: int) -> int:
     one for each kind of expert layers. Layers that no kernel runs count nothing."""
     operations = dict.fromkeys(operation for alike in layers for operation in alike.operations)
     linears = [o.problem for o in operations if o.source is dense_gpu and type(o) is Operation]
-    routed = dict.fromkeys(o.problem for o in operations if o.source is experts)
-    found = [experts.Workspace(problem, max_tokens, "meta") for problem in routed]
+    routed = dict.fromkeys((o.problem, o.times) for o in operations if o.source is experts)
+    found = [experts.Workspace(problem, times * max_tokens, "meta") for problem, times in routed]
     return sum(map(tensor_bytes, [*found, dense_gpu.Workspace(linears, max_tokens, gpu, "meta")]))
 
 

@@ -26,10 +26,11 @@ FORMULAS: Mapping[str, str] = {
     "reserve_bytes": "unified memory: max(10 GiB, memory / 16), for the operating system and all else that "
     "runs; otherwise max(1 GiB, memory / 32), for driver, context and fragmentation (estimate)",
     "workspace_bytes": "buffers of the expert kernels at max_batch_tokens (counted) + max_batch_tokens · 8 · "
-    "hidden in the compute dtype + 2 · max_running_requests · vocabulary in float32 (estimate)",
+    "hidden in the compute dtype + 2 · max_running_requests · (1 + drafts) · vocabulary in float32 "
+    "(estimate)",
     "graphs_bytes": "max_running_requests graphs · layers · 12 launches · 4 KiB (estimate)",
     "requests_bytes": "max_running_requests · (twice the pages of a window and a prefill chunk + one "
-    "recurrent state)",
+    "recurrent state, with drafts two)",
     "snapshots_bytes": "recurrent states for prefix hits: two a running request, in at most half of what "
     "one request of context_tokens leaves",
 }
@@ -48,9 +49,9 @@ class CacheBytes:
 
 @dataclass(frozen=True)
 class Memory:
-    """The ledger of one GPU, in bytes. `weights`: by purpose; `window_request_bytes` and
-    `state_request_bytes`: what a running request takes beside its KV tokens; `context_tokens`: what one
-    request must be able to hold."""
+    """The ledger of one GPU, in bytes. `weights`: by purpose; `window_request_bytes`: what
+    a running request takes beside its KV tokens and its recurrent state; `copied_states`: copies of that on
+    which drafts are tried; `context_tokens`: what one request must be able to hold."""
 
     gpu_bytes: int
     reserve_bytes: int
@@ -62,6 +63,7 @@ class Memory:
     running_requests: int
     context_tokens: int
     page_tokens: int
+    copied_states: int = 0
 
     @property
     def weights_bytes(self) -> int:
@@ -71,7 +73,8 @@ class Memory:
     @property
     def requests_bytes(self) -> int:
         """Windows and states of the running requests."""
-        return self.running_requests * (self.window_request_bytes + self.cache.state)
+        states = (1 + self.copied_states) * self.cache.state
+        return self.running_requests * (self.window_request_bytes + states)
 
     @property
     def left_bytes(self) -> int:
@@ -157,10 +160,13 @@ def ledger(
     sizes: Sizes,
     engine: EngineConfig,
     context_tokens: int,
+    drafts: int = 0,
 ) -> Memory:
-    """The memory of one GPU under the engine's budgets."""
-    tokens, running = engine.max_batch_tokens, min(engine.max_running_requests, engine.max_batch_tokens)
-    activations = tokens * 8 * sizes.hidden * sizes.itemsize + 2 * running * sizes.vocab * 4
+    """The memory of one GPU under the engine's budgets. `drafts`: tokens of a request that a decode step
+    checks beside its own."""
+    running = min(engine.max_running_requests, engine.max_batch_tokens)
+    tokens, rows = step_tokens(engine, drafts), running * (drafts + 1)
+    activations = tokens * 8 * sizes.hidden * sizes.itemsize + 2 * rows * sizes.vocab * 4
     return Memory(
         gpu_bytes=gpu.memory_bytes,
         reserve_bytes=reserve_bytes(gpu),
@@ -172,7 +178,14 @@ def ledger(
         running_requests=running,
         context_tokens=context_tokens,
         page_tokens=engine.page_tokens,
+        copied_states=int(drafts > 0),
     )
+
+
+def step_tokens(engine: EngineConfig, drafts: int) -> int:
+    """The most tokens of a step: those of a prefill, or of all running requests with their drafts."""
+    running = min(engine.max_running_requests, engine.max_batch_tokens)
+    return max(engine.max_batch_tokens, running * (drafts + 1))
 
 
 @dataclass(frozen=True)

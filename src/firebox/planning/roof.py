@@ -40,13 +40,13 @@ class StepBytes:
 
 @dataclass(frozen=True)
 class Roof:
-    """`steps`: batch → its bytes on one GPU; `bandwidth_gb_s` of one GPU: measured reading, or the
+    """`steps`: batch → its bytes on one of `gpus`; `bandwidth_gb_s` of one GPU: measured reading, or the
     datasheet's."""
 
     bandwidth_gb_s: float
     measured: bool
     context_tokens: int
-    tp: int
+    gpus: int
     steps: Mapping[int, StepBytes]
 
     @property
@@ -76,7 +76,7 @@ class Roof:
             "context_tokens": self.context_tokens,
             "bandwidth_gb_s": self.bandwidth_gb_s,
             "bandwidth": self.source,
-            "assumes": f"uniform routing; {self.tp} GPUs read their shares at once; communication is free",
+            "assumes": f"uniform routing; {self.gpus} GPUs read their shares at once; communication is free",
         }
 
     @property
@@ -85,21 +85,25 @@ class Roof:
         return "measured reading" if self.measured else "datasheet; no measurement yet"
 
 
-def roof(parts: Sequence[Part], cache: CacheBytes, gpu: Gpu, tp: int, context_tokens: int) -> Roof:
-    """The roof of one of `tp` GPUs. Raises ConfigError for a GPU whose bandwidth is not known."""
+def roof(
+    parts: Sequence[Part], cache: CacheBytes, gpu: Gpu, tp: int, context_tokens: int, ep: int = 1
+) -> Roof:
+    """The roof of one of the GPUs of kernels.plan.Setting. Raises ConfigError for a GPU whose bandwidth is
+    not known."""
     bandwidth = gpu.read_gb_s or gpu.bandwidth_gb_s
     if bandwidth is None:
         raise ConfigError(f"the memory bandwidth of {gpu.name} is not known")
     in_window = min(context_tokens, cache.window_tokens) * cache.per_window_token
     per_request = context_tokens * cache.per_token + in_window + 2 * cache.state
-    steps = {b: StepBytes(weights_bytes(parts, tp, b), b * per_request) for b in BATCHES}
-    return Roof(bandwidth, gpu.read_gb_s is not None, context_tokens, tp, steps)
+    groups = max(1, ep // tp)  # which share out the requests
+    steps = {b: StepBytes(weights_bytes(parts, tp, b, ep), -(-b // groups) * per_request) for b in BATCHES}
+    return Roof(bandwidth, gpu.read_gb_s is not None, context_tokens, max(tp, ep), steps)
 
 
-def weights_bytes(parts: Sequence[Part], tp: int, batch: float) -> float:
-    """What one of `tp` GPUs reads of the weights in a decode step of `batch` requests, or, with drafts, of so
-    many tokens."""
-    return sum(part.shard_bytes(tp) * _share(part, batch) for part in parts if part.read)
+def weights_bytes(parts: Sequence[Part], tp: int, batch: float, ep: int = 1) -> float:
+    """What one GPU reads of the weights in a decode step of `batch` requests, or, with drafts, of so many
+    tokens. What widths are grown by is not counted, nor that some GPU's experts are chosen more often."""
+    return sum(part.shard_bytes(tp, ep) * _share(part, batch) for part in parts if part.read)
 
 
 def matrix_s(parts: Sequence[Part], gpu: Gpu) -> float | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from firebox.config import EngineConfig
 from firebox.find import load
 from firebox.hardware.base import Gpu
+from firebox.kernels.plan import Setting
 from firebox.layers import experts
-from firebox.planning.fit import Source, layers_for, open_source
+from firebox.planning.fit import Source, open_source
+from firebox.planning.launches import layers_of
 from firebox.tuning.run import Work
 
 TUNED = {experts: ("moe", "experts")}  # who launches → what --op calls it, who tunes it
@@ -16,7 +17,7 @@ def works_of(source: Source, gpu: Gpu, tp: int, op: str) -> tuple[list[Work], li
     """The problems of `op` ("moe", "linear", "attention" or "all"), and why layers have none."""
     found: dict[tuple[str, object], int] = {}
     refusals = dict[str, None]()
-    for layers in layers_for(open_source(source, gpu), gpu, tp, EngineConfig()):
+    for layers in layers_of(open_source(source, gpu).model, Setting(gpu, tp)):
         if layers.refusal is not None:
             refusals[f"{layers.op}: {layers.refusal}"] = None
         for operation in layers.operations:

@@ -8,12 +8,12 @@ must have the same version of this package.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from firebox.errors import ConfigError
+from firebox.find import load
 from firebox.hardware.base import Gpu
 from firebox.kernels.compile import Compiled, CompileRequest, compile_all
 from firebox.tuning.base import Candidate, Option, Task
@@ -137,7 +137,8 @@ def _named(function: Any) -> str:
 
 def _found(name: str) -> Any:
     module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    _, room, file = module.split(".")
+    return getattr(load(room, file), attribute)
 
 
 def _plain(value: Any) -> tuple[str, Any]:

@@ -92,11 +92,25 @@ def test_without_a_model_it_is_firebox_tiny(folder: Path) -> None:
 def test_what_is_missing_and_what_would_help(folder: Path) -> None:
     done = fit(folder, "firebox-tiny", "--gpu", "rtx-5090", "--dtype", "bfloat16", "--kv-cache-dtype", "fp8")
     assert done.returncode == 0 and "tokens of 1,024 bytes" in done.stdout
-    done = fit(folder, "gpt-oss-120b", "--gpu", "rtx-5090", "--tp", "2")
+    done = fit(folder, "gpt-oss-120b", "--gpu", "rtx-5090", "--tp", "2", "--dtype", "float32")
     assert done.returncode == 1
     assert "does not fit: " in done.stdout and "GiB are missing on each GPU" in done.stdout
-    assert "has no tile for 1440 columns" in done.stdout
     assert done.stdout.splitlines()[-1] == "gpt-oss-120b on 2 × rtx-5090: does not fit, as far as was checked"
+
+
+def test_experts_divided_and_drafts_are_planned_and_said_to_be_no_more(folder: Path) -> None:
+    asked = ("gpt-oss-120b", "--gpu", "gb10", "--tp", "1", "--ep", "5", "--num-drafts", "3")
+    done = fit(folder, *asked)
+    lines = done.stdout.splitlines()
+    assert (
+        done.returncode == 1 and "does not fit: --tp 1 --ep 5: 128 experts / 5 is not a whole number" in lines
+    )
+    assert [line.partition(": ")[2][:14] for line in lines if line.startswith("planned only: ")] == [
+        *("--ep 5: the en", "--num-drafts 3"),
+    ]
+    assert lines[-1] == "gpt-oss-120b on 5 × gb10: does not fit, as far as was checked"
+    found = document(fit(folder, *asked, "--json"))
+    assert (found["ep"], found["gpus"], found["num_drafts"], len(found["planned_only"])) == (5, 5, 3, 2)
 
 
 def test_strict_is_1_where_a_layer_falls_back(folder: Path) -> None:
@@ -104,7 +118,11 @@ def test_strict_is_1_where_a_layer_falls_back(folder: Path) -> None:
     assert fit(folder, *arguments).returncode == 0
     strict = fit(folder, *arguments, "--strict")
     assert strict.returncode == 1 and document(strict)["fits"]
-    assert document(strict)["fallbacks"] == ["latent_attention_block is composed of torch operators on a GPU"]
+    fallbacks = document(strict)["fallbacks"]
+    assert fallbacks[0] == "latent_attention_block is composed of torch operators on a GPU"
+    experts = "int4_group hidden=7168 inter=256 experts=384 top_k=8"
+    missing = f"default tiles: tuned/rtx_pro_6000/experts.json has no entry for '{experts}'"
+    assert f"moe_block, experts: {missing}" in fallbacks
 
 
 def test_a_cut_that_the_format_does_not_allow_is_1(folder: Path) -> None:
@@ -130,6 +148,7 @@ def test_a_cut_that_the_format_does_not_allow_is_1(folder: Path) -> None:
         (["no-such", "--gpu", "gb10"], "error: there is no model 'no-such'"),
         (["gpt-oss-20b", "--gpu", "gb11"], "error: no GPU is called 'gb11'"),
         (["gpt-oss-20b", "--gpu", "gb10", "--tp", "0"], "error: --tp 0"),
+        (["gpt-oss-20b", "--gpu", "gb10", "--ep", "0"], "error: --ep 0"),
         (["gpt-oss-20b", "--gpu", "gb10", "--dtype", "fp8"], "error: dtype is 'fp8'"),
         (["gpt-oss-20b", "--gpu", "gb10", "--kv-cache-dtype", "fp4"], "error: kv_cache_dtype is 'fp4'"),
         (["gpt-oss-20b", "--gpu", "gb10", "--context-length", "999999"], "was made for 1 to 131072 tokens"),
@@ -143,6 +162,7 @@ def test_a_cut_that_the_format_does_not_allow_is_1(folder: Path) -> None:
             ["--moe-config", "x.json", "--gpu", "gb10", "--dtype", "bfloat16"],
             "error: --moe-config does not go with --dtype",
         ),
+        (["--moe-config", "x.json", "--gpu", "gb10", "--ep", "2"], "--moe-config does not go with --ep"),
     ],
 )
 def test_a_wrong_call_is_2(folder: Path, arguments: list[str], sentence: str) -> None:

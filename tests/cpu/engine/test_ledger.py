@@ -8,11 +8,18 @@ from types import ModuleType
 
 import pytest
 
-from firebox.engine.ledger import ledger_rows, refuse_fallbacks
+from firebox.config import Config, EngineConfig, ModelConfig
+from firebox.engine import start as engine_start
+from firebox.engine.ledger import ledger_rows, refuse_fallbacks, refuse_untuned
 from firebox.engine.messages import LedgerRow
 from firebox.errors import ConfigError
 from firebox.find import load
+from firebox.hardware.base import find_gpu
+from firebox.kernels import _tuned
+from firebox.kernels.plan import Setting
 from firebox.kernels.select import Choice
+from firebox.layers import dense_gpu, experts
+from tests.support.dry import model_of
 from tests.support.engine import InProcessEngine
 
 FAST = ModuleType("firebox.kernels.fast")
@@ -127,3 +134,65 @@ def test_a_wish_that_cannot_be_granted(folder: Path, setting: str, wanted: str, 
     with pytest.raises(ConfigError) as caught:
         start(folder, **{setting: wanted})
     assert all(word in str(caught.value) for word in words) and caught.value.hint
+
+
+# ---- --strict and tiles
+
+
+SMALL = {"hidden_size": 256, "head_dim": 64, "dtype": "bfloat16", "moe_intermediate_size": 128}
+FEW = {"rows": 16, "tokens": 8, "depth": 64}
+MANY = {"rows": 64, "tokens": 16, "depth": 64}
+EXPERTS = {
+    "1": {"path": "few", "gate_up": FEW, "down": FEW},
+    "64": {"path": "sorted", "gate_up": MANY, "down": MANY},
+}
+LINEAR = {"1": {"path": "few", "config": {}}, "64": {"path": "cublas"}}
+
+
+def test_strict_refuses_default_tiles_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The missing entries by name; with entries for all, measured or not, it starts."""
+    gb10 = find_gpu("gb10")
+    model = model_of("qwen3_moe", gb10, **SMALL)
+    files: dict[str, dict[str, object]] = {"experts": {}, "linear": {}}
+    monkeypatch.setattr(_tuned, "_file", lambda gpu_name, name="experts": files[name])
+
+    setting = Setting(gb10)
+    layers = [*(layer for block in model.blocks for layer in block), model.head]
+    operations = [operation for layer in layers for operation in layer.operations(setting)]
+    linears = {o.name: dense_gpu.key(o.problem) for o in operations if o.source is dense_gpu}
+    (routed,) = {_tuned.key(o.problem) for o in operations if o.name == "experts"}
+
+    def refused(sentence: str) -> None:
+        forget()
+        with pytest.raises(ConfigError) as caught:
+            refuse_untuned(model, setting, 100)
+        assert str(caught.value) == f"--strict: {sentence}"
+        assert "fit --strict lists all" in str(caught.value.hint)
+
+    missing = "{} runs default tiles: tuned/gb10/{}.json has no entry for {!r}"
+    refused(missing.format("qkv", "linear", linears["qkv"]) + f", and {len(linears)} more")
+    files["linear"] = dict.fromkeys(linears.values(), LINEAR)
+    refused(missing.format("experts", "experts", routed))
+    files["experts"] = {routed: EXPERTS}
+    forget()
+    refuse_untuned(model, setting, 100)
+    forget()
+
+
+def forget() -> None:
+    """Paths that were chosen from other files."""
+    for cached in (experts._path_of, dense_gpu._path_of):
+        cached.cache_clear()
+
+
+def test_the_engine_asks_before_it_loads(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    gb10 = find_gpu("gb10")
+    model = model_of("qwen3_moe", gb10, **SMALL)
+    monkeypatch.setattr(engine_start, "device_of", lambda wanted, dtype: (gb10, "asked for"))
+    monkeypatch.setattr(engine_start, "make_model", lambda checkpoint, build: model)
+    engine = EngineConfig(kv_pages=32, context_length=64, strict=True)
+    config = Config(
+        model=ModelConfig(model=str(folder), dtype="bfloat16", load_format="dummy"), engine=engine
+    )
+    with pytest.raises(ConfigError, match=r"--strict: qkv runs default tiles: tuned/gb10/linear\.json"):
+        engine_start.start(config)

@@ -36,7 +36,7 @@ def test_the_kernels_run_unless_torch_is_asked_for() -> None:
 def test_a_name_that_does_not_exist_or_does_not_accept_is_refused() -> None:
     with pytest.raises(ConfigError, match="no kernel 'nonsense' for experts"):
         rows("nonsense")
-    odd = {"moe_intermediate_size": 52}
+    odd = {"hidden_size": 52}
     with pytest.raises(ConfigError, match="cannot run these experts"):
         rows(ON_GPU, **odd)
     fallen = rows("auto", **odd)["moe_block"]

@@ -4,6 +4,8 @@ what would help. Nothing is compiled here but where a test says so."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +15,28 @@ from firebox.config import EngineConfig
 from firebox.errors import ConfigError, UnsupportedModel
 from firebox.hardware.base import find_gpu
 from firebox.hardware.probe import probe_cpu
+from firebox.kernels import _tuned
 from firebox.kernels.compile import Compiled
+from firebox.kernels.plan import planned as plan_of
+from firebox.layers import dense_gpu, experts
 from firebox.planning import launches
 from firebox.planning.fit import Fit, compiled, open_source, plan
 from firebox.text.folder import bundled
 from tests.support.planning import FP8_BLOCK, opened, planned, source_of
 
-SIZES = {"gb10": (1, 2, 4), "rtx-pro-6000": (1, 4, 8), "rtx-5090": (1, 2), "h200": (1, 8)}
+SIZES = {"gb10": (1, 2, 4), "rtx-pro-6000": (1, 4, 8), "rtx-5090": (1, 2, 4, 8), "h200": (1, 4, 8)}
 CARDS = [name for name in bundled() if name != "firebox-tiny"]
-# experts' widths of 176 and 1440, which no tile of the kernels divides
-NO_TILE = {("glm-4.5-air-fp8", 8), ("gpt-oss-120b", 2), ("gpt-oss-20b", 2)}
-# the least of these sizes that holds the card with 4096 tokens and whose experts kernels run
+# the least of these sizes that holds the card with 4096 tokens
 LEAST = {
-    "glm-4.5-air-fp8": {"gb10": 1, "rtx-pro-6000": 4, "rtx-5090": None, "h200": 1},
-    "glm-4.7-fp8": {"gb10": 4, "rtx-pro-6000": 4, "rtx-5090": None, "h200": 8},
-    "glm-4.7-nvfp4": {"gb10": 2, "rtx-pro-6000": 4, "rtx-5090": None, "h200": 8},
+    "glm-4.5-air-fp8": {"gb10": 1, "rtx-pro-6000": 4, "rtx-5090": 4, "h200": 1},
+    "glm-4.7-fp8": {"gb10": 4, "rtx-pro-6000": 4, "rtx-5090": None, "h200": 4},
+    "glm-4.7-nvfp4": {"gb10": 2, "rtx-pro-6000": 4, "rtx-5090": 8, "h200": 4},
     "gpt-oss-120b": {"gb10": 1, "rtx-pro-6000": 1, "rtx-5090": None, "h200": 1},
     "gpt-oss-20b": {"gb10": 1, "rtx-pro-6000": 1, "rtx-5090": 1, "h200": 1},
     "kimi-k2-thinking-nvfp4": {"gb10": None, "rtx-pro-6000": 8, "rtx-5090": None, "h200": 8},
     "kimi-k2.5-int4": {"gb10": None, "rtx-pro-6000": 8, "rtx-5090": None, "h200": 8},
     "qwen3-30b-a3b": {"gb10": 1, "rtx-pro-6000": 1, "rtx-5090": 2, "h200": 1},
-    "qwen3.5-397b-a17b-nvfp4": {"gb10": 4, "rtx-pro-6000": 4, "rtx-5090": None, "h200": 8},
+    "qwen3.5-397b-a17b-nvfp4": {"gb10": 4, "rtx-pro-6000": 4, "rtx-5090": None, "h200": 4},
 }
 
 
@@ -45,8 +48,9 @@ def test_every_card_answers_on_every_gpu(card: str, gpu: str) -> None:
     assert min(fitting, default=None) == LEAST[card][gpu]
     for tp, found in answers.items():
         if "gpt-oss" in card and tp > 2:
-            one = () if LEAST[card][gpu] is None else ("--tp 1",)
-            assert not found.fits and (found.working_tp, found.help) == ((1, 2), one)
+            smaller = " or ".join(str(n) for n in (1, 2) if planned(card, gpu, n).fits)
+            assert not found.fits and found.working_tp == (1, 2)
+            assert found.help == ((f"--tp {smaller}",) if smaller else ())
             assert (
                 f"--tp {tp}: model.layers.0.mlp.experts.down_proj: intermediate_size 2880 / {tp}"
                 in found.problems[0]
@@ -57,8 +61,21 @@ def test_every_card_answers_on_every_gpu(card: str, gpu: str) -> None:
         assert found.memory.kv_tokens >= 4096 or not found.fits
         assert found.document()["memory"]["kv_tokens"] == found.memory.kv_tokens
         assert found.roof.tokens_per_s(1) < found.roof.tokens_per_s(8) < found.roof.tokens_per_s(64)
-        refused = [layers.refusal for layers in found.layers if layers.refusal and layers.op == "moe_block"]
-        assert bool(refused) is ((card, tp) in NO_TILE) and (not refused or not found.fits)
+        assert [layers.refusal for layers in found.layers if layers.refusal] == []
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_every_card_has_its_launches_on_four_gb10(card: str) -> None:
+    """No layer is refused, and 1 to 8192 tokens find their experts. gpt-oss cannot be cut into four; its
+    experts can be divided."""
+    found = plan(opened(card), find_gpu("gb10"), 4, EngineConfig(), ep=4 if "gpt-oss" in card else 1)
+    assert [layers.refusal for layers in found.layers if layers.refusal] == []
+    (operation,) = {o for layers in found.layers for o in layers.operations if o.name == "experts"}
+    made = plan_of(operation, found.gpu, found.max_tokens)
+    routed = [row for row in made if row.op == "moe_gate_up"]
+    assert (routed[0].first, routed[-1].last) == (1, 8192)
+    assert all(before.last + 1 == after.first for before, after in itertools.pairwise(routed))
+    assert {row.path for row in routed} >= {"few", "sorted"}
 
 
 def test_the_ledger_adds_up() -> None:
@@ -92,7 +109,7 @@ def test_help_is_true() -> None:
     asked: dict[str, Any] = {"context_length": 60_000}
     found = planned("glm-4.5-air-fp8", "gb10", **asked)
     assert [word.rsplit(" ", 1)[0] for word in found.help] == [
-        "--tp 2 or",  # at 8 and 16 no kernel runs the experts
+        "--tp 2 or 4 or 8 or",
         "--kv-cache-dtype",
         "--context-length",
     ]
@@ -103,12 +120,35 @@ def test_help_is_true() -> None:
     assert not planned("glm-4.5-air-fp8", "gb10", context_length=tokens + 1).fits
 
 
-def test_a_cut_without_a_tile_is_told_of_those_that_have_one() -> None:
+def test_a_width_that_no_tile_divides_is_counted_as_it_is_kept() -> None:
+    """gpt-oss-20b at tp 2: 24 layers of 32 experts keep 1,472 columns for 1,440, with 17 bytes for 32 codes
+    of MXFP4, and biases; the roof is about what has to be read."""
     found = planned("gpt-oss-20b", "gb10", 2)
-    assert found.memory is not None and found.memory.fits and found.help == ("--tp 1",)
-    assert (
-        "no kernel runs the experts of 24 layers (mxfp4): has no tile for 1440 columns" in found.problems[0]
-    )
+    assert found.memory is not None and found.roof is not None and found.fits
+    one = planned("gpt-oss-20b", "gb10", 1)
+    assert one.memory is not None and one.roof is not None
+    whole = 24 * 32 * 2880 * (3 * 2880 * 17 // 32)
+    assert one.memory.weights["experts"] - whole == 24 * 32 * 2 * (2 * 2880 + 2880)
+    down_bias = 24 * 32 * 2 * 2880
+    half = (one.memory.weights["experts"] - down_bias) // 2
+    grown = half // 1440 * 1472 + down_bias
+    assert found.memory.weights["experts"] == pytest.approx(grown, abs=24 * 32 * 32)
+    assert one.roof.steps[64].weights / found.roof.steps[64].weights == pytest.approx(2, rel=0.01)
+
+
+def test_glm_4_5_air_on_eight_keeps_192_columns_of_176() -> None:
+    """In routed and shared experts, and 1,376 of 1,368 in the dense MLP, the MTP layer's experts too."""
+    parts = {part.name: part for part in opened("glm-4.5-air-fp8").parts if part.block is None}
+    found = planned("glm-4.5-air-fp8", "rtx-pro-6000", 8)
+    assert found.memory is not None and found.fits
+    dense = found.memory.weights["dense_mlp"] - parts["dense_mlp"].shard_bytes(8)
+    assert dense == 8 * (3 * 4096 + 2 * 4)
+    shared = found.memory.weights["router_and_shared"] - parts["router_and_shared"].shard_bytes(8)
+    assert shared == 45 * 16 * (3 * 4096 + 2 * 4)
+    columns = {"experts": 45 * 128 * 192, "mtp": 128 * 192}
+    of_mtp = found.memory.weights["mtp"] / (columns["mtp"] * 3 * 4096)
+    of_all = found.memory.weights["experts"] / (columns["experts"] * 3 * 4096)
+    assert 1 < of_all < 1.02 and 1 < of_mtp < 1.3
 
 
 def test_fewer_requests_may_help() -> None:
@@ -238,17 +278,72 @@ def test_real_compiles_of_a_small_model(monkeypatch: pytest.MonkeyPatch, tmp_pat
 # ---- fallbacks
 
 
+@pytest.fixture(autouse=True)
+def forget_paths() -> Iterator[None]:
+    """What a test makes of tuned files does not outlive it."""
+    yield
+    for cached in (experts._path_of, dense_gpu._path_of):
+        cached.cache_clear()
+
+
 def test_an_emulated_launch_is_a_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of launches without a product `native` says nothing, and they are none."""
-    assert outcome(monkeypatch, native=True).fallbacks == ()
+    assert not any("is written for" in why for why in outcome(monkeypatch, native=True).fallbacks)
     found = outcome(monkeypatch, native=False, instruction="mma.bf16")
     assert found.launches is not None and found.fits, "slow is not too large"
     products = [row for row in found.launches if row.planned.request and row.planned.request.declares]
-    assert 0 < len(products) < len(found.launches) and len(found.fallbacks) == len(products)
-    assert "moe_block, experts: moe_gate_up at 1 to 1 tokens is written for bf16 and runs mma.bf16" in (
-        found.fallbacks
-    )
+    said = [why for why in found.fallbacks if "is written for" in why]
+    assert 0 < len(products) < len(found.launches) and len(said) == len(products)
+    assert "moe_block, experts: moe_gate_up at 1 to 1 tokens is written for bf16 and runs mma.bf16" in said
     assert found.document()["fallbacks"] == list(found.fallbacks)
+
+
+def test_default_tiles_are_a_fallback_until_a_file_has_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sentence an operation. Norms, attention and sampling have one way, or choose by rule; products that
+    cuBLAS does alone are not ours."""
+    found = outcome(monkeypatch)
+    assert [why.partition(": default tiles: ")[0] for why in found.fallbacks] == [
+        *("attention_block, qkv", "attention_block, o"),
+        *("moe_block, router", "moe_block, experts", "head, head"),
+    ]
+    problem = "mxfp4_nibbles hidden=2880 inter=2880 experts=32 top_k=4"
+    assert found.fallbacks[3].endswith(f"tuned/gb10/experts.json has no entry for '{problem}'")
+    assert found.fallbacks[4].endswith(
+        "tuned/gb10/linear.json has no entry for 'bf16 rows=201088 columns=2880'"
+    )
+    tuned(monkeypatch, {problem})
+    assert [why.partition(":")[0] for why in outcome(monkeypatch).fallbacks] == [
+        *("attention_block, qkv", "attention_block, o", "moe_block, router", "head, head")
+    ]
+    tuned(monkeypatch, None)
+    found = outcome(monkeypatch)
+    assert found.fallbacks == () and found.launches is not None
+    whys = {row.planned.operation.name: row.planned.why for row in found.launches}
+    assert (whys["qkv"], whys["experts"].partition(",")[0]) == ("measured", "predicted"), "and says which"
+
+
+def tuned(monkeypatch: pytest.MonkeyPatch, keys: set[str] | None) -> None:
+    """From now on gb10 has tuned entries for these problems, or for all (None)."""
+    few = {"rows": 16, "tokens": 8, "depth": 64, "many": 16, "warps": 1, "stages": 3}
+    many = {"rows": 64, "tokens": 16, "depth": 64}
+    entries = {
+        "experts": {
+            "1": {"path": "few", "gate_up": few, "down": few},
+            "64": {"path": "sorted", "gate_up": many, "down": many, "how": "predicted"},
+        },
+        "linear": {"1": {"path": "few", "config": {}}, "64": {"path": "cublas"}},
+    }
+
+    class File(dict[str, Any]):
+        def __init__(self, name: str) -> None:
+            self.entry = entries[name]
+
+        def get(self, key: str, default: Any = None) -> Any:
+            return self.entry if keys is None or key in keys else default
+
+    monkeypatch.setattr(_tuned, "_file", lambda gpu_name, name="experts": File(name))
+    for cached in (experts._path_of, dense_gpu._path_of):
+        cached.cache_clear()
 
 
 def test_torch_operators_are_a_fallback() -> None:

@@ -204,7 +204,7 @@ def test_all_expert_layers_are_counted() -> None:
     ("found", "sentence"),
     [
         (lambda: moe("firebox-tiny"), "hidden states are float32; kernels know bfloat16 and float16"),
-        (lambda: moe("qwen3-30b-a3b", 16), "has no tile for 48 columns in bf16"),
+        (lambda: moe("qwen3-30b-a3b", hidden_size=2064), "has no tile for 2064 columns in bf16"),
         (lambda: moe("glm-4.7-fp8", gpu="a100"), "has no FP8 type on a100"),
         (lambda: moe("qwen3-30b-a3b", quantization_config=INTEGERS | {"group_size": 256}), "not 256"),
         (lambda: moe("qwen3-30b-a3b", quantization_config=GPTQ | {"desc_act": True}), "(desc_act)"),

@@ -113,7 +113,7 @@ def searched(
 ) -> tuple[dict[int, Entry], Search]:
     full, between = interleave_keys(KEYS, sizes)
     journal = journal or Journal(None, "h200", "3.9.0")
-    search = Search(Made(), task, find_gpu("h200"), journal, meter, full, between)
+    search = Search(Made(), task, find_gpu("h200"), journal, meter, keys=full, between=between)
     return {entry.task.tokens: entry for entry in search.entries()}, search
 
 

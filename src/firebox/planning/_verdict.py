@@ -1,0 +1,89 @@
+"""What fit's findings come to, in sentences: what speaks against the model, what --strict refuses, and what
+is planned although the engine does not do it yet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from firebox.hardware.base import Gpu
+from firebox.kernels import cpu_moe_block
+from firebox.kernels.plan import Library, Setting
+from firebox.layers.linear import DENSE
+from firebox.planning.launches import Launch, Layers
+from firebox.planning.memory import GIB, Memory
+
+EMBEDDING = "embedding"
+TORCH_ONLY = "composed of torch operators on a GPU"
+
+
+def problems(
+    setting: Setting,
+    refusal: str | None,
+    memory: Memory | None,
+    layers: Iterable[Layers],
+    launches: Iterable[Launch],
+) -> Iterator[str]:
+    """Why it does not fit; nothing if it does, as far as was checked."""
+    if refusal is not None:
+        yield f"{options(setting)}: {refusal}"
+    if memory is not None and not memory.fits:
+        yield (
+            f"{memory.missing_bytes / GIB:.1f} GiB are missing on each GPU for one request of "
+            f"{memory.context_tokens} tokens"
+        )
+    for alike in layers:
+        if alike.refusal is not None and alike.op == cpu_moe_block.OP:
+            yield f"no kernel runs the experts of {alike.layers} layers ({alike.format}): {alike.refusal}"
+    for launch in launches:
+        compiled = launch.compiled
+        if compiled is not None and not compiled.fits:
+            too_much = f"{compiled.shared_bytes} bytes of shared memory of {compiled.limit_bytes}"
+            yield f"{_where(launch)}: {compiled.error or too_much}"
+
+
+def fallbacks(
+    gpu: Gpu, not_planned: Iterable[str], layers: Iterable[Layers], launches: Iterable[Launch]
+) -> Iterator[str]:
+    """What --strict refuses."""
+    for op in not_planned:
+        if op != EMBEDDING:  # one gather, of which torch's is as good as any
+            yield f"{op} is {TORCH_ONLY}"
+    for alike in layers:
+        if alike.refusal is not None:
+            yield f"{alike.op} of {alike.layers} layers falls back to torch operators: {alike.refusal}"
+        for operation in alike.operations:
+            if isinstance(operation, Library) and operation.problem != DENSE:
+                yield f"{alike.op}, {operation.name} falls back to torch operators: {operation.problem}"
+    launches = tuple(launches)
+    for launch in launches:
+        if launch.emulated and launch.compiled is not None and launch.planned.request is not None:
+            wanted = " and ".join(launch.planned.request.declares)
+            yield f"{_where(launch)} is written for {wanted} and runs {launch.compiled.instruction}"
+    missing = ((launch, launch.planned.untuned(gpu)) for launch in launches)
+    yield from dict.fromkeys(
+        f"{launch.layers.op}, {launch.planned.operation.name}: {why}" for launch, why in missing if why
+    )
+
+
+def planned_only(setting: Setting) -> Iterator[str]:
+    """What was planned for an engine that does not do it yet."""
+    if setting.ep > 1:
+        groups = setting.groups
+        whose = f"; budgets and memory are those of one of {groups} groups of requests" if groups > 1 else ""
+        yield f"--ep {setting.ep}: the engine does not divide experts among GPUs yet{whose}"
+    if setting.drafts:
+        unchecked = "the engine does not check drafts yet; what makes them is left out"
+        yield f"--num-drafts {setting.drafts}: {unchecked}"
+
+
+def options(setting: Setting) -> str:
+    """How the model is divided, as the command line says it."""
+    return f"--tp {setting.tp}" + (f" --ep {setting.ep}" if setting.ep > 1 else "")
+
+
+def _where(launch: Launch) -> str:
+    planned = launch.planned
+    return (
+        f"{launch.layers.op}, {planned.operation.name}: {planned.op} at {planned.first} to "
+        f"{planned.last} tokens"
+    )
