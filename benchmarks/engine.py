@@ -1,7 +1,7 @@
 """The engine on one NVIDIA GPU: decode and prefill of a card's real shapes with random weights, no server.
 
     PYTHONPATH=src:. python benchmarks/engine.py gpt-oss-120b [--batches 1,8,64,256] [--prompt 128]
-        [--tokens 256] [--layers N] [--ttft 2048] [--overlap] [--profile] [--json]
+        [--tokens 256] [--layers N] [--ttft 2048] [--no-overlap] [--profile] [--json]
 
 ms_per_token: the median time between two steps in which every request of the batch gets one token, greedy,
 host work and the tokens' way to the host included. replay_ms: the same step's graph alone. of_roof: the bytes
@@ -121,7 +121,7 @@ def main() -> int:
     parser.add_argument("--ttft", type=int, default=2048)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--eager", action="store_true")
-    parser.add_argument("--overlap", action="store_true")
+    parser.add_argument("--no-overlap", action="store_true")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     batches = [int(b) for b in arguments.batches.split(",")]
@@ -131,7 +131,7 @@ def main() -> int:
     engine = EngineConfig(
         max_running_requests=max(batches), max_batch_tokens=8192, prefill_chunk_tokens=8192, page_tokens=64,
         context_length=4096, prefix_cache=False, device="cuda",
-        cuda_graph="off" if arguments.eager else "decode", overlap=arguments.overlap,
+        cuda_graph="off" if arguments.eager else "decode", overlap=not arguments.no_overlap,
     )  # fmt: skip
     scheduler, runner, ready = start(Config(model=model, engine=engine))
     print("\n".join(ready.reasons))

@@ -5,7 +5,7 @@
     PYTHONPATH=src:. python benchmarks/tuner.py regret --out DIR
 
 `exhaustive` compiles and times every tile of both halves of a model's expert layer, each half on its own,
-and keeps it all in DIR/<model>.jsonl, one line a tile: what the compiler made of it and microseconds.
+and keeps it all in DIR/<model>.jsonl.gz, one line a tile: what the compiler made of it and microseconds.
 `compare` runs the tuner on the same problems and holds what it chose against the best lines: speed and GPU
 seconds. `regret`: what the estimate alone would have chosen; needs no GPU.
 """
@@ -13,6 +13,7 @@ seconds. `regret`: what the estimate alone would have chosen; needs no GPU.
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import math
 import statistics
@@ -70,7 +71,7 @@ def exhaustive(
     make = experts.bench(problem, gpu)
     folder.mkdir(parents=True, exist_ok=True)
     lines, gpu_s = 0, 0.0
-    with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+    with gzip.open(folder / f"{name}.jsonl.gz", "wt", encoding="utf-8") as file:
         for task, found in candidates.items():
             if time.monotonic() - began > limit_s:
                 print(f"{name}: out of time before {task.tokens} tokens", flush=True)
@@ -185,7 +186,8 @@ Lines = dict[tuple[int, str, str], list[dict[str, Any]]]
 
 def _lines(folder: Path, name: str) -> Lines:
     found: Lines = {}
-    for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
+    packed = gzip.decompress((folder / f"{name}.jsonl.gz").read_bytes()).decode()
+    for line in packed.splitlines():
         row = json.loads(line)
         found.setdefault((row["tokens"], row["path"], row["part"]), []).append(row)
     return found

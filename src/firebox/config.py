@@ -95,7 +95,7 @@ class EngineConfig:
         choices=("decode", "off"),
     )
     overlap: bool = option(
-        False, "on a GPU: launch a decode step before the last one's tokens have reached the host"
+        True, "on a GPU: launch a decode step before the last one's tokens have reached the host"
     )
     threads: int | None = option(
         None, "CPU threads of the engine process; default: one core is left to the server"

@@ -176,7 +176,7 @@ def test_graph_equals_eager(case: Case, engines: Engines) -> None:
 @captured
 def test_steps_launched_ahead_choose_the_same_tokens(case: Case, engines: Engines) -> None:
     """Greedy and drawn, all requests of one length, so that every step has the company it has without."""
-    ahead, waiting = engines.gpu(case, overlap=True), engines.gpu(case)
+    ahead, waiting = engines.gpu(case), engines.gpu(case, overlap=False)
     prompts = prompts_of(*SEVENTEEN)
     params = [replace(GREEDY, max_tokens=40, temperature=0.8 * (n % 2), seed=n) for n in range(len(prompts))]
     steps = Counter(ahead.runner.steps)
@@ -189,7 +189,7 @@ def test_requests_that_end_while_the_next_step_runs(case: Case, engines: Engines
     """Requests of many lengths, some that draw, some that end by a stop token. Whoever ends is in company one
     step longer than without overlap, and other tiles sum in another order; so each token is held against the
     whole distribution at its place, which another run gives."""
-    ahead, waiting = engines.gpu(case, overlap=True), engines.gpu(case)
+    ahead, waiting = engines.gpu(case), engines.gpu(case, overlap=False)
     prompts = prompts_of(*SEVENTEEN)
     greedy = waiting.generate(prompts, replace(GREEDY, max_tokens=40))
     params = [
@@ -223,7 +223,7 @@ def _lead_of_the_best(row: torch.Tensor, params: SamplingParams, position: int, 
 
 def test_the_steady_state_never_waits_for_the_device_but_for_tokens(engines: Engines) -> None:
     case = Case("qwen3_moe", "bf16", BF16, graphs=True)
-    engine = engines.gpu(case, overlap=True)
+    engine = engines.gpu(case)
     for prompt in prompts_of(5, 9, 17):
         engine.submit(prompt, replace(GREEDY, max_tokens=40))
     for _ in range(6):  # the prompts' steps, and the capture

@@ -137,8 +137,7 @@ def _named(function: Any) -> str:
 
 def _found(name: str) -> Any:
     module, _, attribute = name.partition(":")
-    _, room, file = module.split(".")
-    return getattr(load(room, file), attribute)
+    return getattr(load("kernels", module.rpartition(".")[2]), attribute)
 
 
 def _plain(value: Any) -> tuple[str, Any]:
