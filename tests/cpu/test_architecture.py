@@ -82,7 +82,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     # level 9
     "bench": ("kernels", "formats", "llm", "engine.client", "text", "planning", "config"),
     # level 10
-    "tuning": ("kernels", "formats", "bench.timer"),
+    "tuning": ("kernels", "formats", "attention", "layers", "planning", "bench.timer"),
     "matrix": ("bench", "planning", "config"),
     # level 11
     "cli": ("*",),
