@@ -7,6 +7,9 @@ writes its own requests' rows.
 A plan's arrays lie on the device and keep their addresses: a step captured in a CUDA graph is replayed after
 `refill` with the integers of another step of as many requests and tokens a request. Its grid is then that of
 `context_bound`, and blocks that have nothing to do end at once.
+
+Tiles are measured ones (kernels/_tuned.py, attention.json) where there are any: those of the nearest number
+of tokens in the step. A measured tile of decode serves requests whose rows make blocks as large as its own.
 """
 
 from __future__ import annotations
@@ -24,8 +27,11 @@ from firebox.hardware.base import Gpu
 from firebox.hardware.probe import probe_gpu
 
 if TYPE_CHECKING:  # Triton is imported where there is a GPU, and not before
-    from firebox.kernels._attention import Paged, Problem
+    from firebox.kernels._attention import Config, Paged, Problem
     from firebox.kernels.plan import Made
+
+TUNED = "attention"  # the file in tuned/<gpu>/
+DECODE, EXTEND = "decode", "extend"
 
 
 @dataclass(frozen=True)
@@ -55,22 +61,61 @@ def accepts(heads: int, spec: KvSpec, gpu: Gpu) -> str | None:
 
 
 @functools.cache
+def key(kernel: str, problem: Problem) -> str:
+    """How attention.json calls a problem of DECODE or EXTEND."""
+    p = problem
+    dtype, kv = (str(dtype).removeprefix("torch.") for dtype in (p.dtype, p.kv_dtype))
+    sizes = ("heads", "kv_heads", "head_dim", "value_dim", "page_tokens")
+    masks = [name for name in ("window", "sinks", "tree") if getattr(p, name)]
+    return " ".join([kernel, dtype, f"kv={kv}", *(f"{name}={getattr(p, name)}" for name in sizes), *masks])
+
+
+def decode_config(problem: Problem, gpu: Gpu, queries: int, tokens: int) -> Config:
+    """The tile for requests of up to `queries` queries in a step of `tokens`."""
+    return _decode_config(problem, gpu, queries, _measured(DECODE, problem, gpu, tokens))
+
+
+def extend_config(problem: Problem, gpu: Gpu, tokens: int) -> Config:
+    """The tile for longer requests in a step of `tokens`."""
+    from firebox.kernels import attention_extend
+
+    return _measured(EXTEND, problem, gpu, tokens) or attention_extend.default(problem, gpu)
+
+
+@functools.cache
+def _measured(kernel: str, problem: Problem, gpu: Gpu, tokens: int) -> Config | None:
+    from firebox.kernels import _tuned
+    from firebox.kernels._attention import Config
+
+    entry = _tuned.measured(gpu.name, TUNED, key(kernel, problem), tokens)
+    return None if entry is None else Config(**entry["config"])
+
+
+def _decode_config(problem: Problem, gpu: Gpu, queries: int, tuned: Config | None) -> Config:
+    from firebox.kernels import attention_decode
+
+    if tuned is not None and tuned.block_m == attention_decode.block_rows(problem, gpu, queries):
+        return tuned
+    return attention_decode.default(problem, gpu, queries)
+
+
 def made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
     """What steps of so many tokens may launch, however they are divided among requests: decode for each
     number of queries that a request may have, its keys divided or not, and extend. For the plan."""
     from firebox.kernels.attention_decode import MAX_QUERIES
 
-    return _made(problem, min(tokens, MAX_QUERIES + 1), gpu)
+    tuned = tuple(_measured(kernel, problem, gpu, tokens) for kernel in (DECODE, EXTEND))
+    return _made(problem, min(tokens, MAX_QUERIES + 1), tuned, gpu)
 
 
 @functools.cache
-def _made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
+def _made(problem: Problem, tokens: int, tuned: tuple[Config | None, ...], gpu: Gpu) -> Made:
     from firebox.kernels import attention_decode, attention_extend
     from firebox.kernels.plan import Compile, Made
 
     found: list[Compile] = []
     queries = range(1, min(tokens, attention_decode.MAX_QUERIES) + 1)
-    for config in dict.fromkeys(attention_decode.default(problem, gpu, n) for n in queries):
+    for config in dict.fromkeys(_decode_config(problem, gpu, n, tuned[0]) for n in queries):
         tile = f"{config.block_m} rows"
         (whole,) = attention_decode.requests(problem, config, gpu, split=False)
         part, merge = attention_decode.requests(problem, config, gpu)
@@ -78,10 +123,12 @@ def _made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
         found.append(Compile(attention_decode.OP, part, config, f"{tile}, keys divided"))
         found.append(Compile("attention_merge", merge, None, tile))
     if tokens > attention_decode.MAX_QUERIES:
-        config = attention_extend.default(problem, gpu)
+        config = tuned[1] or attention_extend.default(problem, gpu)
         (request,) = attention_extend.requests(problem, config, gpu)
         found.append(Compile(attention_extend.OP, request, config))
-    return Made("paged", "default", tuple(found))
+    chosen = {compile.config for compile in found if compile.config is not None}
+    why = "default" if chosen.isdisjoint(tuned) else "measured" if chosen <= set(tuned) else "partly measured"
+    return Made("paged", why, tuple(found))
 
 
 def plan(
@@ -129,43 +176,91 @@ def run(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See attention.base.Backend.run."""
-    from firebox.kernels import attention_decode, attention_extend
+    problem = _problem(q, layer_cache, plan, window_tokens, sinks)
+    gpu, tokens = gpu_of(q.device), q.shape[0]
+    out = q.new_empty(*q.shape[:2], problem.value_dim)
+    step = Attended(
+        q.contiguous(), layer_cache.k, layer_cache.v, layer_cache.scales, plan, scale, out, problem, gpu,
+        window_tokens or 0, sinks,
+    )  # fmt: skip
+    if plan.decode_queries:
+        decode(step, decode_config(problem, gpu, plan.decode_queries, tokens))
+    extend(step, extend_config(problem, gpu, tokens))
+    return out
+
+
+@dataclass(frozen=True)
+class Attended:
+    """One layer's attention in a step: what attention.base.Backend.run is given. `out` [tokens, heads,
+    value_dim]; `window_tokens` 0: no window."""
+
+    q: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    scales: tuple[float, float]
+    plan: Plan
+    scale: float
+    out: torch.Tensor
+    problem: Problem
+    gpu: Gpu
+    window_tokens: int
+    sinks: torch.Tensor | None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What both kernels take besides."""
+        options = {"problem": self.problem, "window_tokens": self.window_tokens, "sinks": self.sinks}
+        return options | {"scales": self.scales}
+
+
+def decode(step: Attended, config: Config) -> None:
+    """Writes the rows of `out` of the requests with few queries."""
+    from firebox.kernels import attention_decode
     from firebox.kernels.launch import OBSERVERS, observe
 
-    k_cache, v_cache = layer_cache.k, layer_cache.v
-    problem = _problem(q, layer_cache, plan, window_tokens, sinks)
-    gpu = gpu_of(q.device)
-    out = q.new_empty(*q.shape[:2], problem.value_dim)
-    q = q.contiguous()
-    options: dict[str, Any] = {
-        "problem": problem,
-        "window_tokens": window_tokens or 0,
-        "sinks": sinks,
-        "scales": layer_cache.scales,
-    }
-    if plan.decode_queries:
-        config = attention_decode.default(problem, gpu, plan.decode_queries)
-        row_blocks = -(-problem.group * plan.decode_queries // config.block_m)
-        longest, mean = plan.decode_contexts
-        if window_tokens is not None:  # nothing before the first query's window is read
-            most = window_tokens + plan.decode_queries
-            longest, mean = min(longest, most), min(mean, most)
-        programs = problem.kv_heads * row_blocks * plan.paged.requests
-        places = attention_decode.places(problem, config, gpu)
-        splits = attention_decode.split_count(programs, (longest, mean), places, config.block_n)
-        if OBSERVERS:
-            observe(*attention_decode.requests(problem, config, gpu, split=splits > 1))
-        attention_decode.attend(
-            q, k_cache, v_cache, plan.paged, scale, out, config=config, max_queries=plan.decode_queries,
-            splits=splits, pdl=attention_decode.depends(gpu), **options,
-        )  # fmt: skip
-    config = attention_extend.default(problem, gpu)
-    tiles = _tiles(plan, problem.group, config.block_m)
-    if tiles.shape[1]:
-        if OBSERVERS:
-            observe(*attention_extend.requests(problem, config, gpu))
-        attention_extend.attend(q, k_cache, v_cache, plan.paged, tiles, scale, out, config=config, **options)
-    return out
+    plan = step.plan
+    load = (plan.paged.requests, plan.decode_queries, plan.decode_contexts)
+    divided = splits(step.problem, step.gpu, config, *load, step.window_tokens)
+    if OBSERVERS:
+        observe(*attention_decode.requests(step.problem, config, step.gpu, split=divided > 1))
+    attention_decode.attend(
+        step.q, step.k_cache, step.v_cache, plan.paged, step.scale, step.out, config=config,
+        max_queries=plan.decode_queries, splits=divided, pdl=attention_decode.depends(step.gpu),
+        **step.options,
+    )  # fmt: skip
+
+
+def splits(
+    problem: Problem, gpu: Gpu, config: Config, requests: int, queries: int, contexts: tuple[int, int],
+    window_tokens: int,
+) -> int:  # fmt: skip
+    """Among how many blocks decode divides the keys of a request. `queries`: the most of a request;
+    `contexts`: tokens of the longest, and of all divided by the requests."""
+    from firebox.kernels import attention_decode
+
+    longest, mean = contexts
+    if window_tokens:  # nothing before the first query's window is read
+        most = window_tokens + queries
+        longest, mean = min(longest, most), min(mean, most)
+    programs = problem.kv_heads * -(-problem.group * queries // config.block_m) * requests
+    places = attention_decode.places(problem, config, gpu)
+    return attention_decode.split_count(programs, (longest, mean), places, config.block_n)
+
+
+def extend(step: Attended, config: Config) -> None:
+    """Writes the rows of `out` of the requests with many queries; launches nothing if there are none."""
+    from firebox.kernels import attention_extend
+    from firebox.kernels.launch import OBSERVERS, observe
+
+    tiles = _tiles(step.plan, step.problem.group, config.block_m)
+    if not tiles.shape[1]:
+        return
+    if OBSERVERS:
+        observe(*attention_extend.requests(step.problem, config, step.gpu))
+    attention_extend.attend(
+        step.q, step.k_cache, step.v_cache, step.plan.paged, tiles, step.scale, step.out, config=config,
+        **step.options,
+    )  # fmt: skip
 
 
 @functools.cache

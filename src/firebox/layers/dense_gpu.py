@@ -53,6 +53,11 @@ def path_of(problem: Problem, tokens: int, gpu: Gpu) -> Path:
         entry = _tuned.measured(gpu.name, TUNED, key(problem), tokens, but=FEW)
     if entry is not None:
         return Path(entry["path"], _config(entry), _tuned.how(entry))
+    return stock_path(problem, tokens, gpu)
+
+
+def stock_path(problem: Problem, tokens: int, gpu: Gpu) -> Path:
+    """What so many tokens take for want of a measurement."""
     if tokens <= linear_few.MAX_TOKENS:
         return Path(FEW, linear_few.default(problem, tokens, gpu), "default")
     refusal = linear.accepts(problem, gpu)

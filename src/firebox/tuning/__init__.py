@@ -2,7 +2,8 @@
 left where there is a GPU, and write tuned/<gpu>/.
 
     base            a task, its candidates, and what an operation says about both
-    experts, linear the operations that are tuned
+    experts, linear, attention   the operations that are tuned
+    problems        which of their problems a model has
     estimate        how long a tile should take, from bytes, waves, occupancy and instruction rates
     clock           CUDA-graph timing, interleaved
     search          tasks to choices: compile, drop, rank, halve

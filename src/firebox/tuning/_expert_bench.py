@@ -6,7 +6,7 @@ The halves are launched as layers/experts.py does it, each on inputs that stock 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -23,17 +23,24 @@ from firebox.kernels import (
     moe_sort,
     quantise_fp8,
 )
-from firebox.kernels._experts import FP8, Problem, Weights
+from firebox.kernels._experts import FP8, Problem
 from firebox.kernels.launch import Launcher
 from firebox.layers._expert_store import ExpertStore
 from firebox.layers.experts import FEW, SORTED, Experts, Path, Workspace, default_path, requests
 from firebox.tuning.base import Candidate
 from firebox.tuning.clock import Call
-from firebox.tuning.experts import BLOCKS, GATE_UP, path_of
+from firebox.tuning.estimate import GATE_UP
 
+DOWN = "down"
 CHECKED_TOKENS = 4
+SMALLEST_BLOCK = 16
 # Relative: bf16 and float16 sums against float32; FP8 activations (E4M3 rounds by 2.6 % RMS, twice).
 PLAIN_LIMIT, FP8_LIMIT = 8e-3, 6e-2
+
+
+def path_of(parts: Mapping[str, Candidate]) -> Path:
+    """The parts as the engine's own path."""
+    return Path(parts[GATE_UP].path, parts[GATE_UP].config, parts[DOWN].config, "tuning")
 
 
 class Weighted:
@@ -46,7 +53,7 @@ class Weighted:
         store = ExpertStore(problem, device)
         store.invent(self.generator)
         for weights in (store.gate_up, store.down):
-            _vary(weights, self.generator)
+            vary((weights.scale, weights.row_scale), self.generator)
         self.gate_up, self.down = store.gate_up, store.down
         self._launchers: dict[str, Launcher] = {}
 
@@ -60,10 +67,11 @@ class Weighted:
         return ExpertBench(self, tokens)
 
 
-def _vary(weights: Weights, generator: torch.Generator) -> None:
+def vary(scales: Iterable[torch.Tensor | None], generator: torch.Generator) -> None:
     """Gives groups, blocks and rows scales of their own, within a factor of two: what reads another's scale
-    is then wrong. A scale packed with a zero point keeps its own."""
-    for scale in (weights.scale, weights.row_scale):
+    is then wrong. A scale packed with a zero point keeps its own. Tensor by tensor along the first
+    dimension, so that little memory is needed."""
+    for scale in scales:
         if scale is None or scale.dtype == torch.int32:
             continue
         if scale.dtype == torch.uint8:  # E8M0
@@ -160,7 +168,7 @@ class ExpertBench:
         if data.sorted_ready:
             return
         p, space, layer = self.problem, data.space, self._layer
-        path = default_path(p, SORTED, BLOCKS[0], layer.gpu)
+        path = default_path(p, SORTED, SMALLEST_BLOCK, layer.gpu)
         launchers = self._further_launchers(path)
         self._sort(launchers, path.block, data)
         self._change(launchers, data)

@@ -173,20 +173,20 @@ def tile_of(product: Product, config: Any, compiled: Compiled | None) -> Tile:
 
 def tile_us(q: Product, tile: Tile, gpu: Gpu, rates: Rates = RATES) -> float:
     """The estimate in microseconds."""
-    read = (gpu.read_gb_s or gpu.copy_gb_s or gpu.bandwidth_gb_s or UNKNOWN_GB_S) * 1e3 * rates.read
-    of_sm = read / gpu.sms  # bytes a microsecond
+    read = read_rate(gpu) * rates.read
+    of_sm = read / gpu.sms
     passes = 1.0 if q.each <= FEW_WIDTH or not q.few else 1.0 + rates.passes * q.each / PASS_WIDTH
     steps = -(-q.columns // tile.depth) * tile.tiles * passes
     work = q.blocks(tile.width)
     row_tiles = -(-q.rows // (tile.rows * tile.tiles))
-    alu, mma, loads = _step_parts(q, tile, gpu, rates, of_sm)
+    alu, mma, loads = step_parts(q, tile, gpu, rates, of_sm)
     ends = tile.rows * tile.width * q.out_bytes * tile.tiles / (of_sm * rates.store)
     latency = rates.latency * (rates.tma if tile.tma else 1.0)
     share = min(1.0, tile.warps / 4)  # of a multiprocessor's four schedulers
     chain = max(latency / max(1, tile.stages - 1), rates.step + (alu + mma) / share)
     alone = steps * chain + rates.program + latency + ends
-    busy = steps * _norm(rates.power, loads, alu, mma) + ends / 2
-    resident = _resident(tile, gpu)
+    busy = steps * norm(rates.power, loads, alu, mma) + ends / 2
+    resident = resident_blocks(tile, gpu)
     of_each_sm = work * row_tiles / gpu.sms
     waves = max(1.0, of_each_sm / resident)
     if waves < SMOOTH_WAVES:
@@ -194,11 +194,17 @@ def tile_us(q: Product, tile: Tile, gpu: Gpu, rates: Rates = RATES) -> float:
     moved = q.experts * q.rows * q.columns * q.weight_bytes
     moved += q.choices * (q.rows * q.out_bytes + q.columns * q.x_bytes)
     idle = max(0.0, q.launched - work) * row_tiles / gpu.sms / resident * rates.idle
-    return rates.begin + _norm(rates.power, moved / read, of_each_sm * busy, waves * alone) + idle
+    return rates.begin + norm(rates.power, moved / read, of_each_sm * busy, waves * alone) + idle
 
 
-def _step_parts(q: Product, tile: Tile, gpu: Gpu, rates: Rates, of_sm: float) -> tuple[float, float, float]:
-    """Microseconds of a multiprocessor that a step takes in its ALUs, tensor cores and loads."""
+def read_rate(gpu: Gpu) -> float:
+    """Bytes a microsecond, the best that is known."""
+    return (gpu.read_gb_s or gpu.copy_gb_s or gpu.bandwidth_gb_s or UNKNOWN_GB_S) * 1e3
+
+
+def step_parts(q: Product, tile: Tile, gpu: Gpu, rates: Rates, of_sm: float) -> tuple[float, float, float]:
+    """Microseconds of a multiprocessor that a step takes in its ALUs, tensor cores and loads; `of_sm`: bytes
+    of memory a microsecond that are its share."""
     tflop_s = (gpu.fp8_tflop_s if q.fp8 else gpu.bf16_tflop_s) or UNKNOWN_TFLOP_S
     tensor = tflop_s * 1e6 / gpu.sms * rates.mma * (rates.few_mma if q.few else 1.0)
     if q.weight_bytes < 1:
@@ -212,7 +218,7 @@ def _step_parts(q: Product, tile: Tile, gpu: Gpu, rates: Rates, of_sm: float) ->
     return alu, mma, loads
 
 
-def _resident(tile: Tile, gpu: Gpu) -> int:
+def resident_blocks(tile: Tile, gpu: Gpu) -> int:
     """Programs that a multiprocessor holds at once."""
     threads = WARP * tile.warps
     most = min(
@@ -224,13 +230,14 @@ def _resident(tile: Tile, gpu: Gpu) -> int:
     return max(1, most)
 
 
-def _norm(power: float, *parts: float) -> float:
+def norm(power: float, *parts: float) -> float:
+    """How bounds add up: the larger `power`, the less the smaller ones count."""
     largest = max(parts)
     return float(largest * sum((part / largest) ** power for part in parts) ** (1 / power))
 
 
 def sorting_us(p: Problem, tokens: int, gpu: Gpu) -> float:
     """Sorting the choices, changing the activations, and summing. Fitted to the same search."""
-    read = (gpu.read_gb_s or gpu.copy_gb_s or gpu.bandwidth_gb_s or UNKNOWN_GB_S) * 1e3
+    read = read_rate(gpu)
     changed = 3 if p.format in FP8 else 4 if p.arranged else 0
     return 4.5 + 1.3 * tokens * p.hidden * (2 * p.top_k + 4 + changed) / read

@@ -19,17 +19,17 @@ from firebox.layers.experts import (
     MODULES,
     SCALED,
     SORTED,
-    Path,
     default_path,
     requests,
     stock_path,
 )
 from firebox.tuning import estimate
+from firebox.tuning._expert_bench import DOWN, Weighted
 from firebox.tuning.base import Bench, Candidate, Option, Task
+from firebox.tuning.estimate import GATE_UP
 
 OP = "experts"
 FILE = "experts.json"
-GATE_UP, DOWN = "gate_up", "down"
 PARTS = (GATE_UP, DOWN)
 BLOCKS = (16, 32, 64, 128)
 SORTED_FROM = 8  # tokens; with fewer, sorting costs more than it can bring
@@ -118,11 +118,6 @@ def entry(option: Option) -> dict[str, Any]:
     return {"path": option.path} | {part: asdict(option.parts[part].config) for part in PARTS}
 
 
-def path_of(parts: Mapping[str, Candidate]) -> Path:
-    """The parts as the engine's own path."""
-    return Path(parts[GATE_UP].path, parts[GATE_UP].config, parts[DOWN].config, "tuning")
-
-
 def further_requests(task: Task, gpu: Gpu) -> Iterator[CompileRequest]:
     """Sorting and what belongs to it, and the stock tiles that make the second halves' inputs."""
     for path in _paths(task, gpu):
@@ -136,6 +131,4 @@ def further_requests(task: Task, gpu: Gpu) -> Iterator[CompileRequest]:
 
 def bench(problem: Problem, gpu: Gpu) -> Callable[[int], Bench]:
     """The weights of one layer on this GPU; tokens → its bench."""
-    from firebox.tuning._expert_bench import Weighted
-
     return Weighted(problem, gpu).bench

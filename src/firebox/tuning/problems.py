@@ -1,29 +1,89 @@
-"""Which problems a model has on one of `tp` GPUs, each once."""
+"""What there is to tune of a model on one GPU: the problems of its operations (planning/launches.py), each
+once. Operations that no kernel here runs have none.
+
+    layers_of(model, setting)                 planning/launches.py: a rank's operations
+    problems_of(layers, ops)                  → (module, problem)
+    tasks_of(layers, gpu, ops, tokens)        → (module, task)
+    works_of(source, gpu, tp, op)             all of it, from a model's name on
+"""
 
 from __future__ import annotations
 
-from firebox.find import load
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+from firebox.attention import triton_paged
+from firebox.errors import ConfigError
 from firebox.hardware.base import Gpu
-from firebox.kernels.plan import Setting
-from firebox.layers import experts
+from firebox.kernels.plan import Operation, Setting
+from firebox.layers import dense_gpu
+from firebox.layers import experts as expert_layers
 from firebox.planning.fit import Source, open_source
-from firebox.planning.launches import layers_of
+from firebox.planning.launches import Layers, layers_of
+from firebox.tuning import attention, experts, linear
+from firebox.tuning.base import Task, Tunable
 from firebox.tuning.run import Work
 
-TUNED = {experts: ("moe", "experts")}  # who launches → what --op calls it, who tunes it
+
+class Module(Tunable, Protocol):
+    """A file of this room that tunes an operation."""
+
+    def task(self, problem: Any, tokens: int) -> Task:
+        """One problem at one number of tokens, under the key that its file in tuned/ has."""
+        ...
+
+
+MODULES: dict[str, Module] = {"moe": experts, "linear": linear, "attention": attention}
+ALL = "all"
+
+
+def problems_of(layers: Iterable[Layers], ops: str = ALL) -> list[tuple[Module, Any]]:
+    """The problems of `ops`, a key of MODULES or ALL, by module and in the order of a step. Of problems that
+    files in tuned/ do not tell apart, such as with and without bias, the first. Raises ConfigError."""
+    if ops not in (*MODULES, ALL):
+        raise ConfigError(f"--op {ops}", hint=f"there are: {', '.join((*MODULES, ALL))}")
+    operations = dict.fromkeys(operation for alike in layers for operation in alike.operations)
+    found: dict[tuple[str, str], tuple[Module, Any]] = {}
+    for name in MODULES if ops == ALL else (ops,):
+        module = MODULES[name]
+        for operation in operations:
+            for problem in _problems(name, operation):
+                found.setdefault((name, module.task(problem, 1).key), (module, problem))
+    return list(found.values())
+
+
+def _problems(name: str, operation: Operation) -> Iterator[Any]:
+    """What module `name` tunes of an operation. A Library has a kernel's module for its source, too."""
+    if type(operation) is not Operation:
+        return
+    if (name, operation.source) in (("moe", expert_layers), ("linear", dense_gpu)):
+        yield operation.problem
+    elif name == "attention" and operation.source is triton_paged:
+        yield from attention.problems(operation.problem)
+
+
+def tasks_of(
+    layers: Iterable[Layers], gpu: Gpu, ops: str, tokens: Sequence[int]
+) -> list[tuple[Module, Task]]:
+    """Every problem at every number of `tokens` that its operation has candidates for, a problem's together.
+    Raises ConfigError."""
+    tasks = (
+        (module, module.task(problem, n)) for module, problem in problems_of(layers, ops) for n in tokens
+    )
+    return [(module, task) for module, task in tasks if next(module.candidates(task, gpu), None) is not None]
 
 
 def works_of(source: Source, gpu: Gpu, tp: int, op: str) -> tuple[list[Work], list[str]]:
-    """The problems of `op` ("moe", "linear", "attention" or "all"), and why layers have none."""
-    found: dict[tuple[str, object], int] = {}
-    refusals = dict[str, None]()
-    for layers in layers_of(open_source(source, gpu).model, Setting(gpu, tp)):
-        if layers.refusal is not None:
-            refusals[f"{layers.op}: {layers.refusal}"] = None
-        for operation in layers.operations:
-            kind, file = TUNED.get(operation.source, ("", ""))
-            if kind and op in (kind, "all"):
-                key = (file, operation.problem)
-                found[key] = found.get(key, 0) + layers.layers
-    works = [Work(load("tuning", file), problem, count) for (file, problem), count in found.items()]
-    return works, list(refusals)
+    """The problems of a model for `firebox tune`, with how many layers have each, and why others have none."""
+    layers = layers_of(open_source(source, gpu).model, Setting(gpu, tp))
+    works = [
+        Work(module, problem, sum(alike.layers for alike in layers if _has(alike, problem)))
+        for module, problem in problems_of(layers, op)
+    ]
+    refusals = (f"{alike.op}: {alike.refusal}" for alike in layers if alike.refusal is not None)
+    return works, list(dict.fromkeys(refusals))
+
+
+def _has(layers: Layers, problem: Any) -> bool:
+    of = getattr(problem, "layer", problem)
+    return any(operation.problem == of for operation in layers.operations)

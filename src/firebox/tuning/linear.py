@@ -1,0 +1,100 @@
+"""Tuning of dense linear layers: one part, on the paths of layers/dense_gpu.py. cuBLAS is a candidate without
+a config; how it divides its work is its own affair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from firebox.hardware.base import Gpu
+from firebox.kernels import linear, linear_few
+from firebox.kernels._linear import Problem
+from firebox.kernels.compile import Compiled, CompileRequest
+from firebox.layers.dense_gpu import CUBLAS, FEW, MANY, Path, key, requests, stock_path
+from firebox.tuning import _linear_estimate
+from firebox.tuning._linear_bench import Weighted
+from firebox.tuning.base import Bench, Candidate, Option, Task
+
+OP = "linear"
+FILE = "linear.json"
+WHOLE = "whole"
+MANY_FROM = 32  # tokens; with fewer, tiles of many tokens are mostly empty
+
+
+def task(problem: Problem, tokens: int) -> Task:
+    """The task of one linear layer. Layers that differ in bias, residual or output type share a key."""
+    return Task(OP, key(problem), problem, tokens)
+
+
+def candidates(task: Task, gpu: Gpu) -> Iterator[Candidate]:
+    """Every tile of the kernels' search spaces that can pay for so many tokens, and the stock one."""
+    stock = stock_path(task.problem, task.tokens, gpu)
+    for path, configs in _spaces(task, gpu):
+        first = [stock.config] if stock.name == path else []
+        for config in dict.fromkeys([*first, *configs]):
+            yield _candidate(task, path, config, gpu)
+
+
+def _spaces(task: Task, gpu: Gpu) -> Iterator[tuple[str, Iterator[Any]]]:
+    """(path, configs). Where kernels/linear.py declines, cuBLAS has what is too many for linear_few."""
+    problem, tokens = task.problem, task.tokens
+    if tokens <= linear_few.MAX_TOKENS:
+        yield FEW, linear_few.search_space(problem, tokens, gpu)
+    if linear.accepts(problem, gpu) is not None:
+        yield CUBLAS, iter([None])
+    elif tokens >= MANY_FROM:
+        yield MANY, linear.search_space(problem, tokens, gpu)
+
+
+def _candidate(task: Task, path: str, config: Any, gpu: Gpu) -> Candidate:
+    made = requests(task.problem, task.tokens, gpu, Path(path, config, "tuning"))
+    return Candidate(path, WHOLE, config, made.get(linear.OP))
+
+
+def stock(task: Task, gpu: Gpu) -> Option:
+    """What runs without a tuned entry."""
+    path = stock_path(task.problem, task.tokens, gpu)
+    return Option(path.name, {WHOLE: _candidate(task, path.name, path.config, gpu)}, 0.0)
+
+
+def estimate_us(task: Task, candidate: Candidate, compiled: Compiled | None, gpu: Gpu) -> float:
+    """See tuning/_linear_estimate.py."""
+    problem, tokens = task.problem, task.tokens
+    if candidate.path == CUBLAS:
+        return _linear_estimate.cublas_us(problem, tokens, gpu)
+    estimated = _linear_estimate.few_us if candidate.path == FEW else _linear_estimate.many_us
+    return estimated(problem, tokens, candidate.config, compiled, gpu)
+
+
+def further_us(task: Task, path: str, parts: Mapping[str, Candidate], gpu: Gpu) -> float:
+    """Rounding the activations to FP8."""
+    if path != MANY or not linear.quantised(task.problem):
+        return 0.0
+    return _linear_estimate.rounding_us(task.problem, task.tokens, gpu)
+
+
+def options(task: Task, ranked: Mapping[tuple[str, str], Sequence[Candidate]]) -> Iterator[Option]:
+    """Every candidate is one."""
+    for (path, _), found in ranked.items():
+        for candidate in found:
+            yield Option(path, {WHOLE: candidate}, 0.0)
+
+
+def entry(option: Option) -> dict[str, Any]:
+    """As layers/dense_gpu.py reads it."""
+    config = option.parts[WHOLE].config
+    return {"path": option.path, "config": None if config is None else asdict(config)}
+
+
+def further_requests(task: Task, gpu: Gpu) -> Iterator[CompileRequest]:
+    """What rounds the activations."""
+    if linear.accepts(task.problem, gpu) is None:
+        many = Path(MANY, linear.default(task.problem, task.tokens, gpu), "tuning")
+        found = requests(task.problem, task.tokens, gpu, many)
+        yield from (request for op, request in found.items() if op != linear.OP)
+
+
+def bench(problem: Problem, gpu: Gpu) -> Callable[[int], Bench]:
+    """Copies of one layer's weights on this GPU; tokens → its bench."""
+    return Weighted(problem, gpu).bench
