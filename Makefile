@@ -48,7 +48,7 @@ compile: setup
 test-gpu:
 	@ls tests/gpu/test_*.py >/dev/null 2>&1 || { echo 'error: there is no GPU code yet, so there are no GPU tests' >&2; exit 1; }
 	@if [ '$(PYTHON)' = '$(VENV)/bin/python' ]; then $(MAKE) setup; fi
-	$(PYTHON) -m pytest tests/gpu -m gpu
+	$(PYTHON) -m pytest tests/gpu -m gpu -n 8
 
 bench: setup
 	$(PYTHON) benchmarks/cpu_engine.py $(BENCH_FLAGS)

@@ -48,7 +48,7 @@ def start(model: Path, out: Path, cache: Path) -> subprocess.Popen[str]:
 
 
 def ours(out: Path) -> dict[str, object]:
-    found: dict[str, object] = json.loads((out / "gb10" / "experts.json").read_text())
+    found: dict[str, object] = json.loads((out / "nvidia_gb10" / "experts.json").read_text())
     return found
 
 

@@ -24,7 +24,7 @@ class TunedFolder:
 
     def write(self, gpu: Gpu, file: str, entries: Mapping[str, Any]) -> None:
         """`entries`: key → tokens → entry."""
-        folder = self._folder / "tuned" / gpu.name.replace("-", "_")
+        folder = self._folder / "tuned" / _tuned.folder(gpu.name)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text(json.dumps(entries), encoding="utf-8")
         forget()

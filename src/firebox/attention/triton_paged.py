@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # Triton is imported where there is a GPU, and not before
     from firebox.kernels._attention import Config, Paged, Problem
     from firebox.kernels.plan import Made
 
-TUNED = "attention"  # the file in tuned/<gpu>/
+TUNED_FILE = "attention"  # the file in tuned/<gpu>/
 DECODE, EXTEND = "decode", "extend"
 
 
@@ -87,7 +87,7 @@ def _measured(kernel: str, problem: Problem, gpu: Gpu, tokens: int) -> Config | 
     from firebox.kernels import _tuned
     from firebox.kernels._attention import Config
 
-    entry = _tuned.measured(gpu.name, TUNED, key(kernel, problem), tokens)
+    entry = _tuned.measured(gpu.name, TUNED_FILE, key(kernel, problem), tokens)
     return None if entry is None else Config(**entry["config"])
 
 

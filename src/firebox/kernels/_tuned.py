@@ -66,6 +66,11 @@ def _nearest(entries: dict[str, Any], tokens: int, wanted: Callable[[str], bool]
     return found
 
 
+def folder(gpu_name: str) -> str:
+    """Of a GPU's files, below a root."""
+    return "nvidia_" + gpu_name.replace("-", "_")
+
+
 def roots() -> tuple[Path, ...]:
     """The folders that are read, later ones first: the package's own, and what was tuned on this machine."""
     return _roots or (Path(str(resources.files("firebox"))) / "tuned", read().cache_dir / "tuned")
@@ -92,7 +97,7 @@ def cached(function: F) -> F:
 def _file(gpu_name: str, name: str = "experts") -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for root in roots():
-        path = root / gpu_name.replace("-", "_") / f"{name}.json"
+        path = root / folder(gpu_name) / f"{name}.json"
         if path.is_file():
             found |= json.loads(path.read_text(encoding="utf-8"))
     return found

@@ -158,7 +158,9 @@ class Planned:
         file: str | None = getattr(operation.source, "TUNED", None)
         if file is None or self.request is None or not self.why.startswith("default"):
             return None
-        path = f"tuned/{gpu.name.replace('-', '_')}/{file}.json"
+        from firebox.kernels._tuned import folder
+
+        path = f"tuned/{folder(gpu.name)}/{file}.json"
         return f"default tiles: {path} has no entry for {operation.source.key(operation.problem)!r}"
 
 

@@ -4,8 +4,8 @@
     many     the tiles of a product in which no tile is emptier than it must be
     cublas   a launch, and a fixed share of the roof
 
-The numbers in RATES were fitted to the 36 entries of tuned/h200/linear.json, within 28 % of each. These are
-winners: of a tile that is far from the best they say little.
+The numbers in RATES were fitted to the 36 entries of tuned/nvidia_h200/linear.json, within 28 % of each. They
+are winners: of a tile that is far from the best they say little.
 """
 
 from __future__ import annotations

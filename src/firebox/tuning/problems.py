@@ -74,7 +74,7 @@ def tasks_of(
 
 
 def works_of(source: Source, gpu: Gpu, tp: int, op: str) -> tuple[list[Work], list[str]]:
-    """The problems of a model for `firebox tune`, with how many layers have each, and why others have none."""
+    """The problems of a model for `firebox tune`, with how many layers have each; why others have none."""
     layers = layers_of(open_source(source, gpu).model, Setting(gpu, tp))
     works = [
         Work(module, problem, sum(alike.layers for alike in layers if _has(alike, problem)))

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from firebox.kernels import _triton
+from firebox.kernels import _triton, _tuned
 from firebox.tuning.base import Tunable
 from firebox.tuning.search import Entry, stored
 
@@ -19,7 +19,7 @@ ABOUT = "about"  # the key of a file that is no problem's
 
 def folder_of(out: Path, gpu_name: str) -> Path:
     """Where the files of a GPU lie under `out`."""
-    return out / gpu_name.replace("-", "_")
+    return out / _tuned.folder(gpu_name)
 
 
 def merge(

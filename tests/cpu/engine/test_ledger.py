@@ -169,7 +169,7 @@ def test_strict_refuses_default_tiles_on_a_gpu(monkeypatch: pytest.MonkeyPatch) 
         assert str(caught.value) == f"--strict: {sentence}"
         assert "fit --strict lists all" in str(caught.value.hint)
 
-    missing = "{} runs default tiles: tuned/gb10/{}.json has no entry for {!r}"
+    missing = "{} runs default tiles: tuned/nvidia_gb10/{}.json has no entry for {!r}"
     refused(missing.format("qkv", "linear", linears["qkv"]) + f", and {len(linears)} more")
     files["linear"] = dict.fromkeys(linears.values(), LINEAR)
     refused(missing.format("experts", "experts", routed))
@@ -194,5 +194,7 @@ def test_the_engine_asks_before_it_loads(monkeypatch: pytest.MonkeyPatch, folder
     config = Config(
         model=ModelConfig(model=str(folder), dtype="bfloat16", load_format="dummy"), engine=engine
     )
-    with pytest.raises(ConfigError, match=r"--strict: qkv runs default tiles: tuned/gb10/linear\.json"):
+    with pytest.raises(
+        ConfigError, match=r"--strict: qkv runs default tiles: tuned/nvidia_gb10/linear\.json"
+    ):
         engine_start.start(config)

@@ -307,9 +307,9 @@ def test_default_tiles_are_a_fallback_until_a_file_has_others(monkeypatch: pytes
         *("moe_block, router", "moe_block, experts", "head, head"),
     ]
     problem = "mxfp4_nibbles hidden=2880 inter=2880 experts=32 top_k=4"
-    assert found.fallbacks[3].endswith(f"tuned/gb10/experts.json has no entry for '{problem}'")
+    assert found.fallbacks[3].endswith(f"tuned/nvidia_gb10/experts.json has no entry for '{problem}'")
     assert found.fallbacks[4].endswith(
-        "tuned/gb10/linear.json has no entry for 'bf16 rows=201088 columns=2880'"
+        "tuned/nvidia_gb10/linear.json has no entry for 'bf16 rows=201088 columns=2880'"
     )
     tuned(monkeypatch, {problem})
     assert [why.partition(":")[0] for why in outcome(monkeypatch).fallbacks] == [

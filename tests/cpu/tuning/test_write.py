@@ -10,7 +10,7 @@ import pytest
 from firebox.hardware.base import find_gpu
 from firebox.kernels import _tuned
 from firebox.kernels._experts import Problem
-from firebox.layers.experts import path_of
+from firebox.layers.experts import MODULES, path_of
 from firebox.tuning import experts
 from firebox.tuning.base import Option
 from firebox.tuning.search import MEASURED, PREDICTED, Entry
@@ -81,3 +81,19 @@ def test_a_file_is_replaced_whole(folder: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(OSError, match="no space"):
         merge(path, experts, [entry(8, MEASURED)])  # type: ignore[arg-type]
     assert path.read_text() == before
+
+
+def test_what_is_shipped_can_be_read_and_says_how_it_was_found() -> None:
+    package = Path(_tuned.__file__).parents[1] / "tuned"
+    files = sorted(package.glob("*/experts.json"))
+    assert {path.parent.name for path in files} >= {"nvidia_h200", "nvidia_gb10", "nvidia_rtx_5090"}
+    for path in files:
+        document = json.loads(path.read_text())
+        about = document.pop(ABOUT, None)
+        here = path.parent.name == "nvidia_h200"
+        for key, entries in document.items():
+            for tokens, entry in entries.items():
+                for part, module in zip(experts.PARTS, MODULES[entry["path"]], strict=True):
+                    module.Config(**entry[part])  # type: ignore[attr-defined]
+                assert _tuned.how(entry) == ("measured" if here else "predicted"), (key, tokens)
+        assert (about is None) == here
