@@ -42,11 +42,11 @@ WIDEST_STEP = 128  # columns of the least pipeline step of any format
 
 @dataclass(frozen=True)
 class Problem:
-    """One expert layer on one GPU. `inter`: an expert's inner width, this GPU's share of it, `widened` where
-    no tile divides that. `format`: of the
-    experts' weights. `activation` and its numbers as in kernels/cpu_moe_block.py; `biases`: gpt-oss's.
-    `dtype`: of hidden states, "bf16" or "f16". `residual`: the sum is added to what the output holds.
-    `int4_columns`: that share a scale in 4-bit integers, one of INT4_GROUPS."""
+    """One expert layer on one GPU. `inter`: an expert's inner width, this GPU's share of it, `widened`
+    where no tile divides that. `format`: of the experts' weights. `activation` and its numbers as in
+    kernels/cpu_moe_block.py; `biases`: gpt-oss's. `dtype`: of hidden states, "bf16" or "f16". `residual`:
+    the sum is added to what the output holds. `int4_columns`: that share a scale in 4-bit integers, one
+    of INT4_GROUPS."""
 
     hidden: int
     inter: int

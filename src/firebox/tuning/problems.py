@@ -13,13 +13,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from firebox.attention import triton_paged
+from firebox.config import EngineConfig
 from firebox.errors import ConfigError
 from firebox.hardware.base import Gpu
-from firebox.kernels.plan import Operation, Setting
+from firebox.kernels.plan import Operation
 from firebox.layers import dense_gpu
 from firebox.layers import experts as expert_layers
-from firebox.planning.fit import Source, open_source
-from firebox.planning.launches import Layers, layers_of
+from firebox.planning.fit import Source, open_source, plan
+from firebox.planning.launches import Layers
 from firebox.tuning import attention, experts, linear
 from firebox.tuning.base import Task, Tunable
 from firebox.tuning.run import Work
@@ -74,8 +75,12 @@ def tasks_of(
 
 
 def works_of(source: Source, gpu: Gpu, tp: int, op: str) -> tuple[list[Work], list[str]]:
-    """The problems of a model for `firebox tune`, with how many layers have each; why others have none."""
-    layers = layers_of(open_source(source, gpu).model, Setting(gpu, tp))
+    """The problems of a model for `firebox tune`, with how many layers have each; why others have none.
+    Raises ConfigError for a cut that the weights do not allow."""
+    fit = plan(open_source(source, gpu), gpu, tp, EngineConfig())
+    if fit.refusal is not None:
+        raise ConfigError(f"--tp {tp}: {fit.refusal}")
+    layers = fit.layers
     works = [
         Work(module, problem, sum(alike.layers for alike in layers if _has(alike, problem)))
         for module, problem in problems_of(layers, op)
