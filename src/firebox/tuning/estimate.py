@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from firebox.hardware.base import Gpu
-from firebox.kernels import _experts, moe_gate_up_few
+from firebox.kernels import _block_scaled, _experts, moe_gate_up_few
 from firebox.kernels._experts import FP8, Problem
 from firebox.kernels.compile import Compiled
 
@@ -29,7 +29,8 @@ DRIVER_BYTES = 1024  # of shared memory, a block
 FEW_WIDTH, PASS_WIDTH = 8, 16  # tokens of a tile without sorting, and of a further pass
 SMOOTH_WAVES = 6  # from which the last wave's share does not matter
 UNKNOWN_GB_S, UNKNOWN_TFLOP_S = 1000.0, 100.0
-GATE_UP, FEW = "gate_up", "few"
+GATE_UP, FEW, SCALED = "gate_up", "few", "block-scaled"
+SCALED_BYTES = {"nvf4": 0.5 + 1 / 16, "mxf4": 0.5 + 1 / 32, "mxf8": 1 + 1 / 32}  # of a rounded number
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ class Product:
     """One launch's work. `few`: no sorting, tiles of 8 tokens. `rows`, `columns`: of an expert's matrix;
     `experts`: how many are touched, of `all_experts`; `launched`: tiles of tokens that are launched, whether
     they find work or not. Bytes of a weight and its scale, of a number of x, of a result. `fp8`: both
-    operands; `blocked`: sums are scaled step by step."""
+    operands; `blocked`: sums are scaled step by step; `scaled`: the kind of a block-scaled product, ""
+    for others."""
 
     few: bool
     rows: int
@@ -101,6 +103,7 @@ class Product:
     out_bytes: float
     fp8: bool
     blocked: bool
+    scaled: str = ""
 
     @property
     def each(self) -> float:
@@ -134,6 +137,7 @@ def expert_product(p: Problem, tokens: int, path: str, part: str) -> Product:
     gate_up, few = part == GATE_UP, path == FEW
     scale = {"int4_group": 2, "int4_zero": 4}.get(p.format, 1) / p.group if p.group else 0.0
     rounds = p.format in FP8 and not few
+    scaled = _block_scaled.kind_of(p) if path == SCALED else ""
     inner = 1 if rounds else 2
     return Product(
         few=few,
@@ -142,10 +146,11 @@ def expert_product(p: Problem, tokens: int, path: str, part: str) -> Product:
         experts=experts,
         choices=tokens * p.top_k,
         weight_bytes=_experts.weight_bytes(p) + scale,
-        x_bytes=inner,
+        x_bytes=SCALED_BYTES.get(scaled, inner),
         out_bytes=inner / 2 if gate_up else 4 if few else 2,
         fp8=rounds,
         blocked=p.format == "fp8_block",
+        scaled=scaled,
         all_experts=p.experts,
         launched=moe_gate_up_few.programs(p, tokens) if few else 0,
     )
@@ -205,9 +210,11 @@ def read_rate(gpu: Gpu) -> float:
 def step_parts(q: Product, tile: Tile, gpu: Gpu, rates: Rates, of_sm: float) -> tuple[float, float, float]:
     """Microseconds of a multiprocessor that a step takes in its ALUs, tensor cores and loads; `of_sm`: bytes
     of memory a microsecond that are its share."""
-    tflop_s = (gpu.fp8_tflop_s if q.fp8 else gpu.bf16_tflop_s) or UNKNOWN_TFLOP_S
+    tflop_s = _tflop_s(q, gpu)
     tensor = tflop_s * 1e6 / gpu.sms * rates.mma * (rates.few_mma if q.few else 1.0)
-    if q.weight_bytes < 1:
+    if q.scaled:  # multiplied as they are stored, or turned into E4M3
+        each = rates.convert if q.scaled == "mxf8" else rates.plain
+    elif q.weight_bytes < 1:
         each = rates.decode
     else:
         each = rates.convert if q.weight_bytes < 2 and not q.fp8 else rates.plain
@@ -216,6 +223,14 @@ def step_parts(q: Product, tile: Tile, gpu: Gpu, rates: Rates, of_sm: float) -> 
     mma = 2 * tile.rows * tile.depth * tile.width / tensor
     loads = tile.depth * (tile.rows * q.weight_bytes + tile.width * q.x_bytes) / (of_sm * rates.l2)
     return alu, mma, loads
+
+
+def _tflop_s(q: Product, gpu: Gpu) -> float:
+    """The data sheet's rate for these operands."""
+    if q.scaled in ("nvf4", "mxf4"):
+        return gpu.fp4_tflop_s or UNKNOWN_TFLOP_S
+    narrow = q.fp8 or q.scaled == "mxf8"
+    return (gpu.fp8_tflop_s if narrow else gpu.bf16_tflop_s) or UNKNOWN_TFLOP_S
 
 
 def resident_blocks(tile: Tile, gpu: Gpu) -> int:
@@ -241,3 +256,8 @@ def sorting_us(p: Problem, tokens: int, gpu: Gpu) -> float:
     read = read_rate(gpu)
     changed = 3 if p.format in FP8 else 4 if p.arranged else 0
     return 4.5 + 1.3 * tokens * p.hidden * (2 * p.top_k + 4 + changed) / read
+
+
+def rounding_us(p: Problem, tokens: int, gpu: Gpu) -> float:
+    """Rounding x and h for a block-scaled product: two launches, two bytes read and up to one written."""
+    return 4.0 + 3.0 * tokens * (p.hidden + p.top_k * p.inter) / read_rate(gpu)

@@ -11,7 +11,8 @@ from dataclasses import asdict
 from typing import Any
 
 from firebox.hardware.base import Gpu
-from firebox.kernels import _tuned, moe_gate_up_few, moe_gate_up_scaled
+from firebox.kernels import _tuned, moe_gate_up_few
+from firebox.kernels._block_scaled import native_from
 from firebox.kernels._experts import Problem
 from firebox.kernels.compile import Compiled, CompileRequest
 from firebox.layers.experts import (
@@ -58,7 +59,7 @@ def _paths(task: Task, gpu: Gpu) -> Iterator[str]:
         yield FEW
     if task.tokens >= SORTED_FROM:
         yield SORTED
-        if moe_gate_up_scaled.accepts(task.problem, gpu) is None:
+        if task.tokens >= native_from(task.problem, gpu):  # before that rounding would gain nothing
             yield SCALED
 
 
@@ -102,7 +103,10 @@ _product = functools.lru_cache(256)(estimate.expert_product)
 
 def further_us(task: Task, path: str, parts: Mapping[str, Candidate], gpu: Gpu) -> float:
     """Sorting, rounding and summing."""
-    return 0.0 if path == FEW else estimate.sorting_us(task.problem, task.tokens, gpu)
+    if path == FEW:
+        return 0.0
+    rounding = estimate.rounding_us(task.problem, task.tokens, gpu) if path == SCALED else 0.0
+    return rounding + estimate.sorting_us(task.problem, task.tokens, gpu)
 
 
 def options(task: Task, ranked: Mapping[tuple[str, str], Sequence[Candidate]]) -> Iterator[Option]:

@@ -121,7 +121,7 @@ def test_strict_is_1_where_a_layer_falls_back(folder: Path) -> None:
     fallbacks = document(strict)["fallbacks"]
     assert fallbacks[0] == "latent_attention_block is composed of torch operators on a GPU"
     experts = "int4_group hidden=7168 inter=256 experts=384 top_k=8"
-    missing = f"default tiles: tuned/rtx_pro_6000/experts.json has no entry for '{experts}'"
+    missing = f"default tiles: tuned/nvidia_rtx_pro_6000/experts.json has no entry for '{experts}'"
     assert f"moe_block, experts: {missing}" in fallbacks
 
 

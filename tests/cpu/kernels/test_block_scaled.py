@@ -20,7 +20,7 @@ from firebox.kernels import _block_scaled, moe_down_scaled, moe_gate_up_scaled, 
 from firebox.kernels._block_scaled import GROUPS, KINDS, NEVER, native_from
 from firebox.kernels._experts import Problem
 from firebox.kernels.compile import CompileRequest, compile_all
-from firebox.layers.experts import FEW, SCALED, SORTED, path_of, requests, stored_as
+from firebox.layers.experts import FEW, SCALED, SORTED, path_of, requests, stock_path, stored_as
 
 ROOT = FilePath(__file__).resolve().parents[3]
 GLM = Problem(5120, 384, 160, 8, "nvfp4_nibbles")
@@ -143,13 +143,14 @@ def test_without_the_instruction_a_product_says_so() -> None:
 def test_few_tokens_are_weight_only_and_many_are_not(problem: Problem) -> None:
     gpu = find_gpu("gb10")
     first = native_from(problem, gpu)
-    names = [path_of(problem, tokens, gpu).name for tokens in (1, 16, 17, first - 1, first, 8192)]
+    names = [stock_path(problem, tokens, gpu).name for tokens in (1, 16, 17, first - 1, first, 8192)]
     assert names == [FEW, FEW, SORTED, SORTED, SCALED, SCALED]
     for tokens in (4, 300):
-        assert "weight-only" in path_of(problem, tokens, gpu).why
-        made = requests(problem, tokens, path_of(problem, tokens, gpu), gpu)
+        path = stock_path(problem, tokens, gpu)
+        assert "weight-only" in path.why
+        made = requests(problem, tokens, path, gpu)
         assert {r.declares for r in made.values() if r.declares} == {("bf16",)}
-    many = path_of(problem, 8192, gpu)
+    many = stock_path(problem, 8192, gpu)
     assert _block_scaled.kind_of(problem) in many.why
     assert list(requests(problem, 8192, many, gpu)) == [
         *("moe_count", "moe_place", "quantise_x", "moe_gate_up", "quantise_h", "moe_down", "moe_combine")

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,8 +87,16 @@ def test_every_division_of_a_step_among_requests_has_its_attention() -> None:
         assert all(request in expected for request in here), tokens
 
 
+@pytest.fixture
+def untuned(tmp_path: Path) -> Iterator[None]:
+    """What runs without tuned files."""
+    _tuned.use(tmp_path)
+    yield
+    _tuned.use()
+
+
 @pytest.mark.parametrize("problem", [OSS, GLM], ids=lambda p: p.format)
-def test_neighbours_that_share_a_compile_are_one_row(problem: Problem) -> None:
+def test_neighbours_that_share_a_compile_are_one_row(problem: Problem, untuned: None) -> None:
     rows = planned(operation(problem), GB10, 8192)
     for before in rows:
         for after in rows:
