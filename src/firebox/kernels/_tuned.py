@@ -11,7 +11,7 @@ attention.json. Kernels read them; who finds them writes them.
 
 A number of tokens takes the entry of the nearest number that is there, by ratio. An entry that was not
 measured says so: "how": "predicted". What `firebox tune` wrote here, under FIREBOX_CACHE_DIR/tuned,
-stands in for the same problem's entries in the package.
+stands in for the same problem's entries in the package, but no prediction for a measurement.
 """
 
 from __future__ import annotations
@@ -96,8 +96,16 @@ def cached(function: F) -> F:
 @functools.cache
 def _file(gpu_name: str, name: str = "experts") -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
+    measured_before: set[str] = set()
     for root in roots():
         path = root / folder(gpu_name) / f"{name}.json"
         if path.is_file():
-            found |= json.loads(path.read_text(encoding="utf-8"))
+            of_root: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+            better = (key for key in of_root if _is_measured(of_root[key]) or key not in measured_before)
+            found |= {key: of_root[key] for key in better}
+            measured_before |= {key for key in of_root if _is_measured(of_root[key])}
     return found
+
+
+def _is_measured(entries: dict[str, Any]) -> bool:
+    return any(isinstance(entry, dict) and how(entry) == "measured" for entry in entries.values())

@@ -70,6 +70,18 @@ def test_other_problems_stay_and_a_prediction_replaces_no_measurement(folder: Pa
     assert path_of(PROBLEM, 4, GPU).gate_up.warps == 2
 
 
+def test_no_prediction_of_this_machine_stands_in_for_a_measurement_of_the_package(tmp_path: Path) -> None:
+    package, here = tmp_path / "package", tmp_path / "here"
+    write(package, entry(4, MEASURED))
+    write(here, entry(4, PREDICTED, warps=2))
+    _tuned.use(package, here)
+    assert path_of(PROBLEM, 4, GPU).gate_up.warps == 4
+    write(here, entry(4, MEASURED, warps=2))
+    _tuned.use(package, here)
+    assert path_of(PROBLEM, 4, GPU).gate_up.warps == 2
+    _tuned.use()
+
+
 def test_a_file_is_replaced_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(folder, entry(4, MEASURED))
     before = path.read_text()
