@@ -71,8 +71,10 @@ def tune(
     from firebox.tuning.run import tune as run
 
     on, here = _gpu(gpu, predict=predict, far=ray is not None)
-    if prove and (not here or tp > 1 or op != "moe"):
-        raise ConfigError("--prove", hint="it runs the engine here: without --predict, with --tp 1 --op moe")
+    if prove and (not here or ray is not None or tp > 1 or op != "moe"):
+        raise ConfigError(
+            "--prove", hint="it runs the engine here: without --predict and --ray, with --tp 1 --op moe"
+        )
     source = source_of(model, dtype)
     home = out or read().cache_dir / "tuned"
     folder = home / UNPROVED if prove else home
@@ -82,7 +84,7 @@ def tune(
     done: list[Tuned] = []
     with ExitStack() as stack:
         places = stack.enter_context(_places(on, ray, measure=here))
-        progress = stack.enter_context(_bar(len(works)))
+        progress = stack.enter_context(_bar())
         try:
             for tuned in run(works, on, folder, places, sizes, budget_s - theirs_s, progress):
                 done.append(tuned)
@@ -165,14 +167,13 @@ def _places(gpu: Gpu, ray: str | None, *, measure: bool) -> AbstractContextManag
 class _bar:
     """A progress bar on stderr, with the time left."""
 
-    def __init__(self, problems: int) -> None:
+    def __init__(self) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
         self._rows: dict[tuple[int, str], Any] = {}
-        self._problems = problems
 
     def __enter__(self) -> Any:
         self._bar.start()

@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 
-from firebox.bench.timer import now
-
 Call = Callable[[], None]
 
 
@@ -65,18 +63,3 @@ def interleaved_us(graphs: Sequence[Graph], effort: Effort) -> list[list[float]]
 def median_us(calls: Sequence[Call], effort: Effort) -> float:
     """The median over samples of one sequence of calls."""
     return statistics.median(interleaved_us([Graph(calls)], effort)[0])
-
-
-class Stopwatch:
-    """Adds up the seconds for which the GPU was held."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._began = 0.0
-
-    def __enter__(self) -> Stopwatch:
-        self._began = now()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds += now() - self._began

@@ -3,13 +3,12 @@ once. Operations that no kernel here runs have none.
 
     layers_of(model, setting)                 planning/launches.py: a rank's operations
     problems_of(layers, ops)                  → (module, problem)
-    tasks_of(layers, gpu, ops, tokens)        → (module, task)
     works_of(source, gpu, tp, op)             all of it, from a model's name on
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from firebox.attention import triton_paged
@@ -61,17 +60,6 @@ def _problems(name: str, operation: Operation) -> Iterator[Any]:
         yield operation.problem
     elif name == "attention" and operation.source is triton_paged:
         yield from attention.problems(operation.problem)
-
-
-def tasks_of(
-    layers: Iterable[Layers], gpu: Gpu, ops: str, tokens: Sequence[int]
-) -> list[tuple[Module, Task]]:
-    """Every problem at every number of `tokens` that its operation has candidates for, a problem's together.
-    Raises ConfigError."""
-    tasks = (
-        (module, module.task(problem, n)) for module, problem in problems_of(layers, ops) for n in tokens
-    )
-    return [(module, task) for module, task in tasks if next(module.candidates(task, gpu), None) is not None]
 
 
 def works_of(source: Source, gpu: Gpu, tp: int, op: str) -> tuple[list[Work], list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def entry(tokens: int, how: str, problem: Problem = PROBLEM, warps: int = 4) -> 
 
 
 @pytest.fixture
-def folder(tmp_path: Path):  # type: ignore[no-untyped-def]
+def folder(tmp_path: Path) -> Iterator[Path]:
     _tuned.use(tmp_path)
     yield tmp_path
     _tuned.use()
