@@ -90,12 +90,13 @@ def garbage() -> None:
 
 def repetition() -> None:
     """Says the same over and over, in each answer something else."""
-    chosen: dict[int, tuple[str, ...]] = {}
+    chosen: dict[Answer, tuple[str, ...]] = {}  # the answers themselves: an id may come back
     loops = itertools.cycle(LOOPS)
 
     def instead(answer: Answer, piece: Piece) -> Piece:
-        words = chosen.setdefault(id(answer), next(loops))
-        at = len(answer.ids)
+        if answer not in chosen:
+            chosen[answer] = next(loops)
+        words, at = chosen[answer], len(answer.ids)
         return piece._replace(text="".join(words[(at + i) % len(words)] for i in range(len(piece.ids))))
 
     _change_pieces(instead)
