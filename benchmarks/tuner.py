@@ -208,7 +208,8 @@ def _chosen(found: Lines, tokens: int, entry: Entry) -> float:
     path, total = entry.option.path, 0.0
     for part, candidate in entry.option.parts.items():
         wanted = candidate.numbers
-        (us,) = {row["us"] for row in found[tokens, path, part] if row["config"] == wanted} or {math.inf}
+        lines = found.get((tokens, path, part), ())
+        (us,) = {row["us"] for row in lines if row["config"] == wanted} or {math.inf}
         total += us
     return total + _least_further(found, tokens, path)
 

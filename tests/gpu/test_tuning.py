@@ -5,6 +5,7 @@ numpy and pytest, nothing of the engine."""
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -20,12 +21,13 @@ from firebox.kernels._attention import Problem as AttentionLayer
 from firebox.kernels._experts import INT4_ZERO
 from firebox.kernels._experts import Problem as ExpertProblem
 from firebox.kernels._linear import Problem as LinearProblem
-from firebox.kernels.compile import compile_all
+from firebox.kernels.compile import CompileRequest, compile_all
+from firebox.kernels.launch import OBSERVERS
 from firebox.tuning import attention, experts, linear
 from firebox.tuning._attention_estimate import Problem as AttentionProblem
 from firebox.tuning._expert_bench import relative_error
 from firebox.tuning.base import Candidate, Task
-from firebox.tuning.clock import Effort, Graph, interleaved_us, median_us
+from firebox.tuning.clock import Effort, Graph, interleaved_us
 
 pytestmark = pytest.mark.gpu
 
@@ -124,21 +126,36 @@ def test_calls_run_from_graphs(module: Any, problem: Any, tokens: int, gpu: Gpu)
 
 
 @pytest.mark.parametrize(("module", "problem", "tokens"), CASES, ids=IDS)
-def test_whole_runs_from_graphs(module: Any, problem: Any, tokens: int, gpu: Gpu) -> None:
-    """Of each path its first option; a whole takes at least as long as its longest part, up to noise."""
+def test_a_whole_launches_its_parts_and_what_is_further(
+    module: Any, problem: Any, tokens: int, gpu: Gpu
+) -> None:
+    """Of each path its first option; candidates are right afterwards, too."""
     bench, task = bench_of(module, problem, gpu, tokens), module.task(problem, tokens)
     ranked = some(module, task, gpu)
     for option in first_options(module, task, ranked):
-        parts = [median_us(bench.calls(c), EFFORT) for c in option.parts.values()]
-        further = bench.further(option.path, option.parts)
-        if further:
-            parts.append(median_us(further, EFFORT))
-        whole = bench.whole(option.path, option.parts)
-        us = median_us(whole, EFFORT)
-        assert us > 0.7 * max(parts), f"{option.path}: {us} µs of {parts}"
+        parts = [bench.calls(c)[0] for c in option.parts.values()]
+        whole = bench.whole(option.path, option.parts)[0]
+        assert launched(whole) == launched(*parts, *bench.further(option.path, option.parts)[:1])
+        assert 0.2 < interleaved_us([Graph([whole])], EFFORT)[0][0] < 1e5
         for candidate in option.parts.values():
             error, limit = bench.error(candidate)
             assert error <= limit, f"{candidate.name} after a whole layer: {error:.2e}"
+
+
+def launched(*calls: Any) -> Counter[str]:
+    """The kernels that these calls launch, by name."""
+    found: Counter[str] = Counter()
+
+    def see(request: CompileRequest) -> None:
+        found[request.kernel.__name__] += 1
+
+    OBSERVERS.append(see)
+    try:
+        for call in calls:
+            call()
+    finally:
+        OBSERVERS.remove(see)
+    return found
 
 
 def first_options(module: Any, task: Task, ranked: dict[tuple[str, str], list[Candidate]]) -> Iterator[Any]:

@@ -9,9 +9,10 @@ attention.json. Kernels read them; who finds them writes them.
     {"decode bfloat16 kv=bfloat16 heads=24 …":  (attention/triton_paged.py, `key`)
         {"8": {"path": "decode", "config": {…Config…}}, …}, …}
 
-A number of tokens takes the entry of the nearest number that is there, by ratio. An entry that was not
-measured says so: "how": "predicted". What `firebox tune` wrote here, under FIREBOX_CACHE_DIR/tuned,
-stands in for the same problem's entries in the package, but no prediction for a measurement.
+A number of tokens takes the entry of the nearest number that is there, by ratio; an expert layer with more
+than REACH times the tokens of the last entry has none. An entry that was not measured says so: "how":
+"predicted". What `firebox tune` wrote here, under FIREBOX_CACHE_DIR/tuned, stands in for the same problem's
+entries in the package from its fewest to its most tokens, but no prediction for a measurement.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from firebox.env import read
 from firebox.kernels._experts import Problem
 
 F = TypeVar("F", bound=Callable[..., Any])
+REACH = 16  # a tile for one token is nothing for a prompt
 _CACHED: list[Any] = []
 _roots: tuple[Path, ...] = ()
 
@@ -43,7 +45,10 @@ def key(problem: Problem) -> str:
 def nearest(gpu_name: str, problem: Problem, tokens: int, path: str | None = None) -> dict[str, Any] | None:
     """The measured entry of experts.json for so many tokens, of one path if one is named; None where nothing
     was measured."""
-    return _nearest(_file(gpu_name).get(key(problem), {}), tokens, lambda found: path in (None, found))
+    entries = _file(gpu_name).get(key(problem), {})
+    if tokens > REACH * max(map(int, entries), default=0):
+        return None
+    return _nearest(entries, tokens, lambda found: path in (None, found))
 
 
 def measured(
@@ -96,15 +101,24 @@ def cached(function: F) -> F:
 @functools.cache
 def _file(gpu_name: str, name: str = "experts") -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
-    measured_before: set[str] = set()
     for root in roots():
         path = root / folder(gpu_name) / f"{name}.json"
         if path.is_file():
             of_root: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-            better = (key for key in of_root if _is_measured(of_root[key]) or key not in measured_before)
-            found |= {key: of_root[key] for key in better}
-            measured_before |= {key for key in of_root if _is_measured(of_root[key])}
+            for key, entries in of_root.items():
+                found[key] = _over(found.get(key, {}), entries)
     return found
+
+
+def _over(below: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
+    """`entries`, and those `below` of fewer or more tokens than any of them; but no measurement is given up for
+    a prediction."""
+    if not all(tokens.isdigit() for tokens in (*below, *entries)):
+        return entries  # of "about"
+    if _is_measured(below) and not _is_measured(entries):
+        return below
+    least, most = min(map(int, entries)), max(map(int, entries))
+    return {n: entry for n, entry in below.items() if not least <= int(n) <= most} | entries
 
 
 def _is_measured(entries: dict[str, Any]) -> bool:

@@ -101,6 +101,21 @@ def extend_us(
     return _us(p, config, compiled, programs, total / tiles, keys * _row_bytes(layer), gpu, rates)
 
 
+def roof_us(p: Problem, tokens: int, gpu: Gpu) -> float:
+    """The least time: every key and value read once, queries and results moved once, or the products, at the
+    GPU's best rates."""
+    layer, requests = p.layer, p.requests(tokens)
+    seen = keys = 0
+    for queries, context in requests:
+        window = p.window_tokens or context
+        keys += min(context, window + queries - 1)
+        seen += sum(min(context - queries + i + 1, window) for i in range(queries))
+    width = layer.head_dim + layer.value_dim
+    moved = keys * _row_bytes(layer) + 2 * tokens * layer.heads * width
+    flops = 2 * seen * layer.heads * width
+    return max(moved / read_rate(gpu), flops / ((gpu.bf16_tflop_s or estimate.UNKNOWN_TFLOP_S) * 1e6))
+
+
 def _row_bytes(layer: _attention.Problem) -> int:
     """Of a token's keys and values."""
     width = layer.head_dim + (0 if layer.latent else layer.value_dim)

@@ -1,12 +1,13 @@
 """An expert layer on this GPU, for tuning: random weights, several routings, and each half on its own.
 
-The halves are launched as layers/experts.py does it, each on inputs that stock tiles made before.
+The halves are launched as layers/experts.py does it, each on made-up inputs. The first tokens are the same at
+any number of tokens, so that the oracle computes them once.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -24,16 +25,18 @@ from firebox.kernels import (
     quantise_fp8,
 )
 from firebox.kernels._experts import FP8, Problem
+from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
 from firebox.layers._expert_store import ExpertStore
 from firebox.layers.experts import FEW, SORTED, Experts, Path, Workspace, default_path, requests
-from firebox.tuning.base import Candidate
+from firebox.tuning.base import Candidate, code_of
 from firebox.tuning.clock import Call
 from firebox.tuning.estimate import GATE_UP
 
 DOWN = "down"
 CHECKED_TOKENS = 4
 SMALLEST_BLOCK = 16
+FILLED_ROWS = 4096  # of h at a time
 # Relative: bf16 and float16 sums against float32; FP8 activations (E4M3 rounds by 2.6 % RMS, twice).
 PLAIN_LIMIT, FP8_LIMIT = 8e-3, 6e-2
 
@@ -44,7 +47,7 @@ def path_of(parts: Mapping[str, Candidate]) -> Path:
 
 
 class Weighted:
-    """One layer's weights."""
+    """One layer's weights, the tokens that are checked, and what they must come to."""
 
     def __init__(self, problem: Problem, gpu: Gpu) -> None:
         self.problem, self.gpu = problem, gpu
@@ -55,16 +58,56 @@ class Weighted:
         for weights in (store.gate_up, store.down):
             vary((weights.scale, weights.row_scale), self.generator)
         self.gate_up, self.down = store.gate_up, store.down
+        self.x, self.ids, self.weights = self.routed(CHECKED_TOKENS)
+        shape = (CHECKED_TOKENS * problem.top_k, problem.inter)
+        self._h = torch.randn(shape, generator=self.generator, device=device)
         self._launchers: dict[str, Launcher] = {}
+        self._sums: dict[str, torch.Tensor] = {}
 
-    def launcher(self, candidate: Candidate) -> Launcher:
+    def routed(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Random x [tokens, hidden] bf16, and [tokens, top_k] different experts int32 with their weights."""
+        p, generator = self.problem, self.generator
+        x = torch.randn(tokens, p.hidden, generator=generator, device="cuda").bfloat16()
+        ids = torch.rand(tokens, p.experts, generator=generator, device="cuda").topk(p.top_k, dim=1).indices
+        weights = torch.rand(tokens, p.top_k, generator=generator, device="cuda") + 0.1
+        return x, ids.int(), weights / weights.sum(1, keepdim=True)
+
+    def launcher(self, request: CompileRequest) -> Launcher:
         """One for the same code at any number of tokens."""
-        assert candidate.request is not None
-        return self._launchers.setdefault(candidate.code, Launcher(candidate.request))
+        return self._launchers.setdefault(code_of(request), Launcher(request))
 
     def bench(self, tokens: int) -> ExpertBench:
         """For so many tokens."""
         return ExpertBench(self, tokens)
+
+    # ---- the oracle
+
+    @functools.cached_property
+    def wanted_h(self) -> torch.Tensor:
+        """[choices, inter] float32 of the checked tokens."""
+        return moe_gate_up_few.reference(self.problem, self.x, self.gate_up, self.ids)
+
+    def stored_h(self, like: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The second half's made-up input as a workspace stores it, in the type of `like`, in columns'
+        order; and, with a `scale` [rows, groups], that [choices, groups]."""
+        if scale is None:
+            return self._h.to(like.dtype), self._h
+        groups = self._h.unflatten(1, (scale.shape[1], -1))
+        largest = groups.abs().amax(-1) / torch.finfo(like.dtype).max
+        return (groups / largest.unsqueeze(-1)).flatten(1).to(like.dtype), largest
+
+    def wanted_y(self, path: str, h: torch.Tensor) -> torch.Tensor:
+        """From `h` [choices, inter] float32 of the checked tokens, the same at every call of a path: their
+        sums (few), or their choices' products (sorted)."""
+        if path not in self._sums:
+            p, ids, weights = self.problem, self.ids, self.weights
+            if path == FEW:
+                found = moe_down_few.reference(p, h, self.down, ids, weights)
+            else:
+                order = torch.arange(len(h), dtype=torch.int32, device="cuda")
+                found = moe_down.reference(p, h, self.down, ids, order, weights)
+            self._sums[path] = found
+        return self._sums[path]
 
 
 def vary(scales: Iterable[torch.Tensor | None], generator: torch.Generator) -> None:
@@ -101,27 +144,26 @@ class ExpertBench:
 
     def __init__(self, layer: Weighted, tokens: int) -> None:
         self._layer, self._tokens, self.problem = layer, tokens, layer.problem
-        calls = 16 if tokens <= 8 else 8 if tokens <= 64 else 4 if tokens <= 1024 else 2
+        calls = 8 if tokens <= 8 else 4 if tokens <= 64 else 2
         self._data = [self._make() for _ in range(calls)]
-        self._wanted: dict[str, torch.Tensor] = {}
+        checked, self._first = self._data[0], min(tokens, CHECKED_TOKENS)
+        for mine, fixed in ((checked.x, layer.x), (checked.ids, layer.ids), (checked.weights, layer.weights)):
+            mine[: self._first] = fixed[: self._first]
 
     def _make(self) -> _Data:
-        p, generator, tokens = self.problem, self._layer.generator, self._tokens
-        x = torch.randn(tokens, p.hidden, generator=generator, device="cuda").bfloat16()
-        ids = torch.rand(tokens, p.experts, generator=generator, device="cuda").topk(p.top_k, dim=1).indices
-        weights = torch.rand(tokens, p.top_k, generator=generator, device="cuda") + 0.1
-        weights /= weights.sum(1, keepdim=True)
-        out = torch.zeros_like(x)
-        return _Data(x, ids.int(), weights, Workspace(p, tokens, "cuda"), out)
+        x, ids, weights = self._layer.routed(self._tokens)
+        space = Workspace(self.problem, self._tokens, "cuda")
+        return _Data(x, ids, weights, space, torch.zeros_like(x))
 
     # ---- the halves
 
     def calls(self, candidate: Candidate) -> list[Call]:
         """One launch for each of the inputs."""
-        launcher = self._layer.launcher(candidate)
-        return [self._call(candidate, launcher, data) for data in self._data]
+        return [self._call(candidate, data) for data in self._data]
 
-    def _call(self, candidate: Candidate, launcher: Launcher, data: _Data) -> Call:
+    def _call(self, candidate: Candidate, data: _Data) -> Call:
+        assert candidate.request is not None
+        launcher = self._layer.launcher(candidate.request)
         if candidate.path == FEW:
             return self._few(candidate, launcher, data)
         assert candidate.path == SORTED, f"no bench for {candidate.path}"
@@ -140,13 +182,14 @@ class ExpertBench:
         )  # fmt: skip
 
     def _prepare_few(self, data: _Data) -> None:
-        """h and the tables, of stock tiles."""
+        """The tables, which any tile writes, and h; the first half's calls write over it."""
         if data.few_ready:
             return
-        p, layer, tokens = self.problem, self._layer, self._tokens
-        path = default_path(p, FEW, tokens, layer.gpu)
-        launcher = Launcher(requests(p, tokens, path, layer.gpu)["moe_gate_up"])
-        moe_gate_up_few.run(launcher, p, data.x, layer.gate_up, data.ids, data.space.h_few, data.space.table)
+        p, space, gpu = self.problem, data.space, self._layer.gpu
+        request = requests(p, self._tokens, default_path(p, FEW, self._tokens, gpu), gpu)["moe_gate_up"]
+        launcher = self._layer.launcher(request)
+        moe_gate_up_few.run(launcher, p, data.x, self._layer.gate_up, data.ids, space.h_few, space.table)
+        space.h_few.normal_(generator=self._layer.generator)
         data.few_ready = True
 
     def _sorted(self, candidate: Candidate, launcher: Launcher, data: _Data) -> Call:
@@ -163,22 +206,27 @@ class ExpertBench:
         )
 
     def _prepare_sorted(self, data: _Data) -> None:
-        """The order, changed activations and h, of stock tiles. The order is not the same in every run of
-        the sort, so it is made once."""
+        """The order, changed activations and h, which the first half's calls write over. The order is not the
+        same in every run of the sort, so it is made once."""
         if data.sorted_ready:
             return
-        p, space, layer = self.problem, data.space, self._layer
-        path = default_path(p, SORTED, SMALLEST_BLOCK, layer.gpu)
+        path = default_path(self.problem, SORTED, SMALLEST_BLOCK, self._layer.gpu)
         launchers = self._further_launchers(path)
         self._sort(launchers, path.block, data)
         self._change(launchers, data)
-        request = requests(p, self._tokens, path, layer.gpu)["moe_gate_up"]
-        x = data.x if space.x is None else space.x
-        blocks = self._blocks(data, path.block)
-        moe_gate_up.run(
-            Launcher(request), p, x, space.x_scale, layer.gate_up, space.order, blocks, space.h, space.h_scale
-        )
+        self._fill_h(data)
         data.sorted_ready = True
+
+    def _fill_h(self, data: _Data) -> None:
+        for rows in data.space.h.split(FILLED_ROWS):
+            random = torch.randn(rows.shape, generator=self._layer.generator, device="cuda")
+            rows.copy_(random.to(rows.dtype))
+        if data.space.h_scale is not None:
+            data.space.h_scale.fill_(1.0)
+
+    def _checked_rows(self, space: Workspace) -> torch.Tensor:
+        """Where the checked tokens' choices lie, by place."""
+        return torch.argsort(space.order)[: self._first * self.problem.top_k]
 
     def _blocks(self, data: _Data, block: int) -> torch.Tensor:
         """[most, 3] int32, as kernels/moe_sort.py would write them for the order that is there."""
@@ -214,9 +262,8 @@ class ExpertBench:
 
     def _further_launchers(self, path: Path) -> dict[str, Launcher]:
         found = requests(self.problem, self._tokens, path, self._layer.gpu)
-        return {
-            op: Launcher(request) for op, request in found.items() if op not in ("moe_gate_up", "moe_down")
-        }
+        further = {op: request for op, request in found.items() if op not in ("moe_gate_up", "moe_down")}
+        return {op: self._layer.launcher(request) for op, request in further.items()}
 
     def _sort(self, launchers: dict[str, Launcher], block: int, data: _Data) -> None:
         space, sort = data.space, moe_sort.Problem(self.problem.experts, block)
@@ -243,30 +290,34 @@ class ExpertBench:
             data.blocks.clear()
         return [lambda d=d: experts(d.x, d.ids, d.weights, d.out) for d in self._data]  # type: ignore[misc]
 
-    # ---- the oracle
+    # ---- against the oracle
 
     def error(self, candidate: Candidate) -> tuple[float, float]:
         """Of the choices of the first tokens."""
-        data = self._data[0]
-        call = self._call(candidate, self._layer.launcher(candidate), data)
-        first = min(self._tokens, CHECKED_TOKENS)
+        data, choices = self._data[0], self._first * self.problem.top_k
+        call = self._call(candidate, data)
         if candidate.part == GATE_UP:
-            found = self._run_gate_up(candidate, call, data, first)
-            wanted = self._reference(GATE_UP, lambda: self._h(data, first))
+            found, wanted = self._run_gate_up(candidate, call, data), self._layer.wanted_h[:choices]
         else:
-            found = self._run_down(candidate, call, data, first)
-            wanted = self._reference(f"{candidate.path} down", lambda: self._y(candidate.path, data, first))
+            found = self._run_down(candidate, call, data)
+            wanted = self._wanted_y(candidate.path, data)[: len(found)]
         rounds = candidate.path == SORTED and self.problem.format in FP8
         return relative_error(found, wanted), FP8_LIMIT if rounds else PLAIN_LIMIT
 
-    def _reference(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        if name not in self._wanted:
-            self._wanted[name] = make()
-        return self._wanted[name]
+    def _wanted_y(self, path: str, data: _Data) -> torch.Tensor:
+        """From the h that the half is given."""
+        space = data.space
+        values, scale = self._layer.stored_h(
+            *((space.h_few, None) if path == FEW else (space.h, space.h_scale))
+        )
+        meant = values.float()
+        if path != FEW and space.h_scale is not None:
+            meant = (meant.unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(-1)).flatten(1)
+        return self._layer.wanted_y(path, meant)
 
-    def _run_gate_up(self, candidate: Candidate, call: Call, data: _Data, first: int) -> torch.Tensor:
+    def _run_gate_up(self, candidate: Candidate, call: Call, data: _Data) -> torch.Tensor:
         """h of the first tokens' choices, by place, in float32."""
-        space, choices = data.space, first * self.problem.top_k
+        space, choices = data.space, self._first * self.problem.top_k
         if candidate.path == FEW:
             before = space.h_few.clone()
             space.h_few.fill_(torch.nan)
@@ -277,27 +328,40 @@ class ExpertBench:
         kept = space.h.clone(), None if space.h_scale is None else space.h_scale.clone()
         space.h.view(torch.uint8).fill_(0xFF)  # not a number, whatever the type
         call()
-        found = self._rows_of_h(space, choices)
-        space.h.view(torch.uint8).copy_(kept[0].view(torch.uint8))  # of stock tiles: the second half's input
+        found = self._rows_of_h(space)
+        space.h.view(torch.uint8).copy_(kept[0].view(torch.uint8))  # the second half's input
         if space.h_scale is not None and kept[1] is not None:
             space.h_scale.copy_(kept[1])
         return found
 
-    def _run_down(self, candidate: Candidate, call: Call, data: _Data, first: int) -> torch.Tensor:
+    def _run_down(self, candidate: Candidate, call: Call, data: _Data) -> torch.Tensor:
         """The first tokens' sums (few), or their choices' products, by place (sorted)."""
         space = data.space
         if candidate.path == FEW:
+            choices = self._first * self.problem.top_k
+            space.h_few[:choices] = self._layer.stored_h(space.h_few, None)[0][:choices]
             space.partial.fill_(torch.nan)
             data.out.zero_()  # it is added to
             call()
-            return data.out[:first].float()
+            return data.out[: self._first].float()
+        self._place_h(space)
         space.y.fill_(torch.nan)
         call()
-        return space.y[: first * self.problem.top_k].float()
+        return space.y[: self._first * self.problem.top_k].float()
 
-    def _rows_of_h(self, space: Workspace, choices: int) -> torch.Tensor:
-        """The first choices' rows by place, in float32, their columns in order."""
-        mine, p = torch.argsort(space.order)[:choices], self.problem
+    def _place_h(self, space: Workspace) -> None:
+        """The checked rows, where the order has them."""
+        p, mine = self.problem, self._checked_rows(space)
+        values, scale = self._layer.stored_h(space.h, space.h_scale)
+        if p.arranged:
+            values = values[:, arranged_columns(p.inter, p.group).to(values.device)]
+        space.h.view(torch.uint8)[mine] = values[: len(mine)].view(torch.uint8)
+        if space.h_scale is not None:
+            space.h_scale[mine] = scale[: len(mine)]
+
+    def _rows_of_h(self, space: Workspace) -> torch.Tensor:
+        """The checked choices' rows by place, in float32, their columns in order."""
+        mine, p = self._checked_rows(space), self.problem
         values = space.h[mine].float()
         if space.h_scale is not None:
             groups = values.unflatten(1, (space.h_scale.shape[1], -1))
@@ -306,24 +370,10 @@ class ExpertBench:
             values = values[:, torch.argsort(arranged_columns(p.inter, p.group)).to(values.device)]
         return values
 
-    def _h(self, data: _Data, first: int) -> torch.Tensor:
-        return moe_gate_up_few.reference(self.problem, data.x[:first], self._layer.gate_up, data.ids[:first])
-
-    def _y(self, path: str, data: _Data, first: int) -> torch.Tensor:
-        """From the h that the half is given."""
-        p, space, layer = self.problem, data.space, self._layer
-        choices, ids, weights = first * p.top_k, data.ids[:first], data.weights[:first]
-        if path == FEW:
-            h = space.h_few[:choices].float()
-            return moe_down_few.reference(p, h, layer.down, ids, weights)
-        h = self._rows_of_h(space, choices)
-        order = torch.arange(choices, dtype=torch.int32, device="cuda")
-        return moe_down.reference(p, h, layer.down, ids, order, weights)
-
 
 def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """‖found − wanted‖ / ‖wanted‖; infinite if anything is not a number."""
     if not torch.isfinite(found).all():
         return float("inf")
-    difference = (found.double() - wanted.double()).norm()
-    return float(difference / wanted.double().norm().clamp(min=1e-30))
+    difference = torch.linalg.vector_norm(found - wanted, dtype=torch.float64)
+    return float(difference / torch.linalg.vector_norm(wanted, dtype=torch.float64).clamp(min=1e-30))

@@ -18,7 +18,7 @@ from firebox.kernels import _linear, linear, linear_few
 from firebox.kernels._linear import Problem
 from firebox.kernels.compile import Compiled
 from firebox.tuning import estimate
-from firebox.tuning.estimate import Product, Tile, norm, read_rate, resident_blocks, step_parts
+from firebox.tuning.estimate import Product, Tile, norm, read_rate, resident_blocks, step_parts, tflop_s
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,14 @@ def many_us(
 
 def cublas_us(p: Problem, tokens: int, gpu: Gpu, rates: Rates = RATES) -> float:
     """Of torch.mm or addmm, which adds one of bias and residual at no cost; what is left is a launch."""
-    tflop_s = gpu.bf16_tflop_s or estimate.UNKNOWN_TFLOP_S
-    flops = 2 * tokens * p.rows * p.columns / (tflop_s * 1e6)
-    roof = max(_moved(product(p, tokens, few=False)) / read_rate(gpu), flops)
     terms = p.bias + p.residual - (p.out_dtype != "f32" and p.bias + p.residual > 0)
-    return rates.own + roof / rates.roof + rates.term * terms
+    return rates.own + roof_us(p, tokens, gpu, few=True) / rates.roof + rates.term * terms
+
+
+def roof_us(p: Problem, tokens: int, gpu: Gpu, *, few: bool) -> float:
+    """The least time: what must be read and written once, or the product, at the GPU's best rates."""
+    q = product(p, tokens, few=few)
+    return max(_moved(q) / read_rate(gpu), 2 * tokens * p.rows * p.columns / (tflop_s(q, gpu) * 1e6))
 
 
 def rounding_us(p: Problem, tokens: int, gpu: Gpu, rates: Rates = RATES) -> float:

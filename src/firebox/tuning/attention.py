@@ -90,6 +90,11 @@ def further_us(task: Task, path: str, parts: Mapping[str, Candidate], gpu: Gpu) 
     return 0.0
 
 
+def roof_us(task: Task, path: str, gpu: Gpu) -> float:
+    """See tuning/_attention_estimate.py."""
+    return _attention_estimate.roof_us(task.problem, task.tokens, gpu)
+
+
 def options(task: Task, ranked: Mapping[tuple[str, str], Sequence[Candidate]]) -> Iterator[Option]:
     """Every candidate is one."""
     for (path, _), found in ranked.items():

@@ -45,19 +45,21 @@ class Candidate:
 
     @functools.cached_property
     def code(self) -> str:
-        """Equal for candidates, of any task, that are the same compiled code; "" for a library's."""
-        r = self.request
-        if r is None:
-            return ""
-        constants = sorted((name, repr(value)) for name, value in r.constexprs.items())
-        sizes = (r.num_warps, r.num_stages, sorted(r.options.items()))
-        return repr((r.kernel.cache_key, sorted(r.signature.items()), constants, sizes, r.gpu.name))
+        """See code_of; "" for a library's."""
+        return "" if self.request is None else code_of(self.request)
 
     @functools.cached_property
     def numbers(self) -> dict[str, Any]:
         """The config by name; nothing for a library's."""
         known = is_dataclass(self.config) and not isinstance(self.config, type)
         return asdict(self.config) if known else {}
+
+
+def code_of(r: CompileRequest) -> str:
+    """Equal for requests, of any task, that come to the same compiled code."""
+    constants = sorted((name, repr(value)) for name, value in r.constexprs.items())
+    sizes = (r.num_warps, r.num_stages, sorted(r.options.items()))
+    return repr((r.kernel.cache_key, sorted(r.signature.items()), constants, sizes, r.gpu.name))
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,10 @@ class Tunable(Protocol):
 
     def further_us(self, task: Task, path: str, parts: Mapping[str, Candidate], gpu: Gpu) -> float:
         """How long what the path launches besides should take."""
+        ...
+
+    def roof_us(self, task: Task, path: str, gpu: Gpu) -> float:
+        """The least time of the whole operation on this path, by the GPU's bandwidth and rates."""
         ...
 
     def options(self, task: Task, ranked: Mapping[tuple[str, str], Sequence[Candidate]]) -> Iterator[Option]:

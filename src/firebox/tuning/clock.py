@@ -3,10 +3,9 @@ interleaved, so that heat and clocks favour no candidate."""
 
 from __future__ import annotations
 
-import statistics
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -25,13 +24,10 @@ class Graph:
     """Calls captured one after the other. `warm_ms`: the second replay, which sets how often a sample
     replays."""
 
-    def __init__(self, calls: Sequence[Call], pool: Any = None) -> None:
+    def __init__(self, calls: Sequence[Call]) -> None:
         self._calls = len(calls)
         calls[0]()  # compiles, or takes the binary from disk
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
-            for call in calls:
-                call()
+        self._graph = _captured(calls)
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._replay_ms(1)
         self.warm_ms = self._replay_ms(1)
@@ -50,6 +46,26 @@ class Graph:
         return float(self._start.elapsed_time(self._end)) / times
 
 
+def _captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+    """As torch.cuda.graph does it, without collecting garbage and giving memory back each time: that takes
+    longer than most candidates run."""
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(_stream()):
+        graph.capture_begin()
+        try:
+            for call in calls:
+                call()
+        finally:
+            graph.capture_end()
+    return graph
+
+
+@functools.cache
+def _stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
+
+
 def interleaved_us(graphs: Sequence[Graph], effort: Effort) -> list[list[float]]:
     """The samples of each graph, taken in turn: every other round goes backwards."""
     found: list[list[float]] = [[] for _ in graphs]
@@ -58,8 +74,3 @@ def interleaved_us(graphs: Sequence[Graph], effort: Effort) -> list[list[float]]
         for i in order:
             found[i].append(graphs[i].sample_us(effort.sample_ms))
     return found
-
-
-def median_us(calls: Sequence[Call], effort: Effort) -> float:
-    """The median over samples of one sequence of calls."""
-    return statistics.median(interleaved_us([Graph(calls)], effort)[0])

@@ -156,6 +156,16 @@ def expert_product(p: Problem, tokens: int, path: str, part: str) -> Product:
     )
 
 
+def roof_us(p: Problem, tokens: int, path: str, gpu: Gpu) -> float:
+    """The least time of a whole layer: what must be read and written once, or the products, at the GPU's best
+    rates."""
+    up, down = (expert_product(p, tokens, path, part) for part in (GATE_UP, "down"))
+    numbers = up.rows * up.columns + down.rows * down.columns
+    moved = up.experts * numbers * up.weight_bytes
+    moved += 4 * tokens * p.hidden + 2 * up.choices * p.inter * down.x_bytes
+    return max(moved / read_rate(gpu), 2 * up.choices * numbers / (tflop_s(up, gpu) * 1e6))
+
+
 def tile_of(product: Product, config: Any, compiled: Compiled | None) -> Tile:
     """`compiled` None: shared memory and registers are guessed, well enough to say what is worth
     compiling."""
@@ -210,8 +220,7 @@ def read_rate(gpu: Gpu) -> float:
 def step_parts(q: Product, tile: Tile, gpu: Gpu, rates: Rates, of_sm: float) -> tuple[float, float, float]:
     """Microseconds of a multiprocessor that a step takes in its ALUs, tensor cores and loads; `of_sm`: bytes
     of memory a microsecond that are its share."""
-    tflop_s = _tflop_s(q, gpu)
-    tensor = tflop_s * 1e6 / gpu.sms * rates.mma * (rates.few_mma if q.few else 1.0)
+    tensor = tflop_s(q, gpu) * 1e6 / gpu.sms * rates.mma * (rates.few_mma if q.few else 1.0)
     if q.scaled:  # multiplied as they are stored, or turned into E4M3
         each = rates.convert if q.scaled == "mxf8" else rates.plain
     elif q.weight_bytes < 1:
@@ -225,7 +234,7 @@ def step_parts(q: Product, tile: Tile, gpu: Gpu, rates: Rates, of_sm: float) -> 
     return alu, mma, loads
 
 
-def _tflop_s(q: Product, gpu: Gpu) -> float:
+def tflop_s(q: Product, gpu: Gpu) -> float:
     """The data sheet's rate for these operands."""
     if q.scaled in ("nvf4", "mxf4"):
         return gpu.fp4_tflop_s or UNKNOWN_TFLOP_S

@@ -109,6 +109,11 @@ def further_us(task: Task, path: str, parts: Mapping[str, Candidate], gpu: Gpu) 
     return rounding + estimate.sorting_us(task.problem, task.tokens, gpu)
 
 
+def roof_us(task: Task, path: str, gpu: Gpu) -> float:
+    """See tuning/estimate.py."""
+    return estimate.roof_us(task.problem, task.tokens, path, gpu)
+
+
 def options(task: Task, ranked: Mapping[tuple[str, str], Sequence[Candidate]]) -> Iterator[Option]:
     """The best of either part with each other."""
     for path in dict.fromkeys(path for path, _ in ranked):

@@ -74,6 +74,11 @@ def further_us(task: Task, path: str, parts: Mapping[str, Candidate], gpu: Gpu) 
     return _linear_estimate.rounding_us(task.problem, task.tokens, gpu)
 
 
+def roof_us(task: Task, path: str, gpu: Gpu) -> float:
+    """See tuning/_linear_estimate.py."""
+    return _linear_estimate.roof_us(task.problem, task.tokens, gpu, few=path != MANY)
+
+
 def options(task: Task, ranked: Mapping[tuple[str, str], Sequence[Candidate]]) -> Iterator[Option]:
     """Every candidate is one."""
     for (path, _), found in ranked.items():

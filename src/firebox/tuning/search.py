@@ -3,8 +3,9 @@
     compile     what a first guess puts ahead, in parallel, until the budget's share is spent
     drop        what does not compile, does not fit, spills badly, or is emulated
     estimate    all that is left
-    measure     where there is a GPU: by lot of the estimate corrected by what was measured before
-                (tuning/surrogate.py), the most promising in two batches; the best of them once more
+    measure     where there is a GPU: the most promising by the estimate, corrected by all that was measured
+                before (tuning/surrogate.py), one after the other until nothing better is hoped for; those
+                that are close once more, in turn
     weigh       combinations of parts with what the path launches besides
 
 The numbers of tokens in KEYS are searched in an order that goes from coarse to fine, so that each has
@@ -30,16 +31,17 @@ from firebox.tuning.clock import Effort
 from firebox.tuning.journal import Journal
 from firebox.tuning.surrogate import Surrogate, features
 
-KEYS = (64, 1, 1024, 8, 4096, 256, 16, 512, 4, 2048, 32, 2)
+KEYS = (64, 1, 1024, 8, 4096, 256, 16, 4, 2048)
 COMPILED_SHARE, COMPILED_LEAST = 1 / 3, 20  # of a part's candidates, by the first guess
-AT_FIRST, THEN, TRIED_BETWEEN = 12, 4, 3  # candidates of a part that are measured
-FINAL = 2  # of them that are measured once more
-OPTIMISM = 0.7  # standard deviations that an unknown candidate is given credit for
+AT_FIRST, THEN, TRIED_BETWEEN = 8, 5, 2  # candidates of a part that are measured
+NEARBY = 16  # times as many tokens, or as few: so far a measurement tells about another
+FINAL, CLOSE = 3, 1.015  # the best are measured once more, in turn, if so little lies between them
+OPTIMISM = 0.8  # standard deviations that an unknown candidate is given credit for
 WORTH = 1.2  # a path is looked at if its estimate is within this of the best path's
 LARGE, TOLERATED = 512, 1.02  # from so many tokens on the stock tile stays unless beaten by this
 BATCH = 8  # compiles for each core at a time
 SPILL_BYTES = 512  # of a thread; some of the fastest tiles spill half of that
-ROUGH, FINE = Effort(samples=1, sample_ms=1.0), Effort(samples=3, sample_ms=1.5)
+ROUGH, FINE = Effort(samples=1, sample_ms=1.0), Effort(samples=2, sample_ms=1.0)
 PREDICTED, MEASURED = "predicted", "measured"
 
 
@@ -58,12 +60,15 @@ class Meter(Protocol):
 @dataclass(frozen=True)
 class Entry:
     """The choice for one number of tokens. `how`: "predicted" or "measured"; `stock_us`: of the stock tiles,
-    where they were looked at."""
+    where they were looked at; `roof_us`: the least that the operation can take; `shared_bytes`: of each part,
+    as it was compiled."""
 
     task: Task
     option: Option
     how: str
     stock_us: float | None = None
+    roof_us: float | None = None
+    shared_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -111,6 +116,7 @@ class Search:
         self._between = {tokens: make_task(tokens) for tokens in between if tokens not in keys}
         self._compile_until, self._deadline, self._progress = compile_until, deadline, progress
         self._errors: dict[tuple[str, str], Surrogate] = {}
+        self._seen: dict[tuple[str, str], set[int]] = {}
         self._candidates: dict[Task, dict[tuple[str, str], list[Candidate]]] = {}
         self._estimates: dict[tuple[Task, Candidate], float] = {}
         self._compiled: dict[str, Compiled] = {}
@@ -202,7 +208,11 @@ class Search:
             option = replace(self._tunable.stock(task, self._gpu), us=stock_us)
         if around and not self._gains(task, option, around, times):
             return None
-        return Entry(task, option, MEASURED if self._meter else PREDICTED, stock_us)
+        roof_us = self._tunable.roof_us(task, option.path, self._gpu)
+        compiled = {part: self._compiled.get(c.code) for part, c in option.parts.items()}
+        shared_bytes = {part: found.shared_bytes for part, found in compiled.items() if found is not None}
+        how = MEASURED if self._meter else PREDICTED
+        return Entry(task, option, how, stock_us, roof_us, shared_bytes)
 
     def _times(self, task: Task, around: Mapping[int, Entry] | None) -> dict[Candidate, float]:
         if self._meter is None:
@@ -238,7 +248,7 @@ class Search:
         self, task: Task, key: tuple[str, str], around: Mapping[int, Entry] | None
     ) -> dict[Candidate, float]:
         times: dict[Candidate, float] = {}
-        budget = AT_FIRST if self._errors.setdefault(key, Surrogate()).empty else THEN
+        budget = THEN if self._known_nearby(task, key) else AT_FIRST
         if around:
             winners = list(self._winners(task, key, around))
             self._measure(task, key, winners, times)
@@ -246,22 +256,31 @@ class Search:
         elif task.tokens >= LARGE:
             stock = self._tunable.stock(task, self._gpu).parts.values()
             self._measure(task, key, [c for c in self._candidates[task][key] if c in stock], times)
-        for _ in range(2):
-            self._measure(task, key, self._promising(task, key, times, -(-budget // 2)), times)
-        self._measure_again(task, sorted(times, key=lambda c: times[c])[:FINAL], times)
+        for _ in range(budget):
+            promising = self._promising(task, key, times)
+            if promising is None:
+                break
+            self._measure(task, key, [promising], times)
+        self._measure_again(task, self._finalists(times), times)
         return times
 
+    def _known_nearby(self, task: Task, key: tuple[str, str]) -> bool:
+        """Was this part measured at a number of tokens that is not far away?"""
+        seen = self._seen.setdefault(key, set())
+        near = any(max(tokens, task.tokens) <= NEARBY * min(tokens, task.tokens) for tokens in seen)
+        seen.add(task.tokens)
+        return near
+
     def _promising(
-        self, task: Task, key: tuple[str, str], times: Mapping[Candidate, float], most: int
-    ) -> list[Candidate]:
-        """By the time hoped for, the favourite among them."""
+        self, task: Task, key: tuple[str, str], times: Mapping[Candidate, float]
+    ) -> Candidate | None:
+        """By the expected time; None where nothing is hoped to be faster than the best."""
         expected = zip(self._candidates[task][key], self._expected(task, key), strict=True)
         left = [(c, us, hoped) for c, (us, hoped) in expected if c not in times]
-        found = [c for c, _, _ in sorted(left, key=lambda one: one[2])[:most]]
-        favourite = min(left, key=lambda one: one[1], default=None)
-        if favourite is not None and favourite[0] not in found:
-            found[-1:] = [favourite[0]]
-        return found
+        best = min(times.values(), default=math.inf)
+        if not any(hoped < best for _, _, hoped in left):
+            return None
+        return min(left, key=lambda one: one[1])[0]
 
     def _winners(self, task: Task, key: tuple[str, str], around: Mapping[int, Entry]) -> Iterator[Candidate]:
         """What the keys on either side chose, as far as it is a candidate here."""
@@ -282,6 +301,12 @@ class Search:
             times[candidate] = statistics.median(samples)
             error = math.log(times[candidate] / self._estimates[task, candidate])
             self._errors[key].learn(features(task.tokens, candidate.numbers), error)
+
+    def _finalists(self, times: Mapping[Candidate, float]) -> list[Candidate]:
+        """Between whom the first measurements did not decide."""
+        best = sorted(times, key=lambda c: times[c])[:FINAL]
+        close = [c for c in best if times[c] <= times[best[0]] * CLOSE]
+        return close if len(close) > 1 else []
 
     def _measure_again(self, task: Task, best: Sequence[Candidate], times: dict[Candidate, float]) -> None:
         right = [c for c in best if times[c] < math.inf]
@@ -368,4 +393,9 @@ def interleave_keys(keys: Sequence[int], sizes: Sequence[int]) -> tuple[tuple[in
 
 def stored(entry: Entry, tunable: Tunable, **more: Any) -> dict[str, Any]:
     """An entry as files in tuned/ write it."""
-    return tunable.entry(entry.option) | {"us": round(entry.option.us, 2), "how": entry.how} | more
+    facts: dict[str, Any] = {"us": round(entry.option.us, 2), "how": entry.how}
+    if entry.roof_us is not None:
+        facts["of_roof"] = round(entry.roof_us / entry.option.us, 3)
+    if entry.shared_bytes:
+        facts["shared_bytes"] = dict(entry.shared_bytes)
+    return tunable.entry(entry.option) | facts | more

@@ -15,10 +15,10 @@ import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
 
-OF_TILES, OF_ALL = 0.2, 0.2  # how far off estimates are: from tile to tile, and all of them together
+OF_TILES, OF_ALL = 0.32, 0.2  # how far off estimates are: from tile to tile, and all of them together
 NOISE = 0.01  # of a measurement
 # Over these distances errors lose 40 % of what they have in common: octaves, and stages.
-TOKENS_APART, NUMBERS_APART, STAGES_APART = 3.0, 1.1, 1.2
+TOKENS_APART, NUMBERS_APART, STAGES_APART = 2.4, 1.1, 1.25
 
 
 def features(tokens: int, numbers: Mapping[str, Any]) -> Array:

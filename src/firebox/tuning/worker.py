@@ -113,6 +113,9 @@ class Worker:
 
 def measure_forever(pipe: Connection, gpu: Gpu) -> None:
     """Runs in the process: answers orders until the other end goes."""
+    from firebox.kernels._triton import warm
+
+    warm()
     desk = _Desk(gpu)
     with contextlib.suppress(EOFError, OSError):
         while True:

@@ -83,6 +83,22 @@ def test_no_prediction_of_this_machine_stands_in_for_a_measurement_of_the_packag
     _tuned.use()
 
 
+def test_entries_of_this_machine_reach_from_their_fewest_to_their_most_tokens(tmp_path: Path) -> None:
+    package, here = tmp_path / "package", tmp_path / "here"
+    write(package, *(entry(tokens, MEASURED) for tokens in (1, 4, 8, 64)))
+    write(here, entry(2, MEASURED, warps=2), entry(8, MEASURED, warps=2))
+    _tuned.use(package, here)
+    warps = {tokens: path_of(PROBLEM, tokens, GPU).gate_up.warps for tokens in (1, 2, 4, 8, 64)}
+    assert warps == {1: 4, 2: 2, 4: 2, 8: 2, 64: 4}
+    _tuned.use()
+
+
+def test_an_entry_says_nothing_of_a_prompt_that_is_much_longer(folder: Path) -> None:
+    write(folder, entry(1, MEASURED), entry(2, MEASURED))
+    near, far = (path_of(PROBLEM, tokens, GPU).why for tokens in (2 * _tuned.REACH, 2 * _tuned.REACH + 1))
+    assert near.startswith("measured") and far.startswith("default")
+
+
 def test_a_file_is_replaced_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(folder, entry(4, MEASURED))
     before = path.read_text()
