@@ -329,7 +329,7 @@ def tuned(monkeypatch: pytest.MonkeyPatch, keys: set[str] | None) -> None:
     entries = {
         "experts": {
             "1": {"path": "few", "gate_up": few, "down": few},
-            "64": {"path": "sorted", "gate_up": many, "down": many, "how": "predicted"},
+            "512": {"path": "sorted", "gate_up": many, "down": many, "how": "predicted"},
         },
         "linear": {"1": {"path": "few", "config": {}}, "64": {"path": "cublas"}},
     }
