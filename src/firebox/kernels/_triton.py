@@ -71,6 +71,11 @@ def compile_in_process(made: ASTSource, target: int | None, options: dict[str, A
     return triton.compile(made, target=_target(target), options=options)
 
 
+def load(compiled: Any) -> None:
+    """Puts a CompiledKernel on the GPU and builds its launcher, which Triton does at the first launch."""
+    _ = compiled.run
+
+
 def disassemble(cubin: bytes, folder: Path) -> str | None:
     """SASS of a binary, or None where the bundled disassembler does not know the target."""
     path = folder / "kernel.cubin"

@@ -111,7 +111,7 @@ def _file(gpu_name: str, name: str = "experts") -> dict[str, dict[str, Any]]:
 
 
 def _over(below: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
-    """`entries`, and those `below` of fewer or more tokens than any of them; but no measurement is given up for
+    """`entries`, and those `below` of fewer or more tokens than any of them; no measurement is given up for
     a prediction."""
     if not all(tokens.isdigit() for tokens in (*below, *entries)):
         return entries  # of "about"

@@ -45,6 +45,12 @@ class Launcher:
         else:
             self._compiled[grid](*(values[name] for name in names))
 
+    def load(self) -> None:
+        """Does what the first call would do besides launching: compiles, or reads the binary from disk, and
+        builds the C function that hands over the arguments."""
+        if not INTERPRETED:
+            _triton.load(self._compiled)
+
     @functools.cached_property
     def _compiled(self) -> Any:
         request = self.request

@@ -37,8 +37,8 @@ class Order:
 
 
 class Worker:
-    """See search.Meter. `seconds`: for which the GPU was used, the making of weights aside. `serve`: what
-    runs in the process."""
+    """See search.Meter. `seconds`: for which the GPU was used, the making of weights and the building of
+    Triton's launchers aside. `serve`: what runs in the process."""
 
     def __init__(self, gpu: Gpu, limit_s: float = LIMIT_S, serve: Serve | None = None) -> None:
         self._gpu, self._limit_s, self._serve = gpu, limit_s, serve or measure_forever
@@ -121,6 +121,7 @@ def measure_forever(pipe: Connection, gpu: Gpu) -> None:
         while True:
             order = pipe.recv()
             desk.make_weights(order.task)
+            desk.build_launchers(order)
             began = now()
             (desk.further if order.further else desk.samples)(order, pipe)
             pipe.send((SECONDS, "", now() - began))
@@ -138,6 +139,7 @@ class _Desk:
         self._named: dict[str, Candidate] = {}
         self._graphs: dict[str, Any] = {}
         self._right: set[str] = set()
+        self._launched: set[Any] = set()
 
     def samples(self, order: Order, pipe: Connection) -> None:
         """Checks, captures, then times in turn."""
@@ -183,6 +185,23 @@ class _Desk:
         self._right.clear()
         torch.cuda.empty_cache()
         self._make, self._problem = load("tuning", task.op).bench(task.problem, self._gpu), task.problem
+
+    def build_launchers(self, order: Order) -> None:
+        """Of kernels that come for the first time: Triton has a C function compiled for each signature."""
+        from firebox.kernels.launch import Launcher
+
+        tunable = load("tuning", order.task.op)
+        mine = [c.request for c in tunable.candidates(order.task, self._gpu) if c.name in order.names]
+        if not self._launched:
+            mine += tunable.further_requests(order.task, self._gpu)
+        for request in mine:
+            if request is None:
+                continue
+            launched = (request.kernel.__name__, *request.signature.items(), *sorted(request.constexprs))
+            if launched not in self._launched:
+                self._launched.add(launched)
+                with contextlib.suppress(Exception):  # the candidate's own turn says what is wrong
+                    Launcher(request).load()
 
     def _turn_to(self, task: Task) -> None:
         if task == self._task:
