@@ -1,204 +1,167 @@
-"""The engine on one NVIDIA GPU: decode and prefill of a card's real shapes with random weights, no server.
+"""The engine's acceptance benchmark. Each model has a process of its own, so that its memory comes back.
 
-    PYTHONPATH=src:. python benchmarks/engine.py gpt-oss-120b [--batches 1,8,64,256] [--prompt 128]
-        [--tokens 256] [--layers N] [--ttft 2048] [--no-overlap] [--profile] [--json]
+    python benchmarks/engine.py --models gpt-oss-120b,glm-4.7-fp8:layers=24 [--batches …] [--contexts …]
+        [--prefill …] [--tokens N] [--budget-s S] [--json] [-- FLAGS OF firebox bench offline]
+    python benchmarks/engine.py --http gpt-oss-120b [--streams 64] [--json] [-- FLAGS OF firebox serve]
+    python benchmarks/engine.py --port-open gpt-oss-120b [--json] [-- FLAGS OF firebox serve]
 
-ms_per_token: the median time between two steps in which every request of the batch gets one token, greedy,
-host work and the tokens' way to the host included. replay_ms: the same step's graph alone. of_roof: the bytes
-of weights that such a step reads (of E experts the share 1 − (1 − k/E)^batch) over the GPU's copy rate, over
-ms_per_token. Before a figure counts, one step's routing is looked at: `experts` are the distinct ones of a
-layer, on average over layers, `expected` what uniform routing gives; a fill that sends all tokens one way
-would be void.
+--models runs `firebox bench offline`, whose numbers src/firebox/bench/_offline.py explains, with steps of up
+to 8,192 tokens; the other two serve with the defaults. Weights are made up (--load-format dummy) and dtype is
+bfloat16 unless the flags say otherwise. Rows come on stderr as JSON lines while they are measured. --budget-s
+is shared out among the models that are left; what does not get its turn is listed as not measured. A model
+that fails leaves the others, and its rows so far are kept. --http: the engine offline at that batch, then as
+many streams over HTTP. --port-open: seconds until /health answers 200, with empty caches (FIREBOX_CACHE_DIR,
+Triton's) and with what that start left in them.
+
+With --json the last line of stdout is one JSON document. Exit status 1 if a model or a row failed.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import statistics
+import os
+import signal
+import subprocess
 import sys
-import tempfile
+import threading
 import time
-from pathlib import Path
 from typing import Any
 
-import torch
+import _served
 
-from firebox.config import Config, EngineConfig, ModelConfig
-from firebox.engine.messages import SamplingParams
-from firebox.engine.pipeline import Pipeline
-from firebox.engine.request import Request
-from firebox.engine.start import start
-from firebox.layers.experts import Experts
-from firebox.layers.moe import MoeBlock
-from firebox.planning._parts import Source, open_source
-from firebox.planning.roof import weights_bytes
 from firebox.text.folder import resolve_folder
-from firebox.weights.checkpoint import open_checkpoint
+
+STEPS = ("--max-batch-tokens", "8192", "--prefill-chunk-tokens", "8192", "--page-tokens", "64")
+DUMMY = ("--load-format", "dummy", "--dtype", "bfloat16")
+FOREVER_S = 1e6
+GRACE_S = 45.0  # for the row under way when a model's share of the budget is spent
+ROWS = {"Decode": "decode", "Prefill": "prefill", "NotMeasured": "not_measured"}
 
 
-def cut(folder: Path, layers: int | None) -> Path:
-    """The model's folder, or another with a config.json of fewer layers and no MTP layer."""
-    config = json.loads((folder / "config.json").read_text())
-    inner = config.get("text_config", config)
-    inner.pop("num_nextn_predict_layers", None)
-    inner["num_hidden_layers"] = min(layers or 10**6, inner["num_hidden_layers"])
-    if "layer_types" in inner:
-        inner["layer_types"] = inner["layer_types"][: inner["num_hidden_layers"]]
-    made = Path(tempfile.mkdtemp())
-    (made / "config.json").write_text(json.dumps(config))
-    return made
+def flags_of(model: str) -> list[str]:
+    """ "NAME:layers=N" as arguments of a verb."""
+    name, *options = model.split(":")
+    return [name, *(part for option in options for part in f"--{option}".split("=", 1))]
 
 
-def parts_of(folder: Path, runner: Any) -> Any:
-    """The model's weights as the planner counts them."""
-    checkpoint = open_checkpoint(folder)
-    source = Source(str(folder), checkpoint.model_type, checkpoint.text_config, "bfloat16")
-    return open_source(source, runner.gpu).parts
+def offline(model: str, flags: list[str], within_s: float) -> dict[str, Any]:
+    """The report of a model's process; where that died or had to be killed, its rows so far, and `failed`."""
+    command = [sys.executable, "-m", "firebox", "bench", "offline", *flags_of(model), *DUMMY, *flags]
+    command += ["--within", f"{within_s:.0f}", "--json"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    log: list[str] = []
+    killed = threading.Event()
+
+    def kill() -> None:
+        killed.set()
+        os.killpg(process.pid, signal.SIGKILL)  # and whatever it started
+
+    reading = threading.Thread(target=lambda: _echo(process, log))
+    killer = threading.Timer(within_s + GRACE_S, kill)
+    reading.start()
+    killer.start()
+    assert process.stdout is not None
+    lines = process.stdout.read().splitlines()
+    reading.join()
+    killer.cancel()
+    status = process.wait()
+    if lines and lines[-1].startswith("{"):
+        print("\n".join(lines[:-1]), flush=True)
+        return dict(json.loads(lines[-1]))
+    words = " | ".join([line for line in log if not line.startswith("{")][-3:])
+    why = f"killed {GRACE_S:.0f} s after its {within_s:.0f} s" if killed.is_set() else f"status {status}"
+    found: dict[str, Any] = {"model": model, "failed": f"{why}; rows not listed were not measured: {words}"}
+    print(f"{model}: {found['failed']}", flush=True)
+    for line in log:
+        for kind, row in (json.loads(line) if line.startswith("{") else {}).items():
+            found.setdefault(ROWS[kind], []).append(row)
+    return found
 
 
-def requests(batch: int, prompt: int, tokens: int, vocab: int, first_id: int) -> list[Request]:
-    generator = torch.Generator().manual_seed(first_id)
-    params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
-    ids = torch.randint(5, vocab, (batch, prompt), generator=generator).tolist()
-    return [Request(first_id + i, list(row), params) for i, row in enumerate(ids)]
+def _echo(process: subprocess.Popen[str], log: list[str]) -> None:
+    assert process.stderr is not None
+    for line in process.stderr:
+        sys.stderr.write(line)
+        log.append(line.strip())
 
 
-def serve(scheduler: Any, runner: Any, batch: list[Request]) -> tuple[float, list[float]]:
-    """Seconds to the first token of all, and of each step that decodes the whole batch."""
-    for request in batch:
-        scheduler.add(request)
-    began = before = time.perf_counter()
-    first, steps, pipeline = 0.0, [], Pipeline(scheduler, runner)
-    while (done := pipeline.step()) is not None:
-        ended, chunks = time.perf_counter(), done[0].chunks
-        if all(chunk.count == 1 for chunk in chunks):
-            first = first or before
-            if len(chunks) == len(batch):
-                steps.append(ended - before)
-        before = ended
-    return (first or before) - began, steps
+def all_models(models: list[str], flags: list[str], budget_s: float) -> dict[str, Any]:
+    """Every model in turn, each with its share of what is left of the budget."""
+    ends, reports, missing = time.perf_counter() + budget_s, [], []
+    for place, model in enumerate(models):
+        left_s = ends - time.perf_counter()
+        if left_s <= 0:
+            missing.append({"what": model, "why": f"its turn did not come within {budget_s:g} s"})
+            print(f"not measured: {model}: {missing[-1]['why']}")
+            continue
+        reports.append(offline(model, [*STEPS, *flags], left_s / (len(models) - place)))
+    return {"models": reports, "not_measured": missing}
 
 
-def distinct_experts(scheduler: Any, runner: Any, batch: list[Request]) -> float | None:
-    """Of a layer, in one decode step, on average over the layers; None without experts."""
-    found, call = [], Experts.__call__
-
-    def counted(self: Experts, x: Any, expert_ids: torch.Tensor, *rest: Any) -> None:
-        if expert_ids.shape[0] == len(batch):
-            found.append(expert_ids[:, : self.problem.top_k].unique().numel())
-        call(self, x, expert_ids, *rest)
-
-    why, runner._why_eager, Experts.__call__ = runner._why_eager, "looked at", counted
-    serve(scheduler, runner, batch)
-    runner._why_eager, Experts.__call__ = why, call
-    return statistics.mean(found) if found else None
-
-
-def replay_ms(runner: Any, batch: int) -> float | None:
-    """Of a batch's graph by itself, the last step again and again."""
-    graph = runner._graphs.get(batch)
-    if graph is None:
-        return None
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(20):
-        graph._graph.replay()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - began) / 20 * 1e3
+def over_http(model: str, flags: list[str], at_once: int, prompt: int, output: int) -> dict[str, Any]:
+    """One batch offline, at the context in the middle of the streams', and the same over HTTP. Both with the
+    server's own settings, the longest context it takes among them: graphs are made for that."""
+    name, *_ = flags_of(model)
+    config = json.loads((resolve_folder(name) / "config.json").read_text())
+    config = config.get("text_config", config)
+    row = ["--batches", str(at_once), "--contexts", str(prompt + output // 2), "--prefill", ""]
+    longest = ["--context-length", str(config["max_position_embeddings"])]
+    alone = offline(model, [*row, *longest, *flags], FOREVER_S)
+    if not alone.get("decode"):
+        return {"model": model, "offline": alone, "failed": "no offline rate"}
+    serve = [*flags_of(model), *DUMMY, "--max-running-requests", str(at_once), *flags]
+    served = _served.streams(serve, at_once, prompt, output, int(config["vocab_size"]))
+    rate = alone["decode"][0]["tokens_per_s"]
+    shares = {key: served[key] and round(served[key] / rate, 3) for key in served if key.endswith("_per_s")}
+    return {"model": model, "offline": alone, "served": served, "share_of_offline": shares}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model")
-    parser.add_argument("--batches", default="1,8,64,256")
-    parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--layers", type=int)
-    parser.add_argument("--ttft", type=int, default=2048)
-    parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--eager", action="store_true")
-    parser.add_argument("--no-overlap", action="store_true")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--models", help="names, each perhaps with :layers=N, with commas between")
+    what.add_argument("--http", metavar="MODEL")
+    what.add_argument("--port-open", metavar="MODEL")
+    for name in ("--batches", "--contexts", "--prefill", "--tokens"):
+        parser.add_argument(name, help="as firebox bench offline takes it")
+    parser.add_argument("--budget-s", type=float, default=FOREVER_S, help="seconds for all models")
+    parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--prompt-tokens", type=int, default=128, help="of a stream")
+    parser.add_argument("--output-tokens", type=int, default=512, help="of a stream")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("flags", nargs="*", help="after --: passed on")
     arguments = parser.parse_args()
-    batches = [int(b) for b in arguments.batches.split(",")]
-    began = time.perf_counter()
-    folder = cut(resolve_folder(arguments.model), arguments.layers)
-    model = ModelConfig(model=str(folder), load_format="dummy", dtype="bfloat16")
-    engine = EngineConfig(
-        max_running_requests=max(batches), max_batch_tokens=8192, prefill_chunk_tokens=8192, page_tokens=64,
-        context_length=4096, prefix_cache=False, device="cuda",
-        cuda_graph="off" if arguments.eager else "decode", overlap=not arguments.no_overlap,
-    )  # fmt: skip
-    scheduler, runner, ready = start(Config(model=model, engine=engine))
-    print("\n".join(ready.reasons))
-    print(
-        f"{arguments.model} ready after {time.perf_counter() - began:.1f} s, "
-        f"{torch.cuda.memory_allocated() / 1e9:.1f} GB",
-        flush=True,
-    )
-    for row in ready.ledger:
-        print("  ", row.op, row.kernel, row.why, flush=True)
-    problems = [mlp.problem for _, mlp in runner.model.blocks if isinstance(mlp, MoeBlock)]
-    parts = parts_of(folder, runner)
-    rows, vocab, first_id = [], ready.vocab_size, 1
-
-    def some(batch: int, tokens: int, prompt: int = arguments.prompt) -> list[Request]:
-        nonlocal first_id
-        first_id += batch
-        return requests(batch, prompt, tokens, vocab, first_id)
-
-    for batch in batches:
-        seen = distinct_experts(scheduler, runner, some(batch, 4))
-        serve(scheduler, runner, some(batch, 8))
-        ttft, steps = serve(scheduler, runner, some(batch, arguments.tokens))
-        ms, floor = (
-            statistics.median(steps or [float("nan")]) * 1e3,
-            weights_bytes(parts, 1, batch) / runner.gpu.copy_gb_s / 1e6,
+    flags = list(arguments.flags)
+    if arguments.models:
+        for name in ("batches", "contexts", "prefill", "tokens"):
+            if (value := getattr(arguments, name)) is not None:
+                flags += [f"--{name}", value]
+        found = all_models(arguments.models.split(","), flags, arguments.budget_s)
+    elif arguments.http:
+        found = over_http(
+            arguments.http, flags, arguments.streams, arguments.prompt_tokens, arguments.output_tokens
         )
-        row = {"batch": batch, "ms_per_token": round(ms, 3), "replay_ms": replay_ms(runner, batch)}
-        row |= {
-            "floor_ms": round(floor, 2),
-            "of_roof": round(floor / ms, 3),
-            "prefill_ms": round(ttft * 1e3, 1),
-        }
-        if problems and seen is not None:
-            e, k = problems[0].experts, problems[0].top_k
-            row |= {"experts": round(seen, 1), "expected": round(e * (1 - (1 - k / e) ** batch), 1)}
-        row["steps"] = len(steps)
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-    if arguments.ttft:
-        times = [serve(scheduler, runner, some(1, 2, arguments.ttft))[0] for _ in range(4)]
-        print(
-            f"first token of {arguments.ttft} after {statistics.median(times[1:]) * 1e3:.1f} ms", flush=True
-        )
-    print("steps", dict(runner.steps))
-    for batch in batches if arguments.profile else ():
-        profile(runner, batch)
+        print(json.dumps({key: found.get(key) for key in ("served", "share_of_offline")}))
+    else:
+        serve = [*flags_of(arguments.port_open), *DUMMY, *flags]
+        found = {"model": arguments.port_open, **_served.port_open(serve)}
+        print(f"{found['model']}: /health after {found['cold_s']} s cold, {found['warm_s']} s warm")
     if arguments.json:
-        print(json.dumps(rows))
-    return 0
+        print(json.dumps(found))
+    return 1 if _failed(found) else 0
 
 
-def profile(runner: Any, batch: int) -> None:
-    """Where a step's time goes: from the end of one kernel to the end of the next, by name, of one replay."""
-    graph = runner._graphs[batch]._graph
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
-        graph.replay()
-        torch.cuda.synchronize()
-    events = sorted(
-        (event.time_range.end, event.name) for event in found.events() if event.device_type.name == "CUDA"
-    )
-    of_name: dict[str, list[float]] = {}
-    for (before, _), (end, name) in itertools.pairwise(events):
-        of_name.setdefault(name[:48], []).append(end - before)
-    print(f"batch {batch}: {events[-1][0] - events[0][0]:.0f} us, {len(events)} kernels")
-    for name, us in sorted(of_name.items(), key=lambda pair: -sum(pair[1]))[:16]:
-        print(f"  {name:50} {len(us):5} x {statistics.mean(us):8.2f} us = {sum(us):9.1f} us")
+def _failed(found: dict[str, Any]) -> bool:
+    reports = found.get("models", [found, found.get("offline", {})])
+    if found.get("served", {}).get("failed"):
+        return True
+    rows = [row for report in reports for row in report.get("not_measured", [])]
+    return any("failed" in report for report in reports) or any(row.get("failed") for row in rows)
 
 
 if __name__ == "__main__":

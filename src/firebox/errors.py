@@ -15,6 +15,7 @@ FireboxError                     message, and one optional `hint` that says what
 │  ├─ ContextTooLong             prompt, or prompt plus max_tokens, exceeds the context
 │  ├─ UnknownModelName           the request names a model that is not served here
 │  └─ QueueFull                  too many requests in flight; try again after `retry_after_s`
+├─ StepFailed                    the step that computed a request failed; the engine goes on
 └─ EngineDied                    the engine process ended; nothing can be served any more
 
 A user's mistake raises one of these. Our own mistake is an `assert` with the numbers.
@@ -103,6 +104,10 @@ class QueueFull(RequestError):
     def __init__(self, message: str, *, retry_after_s: int) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class StepFailed(FireboxError):
+    """The step that computed a request failed. The engine goes on, without this request."""
 
 
 class EngineDied(FireboxError):

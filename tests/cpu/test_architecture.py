@@ -80,7 +80,18 @@ TABLE: dict[str, tuple[str, ...]] = {
         "config",
     ),
     # level 9
-    "bench": ("kernels", "formats", "llm", "engine.client", "text", "planning", "config"),
+    "bench": (
+        "kernels",
+        "formats",
+        "cache.pool",
+        "layers.experts",
+        "weights.checkpoint",
+        "llm",
+        "engine",
+        "text",
+        "planning",
+        "config",
+    ),
     # level 10
     "tuning": (
         "kernels",

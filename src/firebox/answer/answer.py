@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from firebox.answer.params import SamplingParams
 from firebox.engine.client import Delta, RequestStream, TokenLogprobs
-from firebox.errors import EngineDied
+from firebox.errors import StepFailed
 from firebox.text.stream import TextStream
 from firebox.text.tokenizer import Tokenizer
 
@@ -42,6 +42,7 @@ class Answer:
         self.cached_tokens = 0
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
+        self._failure: StepFailed | None = None  # once what came before it has been shown
         self._texts: list[str] = []
         self._eos_ids = eos_ids
         self._shows_stop = params.include_stop_str_in_output
@@ -62,9 +63,12 @@ class Answer:
         return self
 
     async def __anext__(self) -> Piece:
-        """The next piece. Raises EngineDied if the engine process ends before the answer does."""
+        """The next piece. Raises StepFailed if its step failed, EngineDied if the engine process ends before
+        the answer does."""
         if self.finish_reason is not None:
             raise StopAsyncIteration
+        if self._failure is not None:
+            raise self._failure
         piece = self._take(await self.stream.next_deltas())
         self.ids += piece.ids
         self.logprobs += piece.logprobs
@@ -83,6 +87,11 @@ class Answer:
         self.stream.abort()
 
     def _take(self, deltas: list[Delta]) -> Piece:
+        if deltas[-1].finish_reason == "error":
+            self._failure = StepFailed(f"the step that computed this request failed: {deltas[-1].error}")
+            deltas = deltas[:-1]
+            if not deltas:
+                raise self._failure
         last = deltas[-1]
         ids, logprobs = last.ids, last.logprobs or []
         if len(deltas) > 1:
@@ -90,8 +99,6 @@ class Answer:
             logprobs = [entry for delta in deltas for entry in delta.logprobs or ()]
         if not self.ids:
             self._take_first(deltas[0])
-        if last.finish_reason == "abort":
-            raise EngineDied("the engine gave the request up")
         stop_id = last.stop_token_id
         hides_last = stop_id is not None and not self._shows_stop
         text = self._text.feed(ids[:-1] if hides_last else ids)

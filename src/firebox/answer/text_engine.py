@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 from pathlib import Path
 
 from firebox.answer.answer import Answer
@@ -10,10 +12,12 @@ from firebox.answer.params import SamplingParams
 from firebox.engine.client import AsyncEngine
 from firebox.errors import RequestError
 from firebox.text.defaults import sampling_defaults
+from firebox.text.made_up import made_up
 from firebox.text.stream import require_stops
 from firebox.text.templates import Message, chat_ids
 from firebox.text.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
 LONG_TEXT_CHARACTERS = 20_000
 
 
@@ -62,6 +66,15 @@ class TextEngine:
         return answers
 
 
-def load_text(folder: Path) -> tuple[Tokenizer, dict[str, float]]:
-    """The tokenizer and the recommended sampling of a model folder."""
+def load_text(folder: Path, *, dummy: bool = False) -> tuple[Tokenizer, dict[str, float]]:
+    """The tokenizer and the recommended sampling of a model folder. `dummy`: its weights are made up, and so
+    is a tokenizer that it does not have, as cards do not."""
+    if dummy and not (folder / "tokenizer.json").is_file():
+        log.warning("%s has no tokenizer.json: texts are bytes, and other ids read <id>", folder)
+        return made_up(_vocab_size(folder)), sampling_defaults(folder)
     return Tokenizer.load(folder), sampling_defaults(folder)
+
+
+def _vocab_size(folder: Path) -> int:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return int(config.get("text_config", config)["vocab_size"])

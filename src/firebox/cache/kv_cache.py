@@ -113,6 +113,18 @@ class KVCache:
             self.state_copies.append((source, holding.state_slot))
         return holding, cached_tokens
 
+    def assume(self, computed_tokens: int) -> Holding | None:
+        """For measuring: pages and a state for a request whose first tokens count as computed, whatever the
+        pages hold. None (and no change) when pages run out."""
+        holding, _ = self.acquire([], 0)
+        if self.window_tokens is not None:
+            holding.first_window_page = self._first_window_page(computed_tokens)
+            holding.window_page_ids = [0] * holding.first_window_page
+        if self.grow(holding, computed_tokens):
+            return holding
+        self.release(holding)
+        return None
+
     def grow(self, holding: Holding, tokens: int) -> bool:
         """Makes room for `tokens` tokens in all, evicting if need be. False (and no change) when pages of a
         kind run out."""
@@ -157,6 +169,14 @@ class KVCache:
             self.tree.unlock(holding.nodes[-1])
         holding.page_ids, holding.window_page_ids, holding.nodes = [], [], []
         holding.state_slot, holding.own_snapshot = 0, None
+
+    def distrust(self, copies: tuple[tuple[int, int], ...]) -> None:
+        """Forgets the snapshots that these copies (source slot, target slot) were to make: the step that
+        should have made them failed."""
+        slots = {target for _, target in copies}
+        for node in list(self.tree.nodes()) if slots else ():
+            if node.state_slot in slots:
+                self.state_allocator.free([self.tree.take_snapshot(node)])
 
     def _first_window_page(self, token: int) -> int:
         """The first page that the window of the token at position `token` reaches."""

@@ -1,4 +1,5 @@
-"""`firebox bench URL`: measures any OpenAI-compatible server. `firebox bench compare A B`: two reports."""
+"""`firebox bench URL`: measures any OpenAI-compatible server. `firebox bench compare A B`: two reports.
+`firebox bench offline MODEL`: the engine alone."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from firebox.cli._bench_offline import offline
 from firebox.cli._roof import roof_of
 from firebox.errors import ConfigError
 
@@ -37,6 +39,9 @@ bench = typer.Typer(
     no_args_is_help=True,
     help="Measures an OpenAI-compatible server: `firebox bench URL`; the word `run` may be left out.",
 )
+
+
+bench.command("offline")(offline)
 
 
 @bench.command()

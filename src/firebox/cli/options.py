@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import inspect
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Annotated, Any, Literal
 
 import typer
@@ -20,16 +20,16 @@ from firebox.config import Config
 Verb = Callable[..., Any]
 
 
-def takes(*groups: str) -> Callable[[Verb], Verb]:
+def takes(*groups: str, without: Collection[str] = ()) -> Callable[[Verb], Verb]:
     """Gives a verb `verb(config, …)` an option for every field of these groups of Config ("model", "engine",
-    "server").
+    "server"), but those `without`, which keep their defaults.
 
     The verb's own parameters, keyword-only, stay its options.
     """
 
     def decorate(verb: Verb) -> Verb:
         own = list(inspect.signature(verb, eval_str=True).parameters.values())[1:]
-        fields = {group: _parameters(group) for group in groups}
+        fields = {group: _parameters(group, without) for group in groups}
 
         @functools.wraps(verb)
         def with_config(**given: Any) -> Any:
@@ -49,10 +49,11 @@ def takes(*groups: str) -> Callable[[Verb], Verb]:
     return decorate
 
 
-def _parameters(group: str) -> list[inspect.Parameter]:
+def _parameters(group: str, without: Collection[str]) -> list[inspect.Parameter]:
     config = getattr(Config(), group)
     types = typing.get_type_hints(type(config))
-    return [_parameter(field, types[field.name]) for field in dataclasses.fields(config)]
+    fields = [field for field in dataclasses.fields(config) if field.name not in without]
+    return [_parameter(field, types[field.name]) for field in fields]
 
 
 def _parameter(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:

@@ -161,6 +161,7 @@ class AsyncEngine:
         self._streams: dict[int, RequestStream] = {}
         self._next_id = 0
         self._stopping = False
+        self._is_ready, self._last_words = False, ""
         self._starting: asyncio.Queue[Ready | Failed | LoadProgress | EngineDied] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._context = zmq.Context()
@@ -189,7 +190,7 @@ class AsyncEngine:
         while True:
             message = await engine._starting.get()
             if isinstance(message, Ready):
-                engine.ready = message
+                engine.ready, engine._is_ready = message, True
                 engine.stats = Stats(kv_pages_total=message.kv_pages, kv_pages_free=message.kv_pages)
                 return engine
             if isinstance(message, LoadProgress):
@@ -256,6 +257,8 @@ class AsyncEngine:
                 return
             if isinstance(message, Outputs):
                 self._take(message)
+            elif isinstance(message, Failed) and self._is_ready:
+                self._last_words = f": {message.message}"
             else:
                 self._starting.put_nowait(message)
 
@@ -284,7 +287,7 @@ class AsyncEngine:
         if self._stopping:
             return
         self._read()  # its last words
-        self.died = EngineDied(f"the engine process ended with status {status}")
+        self.died = EngineDied(f"the engine process ended with status {status}{self._last_words}")
         self._starting.put_nowait(self.died)
         for stream in self._streams.values():
             stream._arrived.set()

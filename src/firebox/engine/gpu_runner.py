@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +13,15 @@ import torch
 from firebox.cache.pool import LayerStore
 from firebox.engine.graphs import DecodeGraph, GpuSampler, Launched, Shape
 from firebox.engine.request import Request
-from firebox.engine.runner import GRAPH, Runner
+from firebox.engine.runner import GRAPH, Runner, in_words
 from firebox.engine.sampler import sample
 from firebox.engine.scheduler import Plan, Sampled
-from firebox.errors import ConfigError
+from firebox.errors import ConfigError, EngineDied
 from firebox.hardware.base import Gpu
 from firebox.models.base import Model
+
+NO_GRAPH, CAPTURE_AGAIN_S = "its capture failed", 30.0  # mostly for want of memory, which may come back
+log = logging.getLogger(__name__)
 
 
 class GpuRunner(Runner):
@@ -45,6 +51,7 @@ class GpuRunner(Runner):
         self._last_tokens = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._overlap = overlap
         self._graphs: dict[int, DecodeGraph] = {}
+        self._capture_again_s: dict[int, float] = {}  # batch sizes whose capture failed
         self._pool: Any = torch.cuda.graph_pool_handle() if graphs != "off" else None
         self._why_eager = self._refusal(graphs)
         if strict and self._why_eager:
@@ -72,9 +79,32 @@ class GpuRunner(Runner):
         graph = self._graph(len(plan.chunks))
         return self._sample(plan.chunks, graph.logits, [1] * graph.rows)
 
+    def captured(self, rows: int) -> DecodeGraph | None:
+        """As Runner.captured."""
+        return self._graphs.get(rows)
+
+    @contextlib.contextmanager
+    def eagerly(self, why: str) -> Iterator[None]:
+        """As Runner.eagerly."""
+        before, self._why_eager = self._why_eager, why
+        try:
+            yield
+        finally:
+            self._why_eager = before
+
     def forget_graphs(self) -> None:
         """Captures anew from now on; another runner that holds the graphs keeps them."""
         self._graphs = {}
+
+    def recover(self, error: Exception) -> None:
+        """As Runner.recover. Raises EngineDied when the device's context is lost, as after an illegal
+        access: then every call fails from now on."""
+        super().recover(error)
+        try:
+            torch.cuda.synchronize(self._device)
+            torch.cuda.empty_cache()
+        except RuntimeError as lost:
+            raise EngineDied(f"the GPU can no longer be used: {in_words(lost)}") from error
 
     def may_overlap(self, plan: Plan) -> bool:
         """Whether `launch` can take this plan, and the next step can follow before its tokens are known."""
@@ -88,16 +118,30 @@ class GpuRunner(Runner):
         return self._graph(len(plan.chunks)).launch(plan.chunks, after)
 
     def _eager_because(self, plan: Plan) -> str:
-        return self._why_eager or _prefill(plan)
+        return self._why_eager or _prefill(plan) or self._no_graph_yet(len(plan.chunks))
+
+    def _no_graph_yet(self, rows: int) -> str:
+        return NO_GRAPH if time.monotonic() < self._capture_again_s.get(rows, 0.0) else ""
 
     def _graph(self, rows: int) -> DecodeGraph:
         if rows not in self._graphs:
-            assert self.model.attention_backend is not None
-            self._graphs[rows] = DecodeGraph(
-                rows, self._shape, self.model, self._caches, self.model.attention_backend, self._sampler,
-                self._last_tokens, self._pool,
-            )  # fmt: skip
+            try:
+                self._graphs[rows] = self._captured(rows)
+            except Exception as error:
+                self._capture_again_s[rows] = time.monotonic() + CAPTURE_AGAIN_S
+                log.warning(
+                    "no graph for steps of %d requests, which run launch by launch for %.0f s: %s",
+                    rows, CAPTURE_AGAIN_S, in_words(error),
+                )  # fmt: skip
+                raise
         return self._graphs[rows]
+
+    def _captured(self, rows: int) -> DecodeGraph:
+        assert self.model.attention_backend is not None
+        return DecodeGraph(
+            rows, self._shape, self.model, self._caches, self.model.attention_backend, self._sampler,
+            self._last_tokens, self._pool,
+        )  # fmt: skip
 
     def _draw(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
         if any(_needs_host(request) for request in requests):

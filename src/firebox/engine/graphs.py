@@ -156,6 +156,10 @@ class DecodeGraph:
             contexts[row] = position + 1
             heat[row] = request.params.temperature
 
+    def replay(self) -> None:
+        """Starts the last step once more, without new inputs."""
+        self._graph.replay()
+
     def launch(self, chunks: Sequence[Chunk], after: Launched | None = None) -> Launched:
         """Starts the step and returns at once; `logits` [rows, vocab] will be this step's."""
         self._hosts.reverse()
@@ -163,7 +167,7 @@ class DecodeGraph:
         host.done.synchronize()  # two launches ago
         self.fill(host.inputs, chunks, after)
         self._upload(host.inputs)
-        self._graph.replay()
+        self.replay()
         host.tokens.copy_(self.token_ids, non_blocking=True)
         host.done.record()
         return Launched([chunk.request for chunk in chunks], host.tokens, host.done)

@@ -65,7 +65,7 @@ def run(connection: Connection, scheduler: Scheduler, runner: Runner) -> None:
     """Serves until a Drain has been received and everything is finished, or the server process is gone."""
     draining = False
     step_seconds = 0.0
-    pipeline = Pipeline(scheduler, runner)
+    pipeline = Pipeline(scheduler, runner, goes_on=True)
     while pipeline.has_work or not draining:
         for message in connection.receive(wait=not pipeline.has_work):
             draining |= isinstance(message, Drain)

@@ -73,9 +73,9 @@ class Delta(msgspec.Struct, frozen=True):
     """What one step added to one request.
 
     `finish_reason`: "stop" (an end-of-sequence or stop token, which is the last of `ids`), "length" or
-    "abort" on the last delta, else None. `stop_token_id`: the token that stopped it. `cached_tokens`: prompt
-    tokens taken from the prefix cache, on the first delta. `prompt_logprobs`: on the first delta if asked
-    for; None stands for the first token, which has none.
+    "error" on the last delta, else None. `error`: what went wrong. `stop_token_id`: the token that stopped
+    it. `cached_tokens`: prompt tokens taken from the prefix cache, on the first delta. `prompt_logprobs`: on
+    the first delta if asked for; None stands for the first token, which has none.
     """
 
     request_id: int
@@ -85,6 +85,7 @@ class Delta(msgspec.Struct, frozen=True):
     cached_tokens: int | None = None
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    error: str | None = None
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -110,6 +111,7 @@ class Stats(msgspec.Struct, frozen=True):
     retractions: int = 0
     aborted_requests: int = 0
     finished_requests: int = 0
+    failed_requests: int = 0
     step_seconds: float = 0.0
     step_modes: dict[str, int] = {}  # "graph/…" or "eager/…", and why → steps
 

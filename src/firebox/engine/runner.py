@@ -3,6 +3,8 @@ verb of the engine."""
 
 from __future__ import annotations
 
+import contextlib
+import traceback
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -42,6 +44,19 @@ class Runner:
         self._has_window = any(isinstance(spec, WindowSpec) for spec in model.cache_specs)
         self._has_states = any(isinstance(spec, RecurrentSpec) for spec in model.cache_specs)
 
+    @property
+    def caches(self) -> tuple[LayerStore, ...]:
+        """The tensors behind pages and slots, one store a layer."""
+        return self._caches
+
+    def captured(self, rows: int) -> Any:
+        """The graph of a decode step of so many requests, if there is one by now."""
+        return None
+
+    def eagerly(self, why: str) -> contextlib.AbstractContextManager[None]:
+        """Within it no step comes from a graph; they are counted under `why`."""
+        return contextlib.nullcontext()
+
     @torch.inference_mode()
     def run(self, plan: Plan) -> list[Sampled]:
         """One Sampled per chunk, in the plan's order. Writes the step's keys and values to the cache."""
@@ -55,6 +70,14 @@ class Runner:
         flat = [row for chunk_rows in rows for row in chunk_rows]
         logits = self.model.logits(hidden if len(flat) == step.tokens else hidden[flat])  # [rows, vocab]
         return self._sample(plan.chunks, logits, [len(chunk_rows) for chunk_rows in rows])
+
+    def recover(self, error: Exception) -> None:
+        """Makes ready for another step after one that raised: what its frames hold is let go of. Raises
+        EngineDied where no step can follow."""
+        known: BaseException | None = error
+        while known is not None:
+            traceback.clear_frames(known.__traceback__)
+            known = known.__cause__ or known.__context__
 
     def may_overlap(self, plan: Plan) -> bool:
         """Whether the step after this one may be launched before this one's tokens are known (`launch`)."""
@@ -153,6 +176,11 @@ class Runner:
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+
+def in_words(error: BaseException) -> str:
+    """An error's kind and first line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:300]}"
 
 
 def _logits_rows(plan: Plan, query_start: np.ndarray) -> list[range]:

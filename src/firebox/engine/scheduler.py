@@ -89,7 +89,7 @@ class Scheduler:
         self._counts = dict.fromkeys(
             ("steps", "prompt_tokens", "cached_prompt_tokens", "generated_tokens", "retractions"), 0
         )
-        self._counts |= {"aborted_requests": 0, "finished_requests": 0}
+        self._counts |= {"aborted_requests": 0, "finished_requests": 0, "failed_requests": 0}
 
     @property
     def has_work(self) -> bool:
@@ -104,6 +104,21 @@ class Scheduler:
         self._requests[request.request_id] = request
         heapq.heappush(self._waiting, (request.order, request))
 
+    def seat(self, request: Request, computed_tokens: int) -> bool:
+        """For measuring: starts a request whose first tokens count as computed, though nobody computed them
+        and its pages hold whatever they held. False (and no change) when places or pages run out."""
+        if len(self.running) >= self._max_running_requests:
+            return False
+        holding = self.cache.assume(computed_tokens)
+        if holding is None:
+            return False
+        self._arrivals += 1
+        request.arrival = self._arrivals
+        request.holding, request.computed_tokens, request.cached_tokens = holding, computed_tokens, 0
+        self._requests[request.request_id] = request
+        bisect.insort(self.running, request, key=lambda running: running.order)
+        return True
+
     def abort(self, request_id: int) -> None:
         """Forgets a request and frees its pages now. Unknown ids are ignored."""
         request = self._requests.pop(request_id, None)
@@ -115,6 +130,24 @@ class Scheduler:
         else:
             self._waiting = [entry for entry in self._waiting if entry[1] is not request]
             heapq.heapify(self._waiting)
+
+    def fail(self, plan: Plan, why: str) -> list[Delta]:
+        """Ends a plan's requests, whose step raised, and frees their pages. Nothing of that step is kept:
+        what it may have written lies behind what counts as computed."""
+        self.cache.distrust(plan.state_copies)
+        deltas = []
+        for chunk in plan.chunks:
+            request = chunk.request
+            if self.is_running(request):
+                self._counts["failed_requests"] += 1
+                del self._requests[request.request_id]
+                self._stop_running(request)
+                deltas.append(Delta(request.request_id, [], finish_reason="error", error=why))
+        return deltas
+
+    def is_running(self, request: Request) -> bool:
+        """False for one that has ended, was aborted, or waits."""
+        return self._requests.get(request.request_id) is request and request.holding is not None
 
     def plan(self) -> Plan | None:
         """The next step, with the pages for it allocated; None when there is nothing to do."""
@@ -158,7 +191,7 @@ class Scheduler:
     def _goes_on(self, chunk: Chunk) -> bool:
         """Will this request need another token after this chunk's, as far as is known?"""
         request = chunk.request
-        if self._requests.get(request.request_id) is not request or request.holding is None:
+        if not self.is_running(request):
             return False
         return chunk.start + 2 - request.prompt_tokens < (request.params.max_tokens or 0)
 
@@ -170,8 +203,9 @@ class Scheduler:
         self._counts["steps"] += 1
         for chunk, result in zip(plan.chunks, sampled, strict=True):
             request = chunk.request
-            if self._requests.get(request.request_id) is not request or request.holding is None:
+            if not self.is_running(request):
                 continue
+            assert request.holding is not None
             request.computed_tokens += chunk.count
             if request.params.prompt_logprobs is not None:
                 self._keep_prompt_logprobs(request, chunk, result.prompt_logprobs)

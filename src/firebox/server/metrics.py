@@ -113,6 +113,7 @@ class _EngineStats(Collector):
             ("generated_tokens", "Tokens generated", stats.generated_tokens),
             ("retractions", "Requests put back because KV pages ran out", stats.retractions),
             ("aborted_requests", "Requests given up by their clients", stats.aborted_requests),
+            ("failed_requests", "Requests ended because their step failed", stats.failed_requests),
             ("finished_requests", "Requests that ended by themselves", stats.finished_requests),
             ("engine_steps", "Forward passes", stats.steps),
             ("engine_step_seconds", "Time in forward passes", stats.step_seconds),

@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
-from firebox.errors import EngineDied, FireboxError, QueueFull, RequestError, UnknownModelName
+from firebox.errors import EngineDied, FireboxError, QueueFull, RequestError, StepFailed, UnknownModelName
 
 CLIENT_GONE = 499
 
@@ -37,7 +37,8 @@ def of_error(error: FireboxError) -> tuple[int, bytes]:
         return 400, body(message, "invalid_request_error", error.param, error.code)
     if isinstance(error, EngineDied):
         return 503, body(message, "server_error", None, "engine_died")
-    return 500, body(message, "server_error", None, "internal_error")
+    code = "step_failed" if isinstance(error, StepFailed) else "internal_error"
+    return 500, body(message, "server_error", None, code)
 
 
 def install(app: FastAPI) -> None:

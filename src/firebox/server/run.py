@@ -91,7 +91,8 @@ async def _run(
 async def _start(
     process: EngineProcess, config: Config, folder: Path, on_load_progress: Callable[[LoadProgress], None]
 ) -> Service:
-    tokenizer, defaults = await asyncio.to_thread(load_text, folder)  # while the engine loads
+    dummy = config.model.load_format == "dummy"
+    tokenizer, defaults = await asyncio.to_thread(load_text, folder, dummy=dummy)  # while the engine loads
     engine = await AsyncEngine.connect(process, config.server.max_queued_requests, on_load_progress)
     return Service(
         text=TextEngine(engine, tokenizer, defaults),

@@ -9,11 +9,15 @@ from firebox.cli.options import takes
 from firebox.config import Config
 
 
-def call(*arguments: str, groups: tuple[str, ...] = ("model", "engine", "server")):
+def call(
+    *arguments: str,
+    groups: tuple[str, ...] = ("model", "engine", "server"),
+    without: tuple[str, ...] = (),
+):
     """(the config that a verb got, the result)."""
     got: list[Config] = []
 
-    @takes(*groups)
+    @takes(*groups, without=without)
     def verb(config: Config, *, extra: int = 7) -> None:
         """A verb."""
         got.append(config)
@@ -62,6 +66,13 @@ def test_a_verb_has_only_its_groups():
     assert result.exit_code == 2
     assert "--port" in result.output
     assert not got
+
+
+def test_a_field_that_is_left_out_has_no_option_and_its_default():
+    got, result = call("--no-prefix-cache", without=("prefix_cache",))
+    assert result.exit_code == 2 and "--no-prefix-cache" in result.output and not got
+    got, result = call("--page-tokens", "8", without=("prefix_cache",))
+    assert result.exit_code == 0 and got[0].engine.prefix_cache and got[0].engine.page_tokens == 8
 
 
 def test_help_is_the_fields_documentation():

@@ -1,0 +1,72 @@
+"""`firebox bench offline` on a real GPU: what its rows say can be true. Two layers of a card."""
+
+from __future__ import annotations
+
+import pytest
+
+from firebox.bench._offline import Decode, Offline, Settings
+from firebox.bench.offline import measure
+from firebox.config import Config, EngineConfig, ModelConfig
+from firebox.text.folder import resolve_folder
+
+pytestmark = pytest.mark.gpu
+
+BATCHES, CONTEXTS = (1, 8, 64), (128, 4096)
+
+
+def run(card: str, *, granted: bool = True, contexts: tuple[int, ...] = CONTEXTS) -> Offline:
+    model = ModelConfig(model=str(resolve_folder(card)), load_format="dummy", dtype="bfloat16", layers=2)
+    engine = EngineConfig(device="cuda", max_batch_tokens=8192, prefill_chunk_tokens=8192, page_tokens=64)
+    prefills = (2048,) if granted else ()
+    return measure(
+        Settings(
+            config=Config(model=model, engine=engine), name=card, batches=BATCHES, contexts=contexts,
+            prefills=prefills, tokens=48, granted=granted,
+        )
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["qwen3-30b-a3b", "gpt-oss-120b"])
+def report(request: pytest.FixtureRequest) -> Offline:
+    return run(request.param)
+
+
+def test_every_row_is_there_and_comes_from_graphs(report: Offline) -> None:
+    assert not report.not_measured, report.not_measured
+    assert [(row.context, row.batch) for row in report.decode] == [(c, b) for c in CONTEXTS for b in BATCHES]
+    assert all(row.modes == {"graph/decode": 48} for row in report.decode), [
+        row.modes for row in report.decode
+    ]
+
+
+def test_the_parts_of_a_step_make_the_step(report: Offline) -> None:
+    for row in report.decode:
+        print(row.context, row.batch, f"{row.ms_per_token:.4f} {row.replay_ms:.4f} {row.share_of_roof:.3f}")
+        assert row.replay_ms is not None and 0 < row.replay_ms < 1.1 * row.ms_per_token
+        assert 0 < row.share_of_roof < 1.5, "two layers may fit the L2; five times the roof would be wrong"
+        assert row.profile is not None and 0 <= row.profile.gaps < 1 and row.profile.launches > 8
+        assert sum(kernel.us for kernel in row.profile.kernels) <= 1.001 * row.profile.total_ms * 1e3
+        assert row.profile.total_ms < 5 * row.replay_ms + 0.5, "the profiler stretches, but not so"
+
+
+def test_routing_spreads(report: Offline) -> None:
+    for row in report.decode:
+        assert row.experts is not None and row.experts_expected is not None
+        print(row.batch, f"{row.experts:.1f} distinct experts, {row.experts_expected:.1f} expected")
+        assert row.experts == pytest.approx(row.experts_expected, rel=0.25)
+
+
+def test_longer_contexts_take_longer(report: Offline) -> None:
+    at: dict[tuple[int, int], Decode] = {(row.context, row.batch): row for row in report.decode}
+    assert at[4096, 64].ms_per_token > at[128, 64].ms_per_token
+    (prompt,) = report.prefill
+    assert prompt.ttft_ms > at[128, 1].ms_per_token and 0 < prompt.share_of_roof < 1
+    assert "matrix" in prompt.roof
+
+
+def test_granted_contexts_cost_what_computed_ones_do() -> None:
+    card = "qwen3-30b-a3b"
+    both = (run(card, granted=granted, contexts=(2048,)).decode for granted in (True, False))
+    for granted, computed in zip(*both, strict=True):
+        print(granted.batch, f"{granted.ms_per_token:.4f} granted, {computed.ms_per_token:.4f} computed")
+        assert granted.ms_per_token == pytest.approx(computed.ms_per_token, rel=0.2)
