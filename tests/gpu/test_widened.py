@@ -11,9 +11,9 @@ from tests.support.interpreted_widened import CASES, Layer
 
 pytestmark = pytest.mark.gpu
 
-# Roundings to float16 of h and the output; with integers, of scales to bf16. FP8 and 4-bit activations as in
+# Roundings to bf16 of h and the output; with integers, of scales too. FP8 and 4-bit activations. All as in
 # test_experts.py.
-LIMITS = {"few": 1e-3, "sorted": 1e-3, "block-scaled": 0.06}
+LIMITS = {"few": 4e-3, "sorted": 4e-3, "block-scaled": 0.06}
 INTEGER_LIMIT, FP8_LIMIT, NVF4_LIMIT = 6e-3, 6e-2, 0.2
 
 

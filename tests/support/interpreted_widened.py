@@ -59,21 +59,22 @@ CASES: dict[str, tuple[Format, Callable[[torch.Tensor], Tensors], int, str]] = {
 
 
 class Layer:
-    """Three experts; every byte of their memory is one of NaN, or of the highest code, before it is
-    filled."""
+    """Three experts; every byte of their memory is one of NaN, or of the highest code, before it is filled.
+    They compute in float16 on the CPU, whose interpreter has no bf16, and in bf16 on a GPU."""
 
     def __init__(self, case: str, gpu: Gpu | None = None, device: torch.device = CPU) -> None:
         self.format, self.quantised, self.inter, gpu_name = CASES[case]
         self.gpu, gpt_oss = gpu or find_gpu(gpu_name), "mxfp4" in case
         self.generator = torch.Generator().manual_seed(len(case))
+        self.dtype = torch.float16 if device.type == "cpu" else torch.bfloat16
         names = MoeNames("r", fused="x") if gpt_oss else MoeNames.usual("m")
         further: dict[str, Any] = GPT_OSS if gpt_oss else {}
         sizes = LayerProblem(
             hidden=HIDDEN, inter=self.inter, experts=EXPERTS, top_k=TOP_K, shared_experts=0, eps=1e-5,
-            routed_scale=1.0, scoring="softmax", renormalise=True, dtype=torch.float16, **further,
+            routed_scale=1.0, scoring="softmax", renormalise=True, dtype=self.dtype, **further,
         )  # fmt: skip
         build = Build(
-            self.gpu, device, torch.float16, torch.float16, 64, format_of=lambda path: self.format,
+            self.gpu, device, self.dtype, self.dtype, 64, format_of=lambda path: self.format,
             shared=Device(self.gpu, device, 64),
         )  # fmt: skip
         cuts = (Cut(0, self.inter, "inter"), Cut(1, self.inter, "inter"))
@@ -136,8 +137,7 @@ class Layer:
         for scratch in (experts.workspace.h_few, experts.workspace.partial, experts.workspace.y):
             scratch.fill_(float("nan"))
         ids, weights = random_routing(problem, tokens, self.generator)
-        x = torch.randn(tokens, HIDDEN, generator=self.generator).half()
-        residual = torch.randn(tokens, HIDDEN, generator=self.generator).half()
+        x, residual = (torch.randn(tokens, HIDDEN, generator=self.generator).to(self.dtype) for _ in range(2))
         device = experts.gate_up.w.device
         out = residual.to(device, copy=True)
         experts(x.to(device), ids.to(device), weights.to(device), out)
