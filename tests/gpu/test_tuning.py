@@ -21,9 +21,9 @@ from firebox.kernels._experts import INT4_ZERO
 from firebox.kernels._experts import Problem as ExpertProblem
 from firebox.kernels._linear import Problem as LinearProblem
 from firebox.kernels.compile import compile_all
+from firebox.layers._invented import relative_error
 from firebox.tuning import attention, experts, linear
 from firebox.tuning._attention_estimate import Problem as AttentionProblem
-from firebox.tuning._expert_bench import relative_error
 from firebox.tuning.base import Candidate, Task
 from firebox.tuning.clock import Effort, Graph, interleaved_us, median_us
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from firebox.cache.pool import LayerStore, StateCache
+from firebox.cache.pool import LayerStore, StateCache, kept_bytes
 from firebox.cache.specs import RecurrentSpec, WindowSpec
 from firebox.engine.messages import TokenLogprobs
 from firebox.engine.request import Request
@@ -41,6 +41,20 @@ class Runner:
         self.steps = Counter[tuple[str, str]]()
         self._has_window = any(isinstance(spec, WindowSpec) for spec in model.cache_specs)
         self._has_states = any(isinstance(spec, RecurrentSpec) for spec in model.cache_specs)
+
+    @property
+    def graph_rows(self) -> int:
+        """Decode steps of up to so many tokens are replayed from graphs; 0: none."""
+        return 0
+
+    @property
+    def graphs(self) -> int:
+        """How many have been captured."""
+        return 0
+
+    def kept_bytes(self) -> dict[str, int]:
+        """See cache.pool.kept_bytes."""
+        return kept_bytes(self.model.cache_specs, self._caches)
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> list[Sampled]:

@@ -6,7 +6,7 @@ The halves are launched as layers/experts.py does it, each on inputs that stock 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +26,7 @@ from firebox.kernels import (
 from firebox.kernels._experts import FP8, Problem
 from firebox.kernels.launch import Launcher
 from firebox.layers._expert_store import ExpertStore
+from firebox.layers._invented import relative_error, vary
 from firebox.layers.experts import FEW, SORTED, Experts, Path, Workspace, default_path, requests
 from firebox.tuning.base import Candidate
 from firebox.tuning.clock import Call
@@ -65,21 +66,6 @@ class Weighted:
     def bench(self, tokens: int) -> ExpertBench:
         """For so many tokens."""
         return ExpertBench(self, tokens)
-
-
-def vary(scales: Iterable[torch.Tensor | None], generator: torch.Generator) -> None:
-    """Gives groups, blocks and rows scales of their own, within a factor of two: what reads another's scale
-    is then wrong. A scale packed with a zero point keeps its own. Tensor by tensor along the first
-    dimension, so that little memory is needed."""
-    for scale in scales:
-        if scale is None or scale.dtype == torch.int32:
-            continue
-        if scale.dtype == torch.uint8:  # E8M0
-            scale.add_(torch.randint(0, 2, scale.shape, generator=generator, device="cuda").to(torch.uint8))
-            continue
-        for part in scale:
-            factor = torch.rand(part.shape, generator=generator, device="cuda") + 0.5
-            part.copy_((part.float() * factor).to(part.dtype))
 
 
 @dataclass
@@ -319,11 +305,3 @@ class ExpertBench:
         h = self._rows_of_h(space, choices)
         order = torch.arange(choices, dtype=torch.int32, device="cuda")
         return moe_down.reference(p, h, layer.down, ids, order, weights)
-
-
-def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """‖found − wanted‖ / ‖wanted‖; infinite if anything is not a number."""
-    if not torch.isfinite(found).all():
-        return float("inf")
-    difference = (found.double() - wanted.double()).norm()
-    return float(difference / wanted.double().norm().clamp(min=1e-30))
