@@ -24,8 +24,8 @@ from firebox.cli._fit_model import source_of
 from firebox.config import EngineConfig
 from firebox.hardware.base import find_gpu
 from firebox.kernels import cpu_moe_block
+from firebox.layers.launches import Launch, rows
 from firebox.planning.fit import Fit, Opened, compiled, open_source, plan
-from firebox.planning.launches import Launch, rows
 from firebox.planning.memory import GIB
 from firebox.text.folder import bundled
 

@@ -100,6 +100,13 @@ class EngineConfig:
     threads: int | None = option(
         None, "CPU threads of the engine process; default: one core is left to the server"
     )
+    self_test: str = option(
+        "auto",
+        "on a GPU, before the port opens: each launch of the plan against its reference. auto: where this "
+        "plan has not passed on this GPU, with this driver and these versions, before; on: at every start; "
+        "off: never",
+        choices=("auto", "on", "off"),
+    )
     strict: bool = option(False, "refuse to start where a choice is a fallback")
 
 
@@ -133,7 +140,8 @@ class CheckpointFacts:
     `context_tokens`: the longest context it was made for; `weights_bytes`: bytes of its tensors in the
     compute dtype; `kv_bytes_per_token`: over all layers that keep every token, in the cache's dtype;
     `window_bytes_per_token`: over all layers that keep only the last `window_tokens` (None: there are
-    none); `state_bytes`: over all recurrent layers, per request.
+    none); `state_bytes`: over all recurrent layers, per request. Estimates of engine/memory.py, 0 on a CPU:
+    `workspace_bytes` of a step, `graphs_bytes`, and `loader_bytes` that go when loading ends.
     """
 
     model_type: str
@@ -144,12 +152,24 @@ class CheckpointFacts:
     window_tokens: int | None = None
     window_bytes_per_token: int = 0
     state_bytes: int = 0
+    workspace_bytes: int = 0
+    graphs_bytes: int = 0
+    loader_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class MemoryLine:
+    """Memory that `what` is going to take, and how the number was made."""
+
+    what: str
+    bytes: int
+    why: str
 
 
 @dataclass(frozen=True)
 class Resolved:
     """The engine's settings with nothing left open, and one line of reason for each derived one. `kv_format`:
-    a file of formats/kv."""
+    a file of formats/kv. `memory`: the budget, line by line."""
 
     dtype: str
     kv_format: str
@@ -163,6 +183,7 @@ class Resolved:
     states: int
     threads: int
     reasons: tuple[str, ...]
+    memory: tuple[MemoryLine, ...] = ()
 
 
 def resolve(config: EngineConfig, dtype: str, checkpoint: CheckpointFacts, gpu: Gpu) -> Resolved:
@@ -193,8 +214,7 @@ def resolve(config: EngineConfig, dtype: str, checkpoint: CheckpointFacts, gpu: 
     budget_bytes, why = _cache_budget(config, checkpoint, gpu)
     states = _states(max_running, checkpoint, budget_bytes, reasons)
     window_pages = _window_pages(config, max_running, checkpoint, reasons)
-    budget_bytes -= states * checkpoint.state_bytes
-    budget_bytes -= window_pages * config.page_tokens * checkpoint.window_bytes_per_token
+    budget_bytes -= _states_bytes(states, checkpoint) + _window_bytes(window_pages, config, checkpoint)
     kv_pages = config.kv_pages or _kv_pages(
         config, context_tokens * max_running, checkpoint, budget_bytes, why, reasons
     )
@@ -204,6 +224,7 @@ def resolve(config: EngineConfig, dtype: str, checkpoint: CheckpointFacts, gpu: 
             f"{kv_pages} KV pages of {config.page_tokens} tokens hold no more"
         )
         context_tokens = kv_pages * config.page_tokens
+    memory = _memory(config, checkpoint, gpu, kv_pages, window_pages, states)
     threads = config.threads or max(1, gpu.cpu_cores - 1)
     reasons.append(
         f"threads {threads}: " + ("asked for" if config.threads else "one core is left to the server process")
@@ -221,6 +242,7 @@ def resolve(config: EngineConfig, dtype: str, checkpoint: CheckpointFacts, gpu: 
         states=states,
         threads=threads,
         reasons=tuple(reasons),
+        memory=memory,
     )
 
 
@@ -270,19 +292,67 @@ def _context_tokens(asked: int | None, made_for: int, reasons: list[str]) -> int
 
 def _cache_budget(config: EngineConfig, checkpoint: CheckpointFacts, gpu: Gpu) -> tuple[int, str]:
     """Bytes for everything the layers keep, and where the number comes from."""
-    budget_bytes = int(gpu.memory_free_bytes * config.mem_fraction) - checkpoint.weights_bytes
+    fixed_bytes = checkpoint.weights_bytes + checkpoint.workspace_bytes + checkpoint.graphs_bytes
+    budget_bytes = int(gpu.memory_free_bytes * config.mem_fraction) - fixed_bytes
     least_bytes = checkpoint.kv_bytes_per_token * config.page_tokens + checkpoint.state_bytes
-    if budget_bytes < least_bytes:
+    if budget_bytes < max(least_bytes, checkpoint.loader_bytes - fixed_bytes + checkpoint.weights_bytes):
+        further = {
+            "workspace": checkpoint.workspace_bytes,
+            "graphs": checkpoint.graphs_bytes,
+            "loading": checkpoint.loader_bytes,
+        }
         raise OutOfMemory(
             f"{gpu.memory_free_bytes * config.mem_fraction / 1e9:.1f} GB "
             f"(mem_fraction {config.mem_fraction} of what is free) do not hold "
-            f"{checkpoint.weights_bytes / 1e9:.1f} GB of weights "
-            f"and one KV page of {least_bytes / 1e6:.1f} MB",
+            f"{checkpoint.weights_bytes / 1e9:.1f} GB of weights, "
+            + "".join(f"{size / 1e9:.1f} GB for {what}, " for what, size in further.items() if size)
+            + f"and one KV page of {least_bytes / 1e6:.1f} MB",
             hint="a smaller model, a higher --mem-fraction, or more memory",
         )
     if gpu.kind == "cpu" and budget_bytes > CPU_KV_BYTES:
         return CPU_KV_BYTES, f"{CPU_KV_BYTES // 2**20} MiB on a CPU"
     return budget_bytes, f"{config.mem_fraction} of {gpu.memory_free_bytes / 1e9:.1f} GB free, less weights"
+
+
+def _memory(
+    config: EngineConfig, checkpoint: CheckpointFacts, gpu: Gpu, kv_pages: int, window_pages: int, states: int
+) -> tuple[MemoryLine, ...]:
+    """The budget line by line. Raises OutOfMemory if that is more than there is, which only sizes that were
+    asked for can cause."""
+    free_bytes = gpu.memory_free_bytes
+    budget_bytes = int(free_bytes * config.mem_fraction)
+    kv_bytes = (kv_pages + 1) * config.page_tokens * checkpoint.kv_bytes_per_token
+    window_bytes = _window_bytes(window_pages, config, checkpoint)
+    source = "MemAvailable" if gpu.unified_memory or gpu.kind == "cpu" else "the driver's free memory"
+    lines = (
+        MemoryLine("weights", checkpoint.weights_bytes, "as they are stored and kept"),
+        MemoryLine("KV pages", kv_bytes, f"{kv_pages} of {config.page_tokens} tokens, and page 0"),
+        MemoryLine("window pages", window_bytes, f"{window_pages} of them, and page 0"),
+        MemoryLine("states", _states_bytes(states, checkpoint), f"{states} of recurrent layers, and slot 0"),
+        MemoryLine("workspace", checkpoint.workspace_bytes, "counted, and a step's activations estimated"),
+        MemoryLine("graphs", checkpoint.graphs_bytes, "one for each batch size (estimate)"),
+    )
+    kept = tuple(line for line in lines if line.bytes)
+    if sum(line.bytes for line in kept) > budget_bytes:
+        said = " + ".join(f"{line.bytes / 1e9:.2f} GB of {line.what}" for line in kept)
+        have = f"{budget_bytes / 1e9:.2f} GB (mem_fraction {config.mem_fraction} of {source})"
+        raise OutOfMemory(
+            f"{have} do not hold {said}",
+            hint="fewer --kv-pages or none given, fewer --max-running-requests, or a higher --mem-fraction",
+        )
+    loader = MemoryLine("loader peak", checkpoint.loader_bytes, "while weights are read (estimate)")
+    why = f"1 - mem_fraction {config.mem_fraction} of {free_bytes / 1e9:.2f} GB, {source}"
+    return (*kept, *([loader] if loader.bytes else ()), MemoryLine("reserve", free_bytes - budget_bytes, why))
+
+
+def _states_bytes(states: int, checkpoint: CheckpointFacts) -> int:
+    """Slot 0 included."""
+    return (states + 1) * checkpoint.state_bytes if states else 0
+
+
+def _window_bytes(pages: int, config: EngineConfig, checkpoint: CheckpointFacts) -> int:
+    """Page 0 included."""
+    return (pages + 1) * config.page_tokens * checkpoint.window_bytes_per_token if pages else 0
 
 
 def _states(max_running: int, checkpoint: CheckpointFacts, budget_bytes: int, reasons: list[str]) -> int:
@@ -331,7 +401,8 @@ def _kv_pages(
 ) -> int:
     """As many pages as the memory budget allows and `useful_tokens` can fill."""
     page_bytes = max(1, checkpoint.kv_bytes_per_token * config.page_tokens)
-    pages, useful_pages = budget_bytes // page_bytes, -(-useful_tokens // config.page_tokens)
+    pages = budget_bytes // page_bytes - 1  # page 0 is nobody's
+    useful_pages = -(-useful_tokens // config.page_tokens)
     if pages < 1:
         raise OutOfMemory(
             f"nothing is left of {why} for KV pages", hint="fewer --max-running-requests, or more memory"

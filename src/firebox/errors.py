@@ -10,6 +10,7 @@ FireboxError                     message, and one optional `hint` that says what
 │  ├─ WrongShape                 a tensor's shape is not the one the config implies
 │  └─ CorruptShard               a shard is absent, truncated or not safetensors
 ├─ OutOfMemory                   the budget does not hold weights, KV cache and workspace
+├─ LaunchRefused                 a launch of the plan does not compile or fit the GPU, or failed its test
 ├─ RequestError                  one request is wrong; the server goes on (carries `param` and `code`)
 │  ├─ UnsupportedField           a request field, or a value of it, that this server does not implement
 │  ├─ ContextTooLong             prompt, or prompt plus max_tokens, exceeds the context
@@ -66,6 +67,11 @@ class CorruptShard(CheckpointError):
 
 class OutOfMemory(FireboxError):
     """The budget does not hold weights, KV cache and workspace. The message carries the numbers."""
+
+
+class LaunchRefused(FireboxError):
+    """A launch of the plan does not compile or fit the GPU, or failed its test. The message names the launch
+    and carries the numbers."""
 
 
 class RequestError(FireboxError):

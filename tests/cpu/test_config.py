@@ -122,6 +122,52 @@ def test_too_little_memory_says_the_numbers() -> None:
     assert "--mem-fraction" in (caught.value.hint or "")
 
 
+WHOLE = dataclasses.replace(
+    CHECKPOINT, window_tokens=64, window_bytes_per_token=100, state_bytes=1000, workspace_bytes=GIB // 2,
+    graphs_bytes=GIB // 4, loader_bytes=GIB // 8,
+)  # fmt: skip
+GPU = dataclasses.replace(CPU, kind="cuda")
+
+
+def test_the_memory_budget_adds_up_line_by_line() -> None:
+    answer = resolved(checkpoint=WHOLE, gpu=GPU, kv_pages=None, max_running_requests=5, mem_fraction=0.75)
+    lines = {line.what: line.bytes for line in answer.memory}
+    assert lines["KV pages"] == (answer.kv_pages + 1) * 16 * 1024
+    assert lines["window pages"] == (answer.window_pages + 1) * 16 * 100
+    assert lines["states"] == (answer.states + 1) * 1000
+    assert (lines["weights"], lines["workspace"]) == (GIB, GIB // 2)
+    assert (lines["graphs"], lines["loader peak"], lines["reserve"]) == (GIB // 4, GIB // 8, 2 * GIB)
+    assert list(lines) == [line.what for line in answer.memory] and len(lines) == 8
+    assert all("mem_fraction" in line.why for line in answer.memory if line.what == "reserve")
+
+
+def test_the_whole_budget_and_no_more_goes_to_pages() -> None:
+    """One page more would not fit."""
+    wide = {"max_running_requests": 100_000, "max_batch_tokens": 100_000}
+    answer = resolved(checkpoint=dataclasses.replace(WHOLE, state_bytes=0), gpu=GPU, kv_pages=None, **wide)
+    kept = [line.bytes for line in answer.memory if line.what not in ("loader peak", "reserve")]
+    assert 0 <= int(0.85 * GPU.memory_free_bytes) - sum(kept) < 16 * 1024
+
+
+@pytest.mark.parametrize("gpu", [CPU, GPU], ids=["cpu", "cuda"])
+def test_more_pages_than_there_is_memory_for_are_refused_with_all_numbers(gpu: Gpu) -> None:
+    """6.8 GiB are 7.30 GB; 1 GiB of weights leaves room for 380,000 pages of 16 KiB, not for 400,000."""
+    assert resolved(gpu=gpu, kv_pages=380_000).kv_pages == 380_000
+    with pytest.raises(OutOfMemory, match=r"7\.30 GB.*1\.07 GB of weights \+ 6\.55 GB of KV pages") as caught:
+        resolved(gpu=gpu, kv_pages=400_000)
+    assert "--kv-pages" in (caught.value.hint or "")
+
+
+def test_what_a_step_and_the_loader_need_is_part_of_the_refusal() -> None:
+    small = dataclasses.replace(GPU, memory_free_bytes=2 * GIB)
+    assert resolved(kv_pages=1, gpu=small, checkpoint=dataclasses.replace(WHOLE, graphs_bytes=0))
+    with pytest.raises(OutOfMemory, match=r"0\.5 GB for workspace, 0\.3 GB for graphs"):
+        resolved(kv_pages=1, gpu=small, checkpoint=dataclasses.replace(WHOLE, weights_bytes=GIB))
+    loading = dataclasses.replace(CHECKPOINT, loader_bytes=GIB)
+    with pytest.raises(OutOfMemory, match=r"1\.1 GB for loading"):
+        resolved(kv_pages=1, gpu=small, checkpoint=loading)
+
+
 def test_running_requests_need_a_token_each() -> None:
     answer = resolved(max_running_requests=64, max_batch_tokens=8)
     assert answer.max_running_requests == 8

@@ -16,8 +16,8 @@ from firebox.engine.start import start
 from firebox.kernels import launch
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.plan import Setting
+from firebox.layers.launches import layers_of, rows
 from firebox.models import glm4_moe
-from firebox.planning.launches import layers_of, rows
 
 pytestmark = pytest.mark.gpu
 SIZES = {

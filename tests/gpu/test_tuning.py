@@ -23,9 +23,9 @@ from firebox.kernels._experts import Problem as ExpertProblem
 from firebox.kernels._linear import Problem as LinearProblem
 from firebox.kernels.compile import CompileRequest, compile_all
 from firebox.kernels.launch import OBSERVERS
+from firebox.layers._invented import relative_error
 from firebox.tuning import attention, experts, linear
 from firebox.tuning._attention_estimate import Problem as AttentionProblem
-from firebox.tuning._expert_bench import relative_error
 from firebox.tuning.base import Candidate, Task
 from firebox.tuning.clock import Effort, Graph, interleaved_us
 

@@ -25,6 +25,7 @@ from firebox.attention.base import KvSpec, LatentSpec
 from firebox.cache.pool import LayerCache
 from firebox.hardware.base import Gpu
 from firebox.hardware.probe import probe_gpu
+from firebox.kernels._veto import Choice, remembers, why_not
 
 if TYPE_CHECKING:  # Triton is imported where there is a GPU, and not before
     from firebox.kernels._attention import Config, Paged, Problem
@@ -82,8 +83,20 @@ def extend_config(problem: Problem, gpu: Gpu, tokens: int) -> Config:
     return _measured(EXTEND, problem, gpu, tokens) or attention_extend.default(problem, gpu)
 
 
+def choice_of(kernel: str, problem: Problem, config: Config) -> Choice:
+    """What is vetoed of a tile of DECODE or EXTEND."""
+    return (kernel, problem, config)
+
+
+@remembers
 @functools.cache
 def _measured(kernel: str, problem: Problem, gpu: Gpu, tokens: int) -> Config | None:
+    """The tile of the tuned file; None where there is none, or where its results were wrong."""
+    found = _entry(kernel, problem, gpu, tokens)
+    return None if found is None or why_not(choice_of(kernel, problem, found)) else found
+
+
+def _entry(kernel: str, problem: Problem, gpu: Gpu, tokens: int) -> Config | None:
     from firebox.kernels import _tuned
     from firebox.kernels._attention import Config
 
@@ -105,11 +118,20 @@ def made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
     from firebox.kernels.attention_decode import MAX_QUERIES
 
     tuned = tuple(_measured(kernel, problem, gpu, tokens) for kernel in (DECODE, EXTEND))
-    return _made(problem, min(tokens, MAX_QUERIES + 1), tuned, gpu)
+    return _made(problem, min(tokens, MAX_QUERIES + 1), tuned, _failed(problem, gpu, tokens), gpu)
+
+
+@remembers
+@functools.cache
+def _failed(problem: Problem, gpu: Gpu, tokens: int) -> str:
+    """Which tiles of the tuned file gave wrong results, or ""."""
+    found = [(kernel, _entry(kernel, problem, gpu, tokens)) for kernel in (DECODE, EXTEND)]
+    reasons = [why_not(choice_of(kernel, problem, config)) for kernel, config in found if config is not None]
+    return "".join(f"; instead of {reason}" for reason in reasons if reason)
 
 
 @functools.cache
-def _made(problem: Problem, tokens: int, tuned: tuple[Config | None, ...], gpu: Gpu) -> Made:
+def _made(problem: Problem, tokens: int, tuned: tuple[Config | None, ...], failed: str, gpu: Gpu) -> Made:
     from firebox.kernels import attention_decode, attention_extend
     from firebox.kernels.plan import Compile, Made
 
@@ -128,7 +150,7 @@ def _made(problem: Problem, tokens: int, tuned: tuple[Config | None, ...], gpu: 
         found.append(Compile(attention_extend.OP, request, config))
     chosen = {compile.config for compile in found if compile.config is not None}
     why = "default" if chosen.isdisjoint(tuned) else "measured" if chosen <= set(tuned) else "partly measured"
-    return Made("paged", why, tuple(found))
+    return Made("paged", why + failed, tuple(found))
 
 
 def plan(

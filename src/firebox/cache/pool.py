@@ -70,6 +70,21 @@ class PoolSizes:
     states: int = 0
 
 
+def kept_bytes(specs: Sequence[CacheSpec | None], stores: Sequence[LayerStore]) -> dict[str, int]:
+    """What the stores take, by kind: "KV pages", "window pages", "states"."""
+    found: dict[str, int] = {}
+    for spec, store in zip(specs, stores, strict=True):
+        if isinstance(store, StateCache):
+            kind, size = "states", store.conv.nbytes + store.matrix.nbytes
+        elif store is not None:
+            kind = "window pages" if isinstance(spec, WindowSpec) else "KV pages"
+            size = store.k.nbytes + (0 if isinstance(spec, LatentSpec) else store.v.nbytes)
+        else:
+            continue
+        found[kind] = found.get(kind, 0) + size
+    return found
+
+
 def allocate_pool(
     specs: Sequence[CacheSpec | None],
     sizes: PoolSizes,

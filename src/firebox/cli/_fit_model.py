@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from firebox.config import EngineConfig
+    from firebox.layers.launches import Launch, Layers
     from firebox.planning.fit import Fit, Source
-    from firebox.planning.launches import Launch, Layers
     from firebox.planning.memory import Memory
     from firebox.planning.roof import Roof
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from firebox.cli._explanation import explanation
 from firebox.cli._profile import with_profile
 from firebox.cli.options import takes
 from firebox.config import Config
@@ -61,14 +62,3 @@ def serve(
     finally:
         process.stop()
     raise typer.Exit(status)
-
-
-def explanation(ready: Ready) -> str:
-    """The ledger as text: what runs and why, what does not and why not, and where the settings came from."""
-    lines = [f"{ready.model_type} in {ready.dtype} on {ready.device}"]
-    for row in ready.ledger:
-        lines.append(
-            f"  {row.op} [{row.tokens[0]}, {row.tokens[1]}] tokens: {row.kernel} ({row.format}), {row.why}"
-        )
-        lines += [f"    not {loser}: {why}" for loser, why in row.losers.items()]
-    return "\n".join([*lines, *(f"  {reason}" for reason in ready.reasons)])

@@ -57,6 +57,16 @@ class GpuRunner(Runner):
         if strict and self._why_eager:
             raise ConfigError(f"--strict: decode steps run launch by launch: {self._why_eager}")
 
+    @property
+    def graph_rows(self) -> int:
+        """See Runner.graph_rows."""
+        return 0 if self._why_eager else self._last_tokens.numel()
+
+    @property
+    def graphs(self) -> int:
+        """See Runner.graphs."""
+        return len(self._graphs)
+
     def _refusal(self, graphs: str) -> str:
         """Why no step of this model can be replayed, or ""."""
         if graphs == "off":

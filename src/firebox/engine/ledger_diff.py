@@ -41,9 +41,20 @@ def _operations(ledger: Mapping[str, Any]) -> dict[str, str]:
         name = f"{row['op']} [{row['tokens'][0]}, {row['tokens'][1]}]"
         number = sum(known == name or known.startswith(f"{name} #") for known in found)
         fallback = ", a fallback" if row.get("fallback") else ""
-        said = f"{row['kernel']} ({row['format']}){fallback}: {row['why']}"
+        said = f"{row['kernel']} ({row['format']}){fallback}{_launch(row)}: {row['why']}"
         found[f"{name} #{number + 1}" if number else name] = said
     return found
+
+
+def _launch(row: Mapping[str, Any]) -> str:
+    """What a launch's row says besides; nothing of an operation's."""
+    if row.get("how") is None:
+        return ""
+    tile = " ".join(f"{name}={value}" for name, value in row["config"].items())
+    shared = None if row["shared_bytes"] is None else f"{row['shared_bytes']} bytes shared"
+    native = "emulated" if row["native"] is False else None
+    parts = [f"{row['layers']} layers", tile, shared, row["instruction"], native, row["mode"], row["how"]]
+    return "".join(f", {part}" for part in parts if part)
 
 
 def _flat(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:

@@ -7,6 +7,8 @@ Nothing here knows text: ids in, ids out. No pickle.
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 
@@ -132,8 +134,15 @@ class LoadProgress(msgspec.Struct, frozen=True, tag=True):
 
 
 class LedgerRow(msgspec.Struct, frozen=True):
-    """One operation over one range of token counts: which kernel runs it and why, and why the others do
-    not."""
+    """One operation, or one launch of it, over one range of token counts: which kernel runs it and why.
+
+    An operation's row (`op` "moe_block") says who was chosen, and why the others (`losers`) were not;
+    `fallback`: nobody asked for torch. A launch's row (`op` "moe_block/experts/moe_gate_up") is one compile
+    of the launch plan: `config` its tile, `shared_bytes` a block of the `limit_bytes` that it may ask for,
+    `instruction` the dominant tensor instruction as read back, `native`: the one that the kernel is written
+    for. `mode`: how decode steps of so many tokens launch it, "graph" or "eager" (steps with prompts are
+    always eager). `how` its tile was found: "tuned", "predicted" or "default". `layers` it runs in. What a
+    CPU runs, and a library's kernel, has no numbers (None)."""
 
     op: str
     tokens: tuple[int, int]
@@ -142,11 +151,29 @@ class LedgerRow(msgspec.Struct, frozen=True):
     why: str
     losers: dict[str, str] = {}
     fallback: bool = False
+    config: dict[str, Any] = {}
+    shared_bytes: int | None = None
+    limit_bytes: int | None = None
+    instruction: str | None = None
+    native: bool | None = None
+    mode: str = "eager"
+    how: str | None = None
+    layers: int | None = None
+
+
+class Memory(msgspec.Struct, frozen=True):
+    """A line of the memory budget: bytes that were planned with before anything was loaded, and why so many;
+    bytes that were taken when the engine was ready, None where nothing can tell."""
+
+    what: str
+    budget_bytes: int
+    measured_bytes: int | None
+    why: str
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
     """The engine is loaded. `eos_token_ids` end a request unless it says ignore_eos. `reasons`: one per
-    derived setting."""
+    derived setting. `memory`: the budget and what became of it."""
 
     model_type: str
     device: str
@@ -162,6 +189,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     ledger: list[LedgerRow]
     reasons: list[str]
     load_seconds: float
+    memory: list[Memory] = []
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):

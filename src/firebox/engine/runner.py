@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from firebox.cache.pool import LayerStore, StateCache
+from firebox.cache.pool import LayerStore, StateCache, kept_bytes
 from firebox.cache.specs import RecurrentSpec, WindowSpec
 from firebox.engine.messages import TokenLogprobs
 from firebox.engine.request import Request
@@ -56,6 +56,20 @@ class Runner:
     def eagerly(self, why: str) -> contextlib.AbstractContextManager[None]:
         """Within it no step comes from a graph; they are counted under `why`."""
         return contextlib.nullcontext()
+
+    @property
+    def graph_rows(self) -> int:
+        """Decode steps of up to so many tokens are replayed from graphs; 0: none."""
+        return 0
+
+    @property
+    def graphs(self) -> int:
+        """How many have been captured."""
+        return 0
+
+    def kept_bytes(self) -> dict[str, int]:
+        """See cache.pool.kept_bytes."""
+        return kept_bytes(self.model.cache_specs, self._caches)
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> list[Sampled]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
+from msgspec import structs
 
 from firebox.cache.kv_cache import CacheSizes, KVCache
 from firebox.cache.pool import PoolSizes, allocate_pool
@@ -24,7 +25,10 @@ from firebox.config import (
     kv_format_of,
     resolve,
 )
-from firebox.engine.ledger import ledger_rows, refuse_fallbacks, refuse_untuned
+from firebox.engine.launch_plan import compile_plan
+from firebox.engine.launch_plan import summary as plan_summary
+from firebox.engine.ledger import launch_rows, ledger_rows, refuse_fallbacks, refuse_untuned
+from firebox.engine.memory import Meter, Needs, needs
 from firebox.engine.messages import Ready, SamplingParams
 from firebox.engine.request import Request
 from firebox.engine.runner import Runner
@@ -37,6 +41,7 @@ from firebox.formats.select import formats_of
 from firebox.hardware.base import Gpu
 from firebox.hardware.probe import probe_cpu, probe_gpu
 from firebox.kernels._cpu import set_threads
+from firebox.kernels.select import Choice
 from firebox.layers.base import Build
 from firebox.layers.decoder import Decoder
 from firebox.layers.device import Device
@@ -45,6 +50,9 @@ from firebox.weights.checkpoint import Checkpoint, first_layers, open_checkpoint
 from firebox.weights.dummy import load_dummy
 from firebox.weights.load import chosen_slots, load_weights
 from firebox.weights.requantise import Requantiser, requantised_bytes, stored_bytes
+
+if TYPE_CHECKING:  # Triton is imported where there is a GPU, and not before
+    from firebox.layers.launches import Launch
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -66,55 +74,37 @@ def start(
         raise ConfigError(
             "--requantize does not know the kernels of a GPU yet", hint="leave it out, or --device cpu"
         )
-    found = facts(checkpoint, config, gpu)
+    check_choice(EngineConfig, "self_test", config.engine.self_test)
+    outline = make_outline(checkpoint, config, gpu)
+    found = facts(checkpoint, config, gpu, outline)
     settings = resolve(config.engine, config.model.dtype, found, gpu)
+    rows = ledger_rows(outline.choices, settings.max_batch_tokens, settings.dtype)
+    if config.engine.strict:
+        refuse_fallbacks(rows)
+    launches, planned = (
+        _launches(outline.model, settings, gpu, config.engine) if gpu.kind == "cuda" else ((), [])
+    )
     torch.set_num_threads(settings.threads)
     set_threads(settings.threads)
 
-    build = _build(
-        config,
-        settings.dtype,
-        settings.kv_format,
-        settings.context_tokens,
-        gpu,
-        torch.device(gpu.kind),
-        settings.threads,
-    )
+    build = _build(config, settings.dtype, settings.kv_format, settings.context_tokens, gpu, settings.threads)
+    meter = Meter(gpu)
     model = make_model(checkpoint, build)
-    rows = ledger_rows(build.choices, settings.max_batch_tokens, settings.dtype)
-    if config.engine.strict:
-        refuse_fallbacks(rows)
-        _refuse_untuned(model, settings, gpu)
     loaded = _load(model, checkpoint, config.model, on_progress)
-
-    sizes = PoolSizes(settings.kv_pages, settings.page_tokens, settings.window_pages, settings.states)
-    kv = _kv_format(settings.kv_format)
-    caches = allocate_pool(model.cache_specs, sizes, kv, build.device, model.kv_scales)
-    vocab = int(checkpoint.text_config["vocab_size"])
-    common = (model, caches, settings.page_tokens, checkpoint.eos_token_ids, build.device)
-    runner = Runner(*common)
-    if gpu.kind == "cuda":
-        from firebox.engine.gpu_runner import GpuRunner
-
-        context, graphs = settings.context_tokens, config.engine.cuda_graph
-        runner = GpuRunner(
-            *common,
-            gpu,
-            context_tokens=context,
-            vocab=vocab,
-            max_rows=settings.max_running_requests,
-            graphs=graphs,
-            overlap=config.engine.overlap,
-            strict=config.engine.strict,
-        )
+    meter.took("weights", peak="loader peak")
+    runner = _make_runner(model, checkpoint, settings, config.engine, build)
+    meter.took("KV pages")
     window_tokens = found.window_tokens
-    warm_up(runner, make_scheduler(settings, window_tokens, prefix_cache=False, eos_token_ids=frozenset()))
+    fresh = make_scheduler(settings, window_tokens, prefix_cache=False, eos_token_ids=frozenset())
+    warm_up(runner, fresh, settings if gpu.kind == "cuda" else None)
+    meter.took("graphs", peak="workspace")
+    _ascribe(meter, build, runner)
     scheduler = make_scheduler(settings, window_tokens, config.engine.prefix_cache, checkpoint.eos_token_ids)
     ready = Ready(
         model_type=checkpoint.model_type,
         device=gpu.name,
         dtype=settings.dtype,
-        vocab_size=vocab,
+        vocab_size=_vocab(checkpoint),
         context_tokens=settings.context_tokens,
         max_running_requests=settings.max_running_requests,
         kv_pages=settings.kv_pages,
@@ -122,28 +112,82 @@ def start(
         weights_bytes=found.weights_bytes,
         kv_bytes_per_token=found.kv_bytes_per_token,
         eos_token_ids=sorted(checkpoint.eos_token_ids),
-        ledger=rows,
+        ledger=[*rows, *launch_rows(launches, runner.graph_rows)],
         reasons=[
             f"device {gpu.name}: {why}",
             *settings.reasons,
+            *planned,
             *loaded,
             *_scales(model, settings.kv_format),
         ],
         load_seconds=time.perf_counter() - began,
+        memory=meter.beside(settings, f"{runner.graphs} captured so far" if runner.graph_rows else ""),
     )
     return scheduler, runner, ready
 
 
-def _refuse_untuned(model: Model, settings: Resolved, gpu: Gpu) -> None:
-    """For --strict. On a CPU nothing is tuned."""
-    if gpu.kind != "cuda":
-        return
-    from firebox.kernels.plan import Setting
+def _make_runner(
+    model: Model, checkpoint: Checkpoint, settings: Resolved, engine: EngineConfig, build: Build
+) -> Runner:
+    """With its caches, for the device that the model was built on."""
+    sizes = PoolSizes(settings.kv_pages, settings.page_tokens, settings.window_pages, settings.states)
+    kv = _kv_format(settings.kv_format)
+    caches = allocate_pool(model.cache_specs, sizes, kv, build.device, model.kv_scales)
+    common = (model, caches, settings.page_tokens, checkpoint.eos_token_ids, build.device)
+    if build.gpu.kind != "cuda":
+        return Runner(*common)
+    from firebox.engine.gpu_runner import GpuRunner
 
-    assert isinstance(model, Decoder)
+    return GpuRunner(
+        *common,
+        build.gpu,
+        context_tokens=settings.context_tokens,
+        vocab=_vocab(checkpoint),
+        max_rows=settings.max_running_requests,
+        graphs=engine.cuda_graph,
+        overlap=engine.overlap,
+        strict=engine.strict,
+    )
+
+
+def _ascribe(meter: Meter, build: Build, runner: Runner) -> None:
+    """What was taken together with something else."""
+    if build.shared is not None:
+        meter.moves(build.shared.workspace_bytes, "weights", "workspace")
+    for what, size in runner.kept_bytes().items():
+        if what != "KV pages":
+            meter.moves(size, "KV pages", what)
+
+
+def _vocab(checkpoint: Checkpoint) -> int:
+    return int(checkpoint.text_config["vocab_size"])
+
+
+def _launches(
+    model: Decoder, settings: Resolved, gpu: Gpu, engine: EngineConfig
+) -> tuple[tuple[Launch, ...], list[str]]:
+    """The launch plan of a model on the meta device, compiled and tested, and what is to be said of that.
+    Raises ConfigError, LaunchRefused."""
+    from firebox.engine.self_test import self_test
+    from firebox.engine.trials import Setup
+    from firebox.kernels.plan import Planned, Setting
+
     kv = _kv_format(settings.kv_format).DTYPE
     setting = Setting(gpu, kv_dtype=kv, page_tokens=settings.page_tokens)
-    refuse_untuned(model, setting, settings.max_batch_tokens)
+    tokens, strict = settings.max_batch_tokens, engine.strict
+    found: list[tuple[Launch, ...]] = []
+    if strict:
+        refuse_untuned(model, setting, tokens)
+
+    def plan() -> list[Planned]:
+        found.append(compile_plan(model, setting, tokens, strict=strict))
+        return [launch.planned for launch in found[-1]]
+
+    setup = Setup(gpu, torch.device(gpu.kind), tokens)
+    tested = list(self_test(plan, setup, mode=engine.self_test, strict=strict))
+    if not found:
+        plan()
+    return found[-1], [plan_summary(found[-1]), *tested]
 
 
 def device_of(wanted: str, dtype: str) -> tuple[Gpu, str]:
@@ -216,27 +260,68 @@ def _keeps_rows(spec: CacheSpec | None) -> bool:
     return spec is not None and not isinstance(spec, RecurrentSpec)
 
 
-def facts(checkpoint: Checkpoint, config: Config, gpu: Gpu) -> CheckpointFacts:
-    """What `resolve` needs, counted on a model on the meta device."""
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """A model on the meta device: shapes, choices and launches without memory."""
+
+    model: Decoder
+    kv: KvFormat
+    choices: list[Choice]
+
+
+def make_outline(checkpoint: Checkpoint, config: Config, gpu: Gpu) -> Outline:
+    """Raises UnsupportedFormat, UnsupportedModel, ConfigError."""
     dtype = checkpoint.dtype if config.model.dtype == "auto" else config.model.dtype
     if dtype not in DTYPES:
         raise UnsupportedFormat(
             f"{checkpoint.folder} computes in {dtype}", hint=f"supported: {', '.join(DTYPES)}"
         )
     kv_format = kv_format_of(config.engine.kv_cache_dtype, dtype)
-    model = make_model(checkpoint, _build(config, dtype, kv_format, 1, gpu, torch.device("meta"), 1))
-    needs = cache_needs(model.cache_specs, _kv_format(kv_format).DTYPE.itemsize)
+    build = _build(config, dtype, kv_format, 1, gpu, 1, device=torch.device("meta"))
+    model = make_model(checkpoint, build)
+    assert isinstance(model, Decoder)
+    return Outline(model, _kv_format(kv_format), build.choices)
+
+
+def facts(
+    checkpoint: Checkpoint, config: Config, gpu: Gpu, outline: Outline | None = None
+) -> CheckpointFacts:
+    """What `resolve` needs, counted on the outline; it is made if it is not given."""
+    outline = outline or make_outline(checkpoint, config, gpu)
+    model = outline.model
+    cache = cache_needs(model.cache_specs, outline.kv.DTYPE.itemsize)
     present = checkpoint.names() if checkpoint.shards else None
+    slots = [_bytes(slot) for slot in chosen_slots(model, present)]
+    further = _further(outline, config.engine, gpu, slots)
     return CheckpointFacts(
         model_type=checkpoint.model_type,
         dtype=checkpoint.dtype,
         context_tokens=need(checkpoint.text_config, "max_position_embeddings"),
-        weights_bytes=sum(_bytes(slot) for slot in chosen_slots(model, present)),
-        kv_bytes_per_token=needs.full_bytes_per_token,
-        window_tokens=needs.window_tokens,
-        window_bytes_per_token=needs.window_bytes_per_token,
-        state_bytes=needs.state_bytes,
+        weights_bytes=sum(slots),
+        kv_bytes_per_token=cache.full_bytes_per_token,
+        window_tokens=cache.window_tokens,
+        window_bytes_per_token=cache.window_bytes_per_token,
+        state_bytes=cache.state_bytes,
+        workspace_bytes=further.workspace,
+        graphs_bytes=further.graphs,
+        loader_bytes=further.loader,
     )
+
+
+def _further(outline: Outline, engine: EngineConfig, gpu: Gpu, slots: Sequence[int]) -> Needs:
+    """What a GPU's memory holds besides; on a CPU that is little, and not counted."""
+    if gpu.kind != "cuda":
+        return Needs()
+    from firebox.kernels.plan import Setting
+    from firebox.layers.launches import layers_of
+
+    setting = Setting(gpu, kv_dtype=outline.kv.DTYPE, page_tokens=engine.page_tokens)
+    recurrent = any(isinstance(spec, RecurrentSpec) for spec in outline.model.cache_specs)
+    return needs(
+        outline.model, layers_of(outline.model, setting), gpu, slots,
+        tokens=engine.max_batch_tokens, rows=min(engine.max_running_requests, engine.max_batch_tokens),
+        graphs=engine.cuda_graph != "off" and not recurrent and not outline.model.not_capturable,
+    )  # fmt: skip
 
 
 def _bytes(slot: Slot) -> int:
@@ -261,13 +346,25 @@ def make_scheduler(
     )
 
 
-def warm_up(runner: Runner, scheduler: Scheduler) -> None:
+def warm_up(runner: Runner, scheduler: Scheduler, settings: Resolved | None = None) -> None:
     """Runs one prompt and one decode step, so that no request waits for a kernel to be compiled or read from
-    disk."""
-    scheduler.add(Request(-1, [0, 0, 0], SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)))
+    disk; with `settings` then a step of as many tokens as one may have, as far as the pages go, so that its
+    memory is seen."""
+    params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+    _run_all(runner, scheduler, [Request(-1, [0, 0, 0], params)])
+    if settings is not None:
+        chunk = min(settings.prefill_chunk_tokens, settings.context_tokens - 1)
+        count = min(settings.max_batch_tokens // chunk, settings.max_running_requests)
+        params = structs.replace(params, max_tokens=1)
+        _run_all(runner, scheduler, [Request(-2 - i, [0] * chunk, params) for i in range(count)])
+    runner.steps.clear()  # counted are steps for users
+
+
+def _run_all(runner: Runner, scheduler: Scheduler, requests: Sequence[Request]) -> None:
+    for request in requests:
+        scheduler.add(request)
     while (plan := scheduler.plan()) is not None:
         scheduler.apply(plan, runner.run(plan))
-    runner.steps.clear()  # counted are steps for users
 
 
 def _kv_format(name: str) -> KvFormat:
@@ -280,10 +377,10 @@ def _build(
     kv_format: str,
     max_positions: int,
     gpu: Gpu,
-    device: torch.device,
     threads: int,
+    device: torch.device | None = None,
 ) -> Build:
-    kv = _kv_format(kv_format)
+    kv, device = _kv_format(kv_format), device or torch.device(gpu.kind)
     return Build(
         gpu=gpu,
         device=device,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import resource
 import subprocess
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from firebox.env import read
@@ -46,12 +46,7 @@ def probe_gpu(index: int = 0) -> Gpu | None:
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(index)
-    if properties.is_integrated:
-        # The driver counts as free only what nobody uses; page cache can be had for the asking.
-        free_bytes = _proc_meminfo_bytes()["MemAvailable"]
-    else:
-        free_bytes = torch.cuda.mem_get_info(index)[0]
-    return describe_gpu(properties, free_bytes, read().smem_limit_bytes)
+    return describe_gpu(properties, _free_bytes(properties, index), read().smem_limit_bytes)
 
 
 def describe_gpu(properties: Any, free_bytes: int, smem_limit_bytes: int | None) -> Gpu:
@@ -77,6 +72,57 @@ def describe_gpu(properties: Any, free_bytes: int, smem_limit_bytes: int | None)
 def peak_resident_bytes() -> int:
     """The most physical memory this process has held so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def resident_bytes() -> int:
+    """The physical memory this process holds now."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+@dataclass(frozen=True)
+class GpuMemory:
+    """Of CUDA device 0, now: what the driver has left (on unified memory MemAvailable), and what torch's
+    allocator holds for tensors, held at most since the last `forget_gpu_peak`, and has from the driver."""
+
+    free_bytes: int
+    allocated_bytes: int
+    peak_bytes: int
+    reserved_bytes: int
+
+
+def gpu_memory() -> GpuMemory:
+    """Waits for the device."""
+    import torch
+
+    torch.cuda.synchronize()
+    counts = (torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated(), torch.cuda.memory_reserved())
+    return GpuMemory(_free_bytes(torch.cuda.get_device_properties(0), 0), *counts)
+
+
+def forget_gpu_peak() -> None:
+    """The peak is what is held now."""
+    import torch
+
+    torch.cuda.reset_peak_memory_stats()
+
+
+def _free_bytes(properties: Any, index: int) -> int:
+    import torch
+
+    if properties.is_integrated:
+        # The driver counts as free only what nobody uses; page cache can be had for the asking.
+        return _proc_meminfo_bytes()["MemAvailable"]
+    return int(torch.cuda.mem_get_info(index)[0])
+
+
+def driver_version() -> str:
+    """What the NVIDIA driver of this machine says it is, in a line; "" without one."""
+    try:
+        with open("/proc/driver/nvidia/version", encoding="utf-8", errors="replace") as file:
+            return file.readline().strip()
+    except OSError:
+        return ""
 
 
 def gpu_sensors() -> dict[str, dict[str, float]]:

@@ -65,6 +65,11 @@ def compile_source(made: ASTSource, target: int, options: dict[str, Any], cache:
     )
 
 
+def cache_folder() -> str:
+    """Where Triton keeps binaries."""
+    return str(knobs.cache.dir)
+
+
 def compile_in_process(made: ASTSource, target: int | None, options: dict[str, Any]) -> Any:
     """Compiles for the GPU of this process, with Triton's own cache on disk → its CompiledKernel."""
     assert target is not None

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from firebox.env import read
+from firebox.kernels import _veto
 from firebox.kernels._experts import Problem
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -92,8 +93,8 @@ def use(*folders: Path) -> None:
 
 
 def cached(function: F) -> F:
-    """functools.cache for what depends on these files."""
-    found: Any = functools.cache(function)
+    """functools.cache for what depends on these files, and on vetoes."""
+    found: Any = _veto.remembers(functools.cache(function))
     _CACHED.append(found)
     return cast(F, found)
 

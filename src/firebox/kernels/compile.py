@@ -107,9 +107,12 @@ def compile_all(
     """The results, in the order of the requests. `workers`: compiles at a time, one a core by default;
     `limit_s`: seconds a compile may take. Requests that are equal compile once. Writes the cache, except for
     compiles that died or took too long: those are tried again the next time. `keep_binaries`: in Triton's own
-    cache too, where a Launcher on this machine finds them."""
+    cache too, where a Launcher on this machine finds them; a result whose binary was not kept there does not
+    count then."""
     cache = ResultCache(read().cache_dir / "triton")
-    keys = [_key(request) for request in requests]
+    keys = [
+        _kept_key(request_key(request)) if keep_binaries else request_key(request) for request in requests
+    ]
     done = {key: (cache.read(key), True) for key in dict.fromkeys(keys)}
     missing = {key: request for key, request in zip(keys, requests, strict=True) if done[key][0] is None}
     works = [functools.partial(_compile_one, request, keep=keep_binaries) for request in missing.values()]
@@ -210,9 +213,9 @@ def _types(request: CompileRequest) -> dict[str, str]:
     return {name: given[name] for name in names}
 
 
-def _key(request: CompileRequest) -> str:
-    """A hash of everything that decides the result. The kernel's `cache_key` covers the functions it
-    calls."""
+def request_key(request: CompileRequest) -> str:
+    """A hash of everything that decides what a request is compiled to. The kernel's `cache_key` covers the
+    functions it calls."""
     from firebox.kernels import _triton
 
     constants = [(name, _constant_key(value)) for name, value in sorted(request.constexprs.items())]
@@ -225,6 +228,13 @@ def _key(request: CompileRequest) -> str:
         _triton.fingerprint(_target(request), _options(request)),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _kept_key(key: str) -> str:
+    """Of a result whose binary lies in the folder that is Triton's cache now."""
+    from firebox.kernels import _triton
+
+    return hashlib.sha256(f"{key} {_triton.cache_folder()}".encode()).hexdigest()
 
 
 def _constant_key(value: Any) -> str:

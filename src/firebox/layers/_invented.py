@@ -1,9 +1,11 @@
 """Weights that nobody trained, in the layouts of the GPU kernels (`--load-format dummy`): about N(0, 1 /
-columns) after dequantisation, every code in use."""
+columns) after dequantisation, every code in use; and how far what is computed with them is from what should
+be."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 
@@ -53,3 +55,30 @@ def _scales(
     if format == INT4_ZERO:
         return layouts.pad_groups(layouts.pack_zeros(scale, torch.full_like(scale, 8.0))), None
     return layouts.pad_groups(scale.bfloat16()), None
+
+
+def vary(scales: Iterable[torch.Tensor | None], generator: torch.Generator) -> None:
+    """Gives groups, blocks and rows scales of their own, within a factor of two: what reads another's scale
+    is then wrong. A scale packed with a zero point keeps its own. Tensor by tensor along the first
+    dimension, so that little memory is needed."""
+    for scale in scales:
+        if scale is None or scale.dtype == torch.int32:
+            continue
+        if scale.dtype == torch.uint8:  # E8M0
+            scale.add_(
+                torch.randint(0, 2, scale.shape, generator=generator, device=scale.device).to(torch.uint8)
+            )
+            continue
+        for part in scale:
+            factor = torch.rand(part.shape, generator=generator, device=part.device) + 0.5
+            part.copy_((part.float() * factor).to(part.dtype))
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """‖found − wanted‖ / ‖wanted‖; infinite if anything is not a number."""
+    if not torch.isfinite(found).all():
+        return float("inf")
+    difference, norm = (
+        torch.linalg.vector_norm(part, dtype=torch.float64) for part in (found - wanted, wanted)
+    )
+    return float(difference / norm.clamp(min=1e-30))

@@ -12,14 +12,14 @@ measurement it is few up to 64 tokens, and tiles that fit everywhere.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from firebox.hardware.base import Gpu
-from firebox.kernels import _tuned, linear, linear_few, quantise_fp8
+from firebox.kernels import _tuned, _veto, linear, linear_few, quantise_fp8
 from firebox.kernels._linear import Problem, Weights
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import INTERPRETED, Launcher
@@ -46,8 +46,29 @@ def key(problem: Problem) -> str:
     return f"{problem.format}{group} rows={problem.rows} columns={problem.columns}"
 
 
+def choice_of(problem: Problem, path: Path) -> _veto.Choice:
+    """What is vetoed of a path."""
+    return (TUNED, problem, path.name, path.config)
+
+
 def path_of(problem: Problem, tokens: int, gpu: Gpu) -> Path:
-    """The path and tiles for so many tokens."""
+    """The path and tiles for so many tokens; not those whose results were wrong."""
+    candidates = _candidates(problem, tokens, gpu)
+    path, failed = _veto.first_allowed(candidates, lambda path: choice_of(problem, path), key(problem))
+    return replace(path, why=path.why + failed) if failed else path
+
+
+def _candidates(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Path]:
+    """The chosen one, then what could stand in for it."""
+    yield _chosen(problem, tokens, gpu)
+    yield stock_path(problem, tokens, gpu)
+    if linear.accepts(problem, gpu) is None:
+        yield Path(MANY, linear.default(problem, tokens, gpu), "default")
+    if problem.format == "bf16":
+        yield Path(CUBLAS, None, "default")
+
+
+def _chosen(problem: Problem, tokens: int, gpu: Gpu) -> Path:
     entry = _tuned.measured(gpu.name, TUNED, key(problem), tokens)
     if entry is not None and entry["path"] == FEW and tokens > linear_few.MAX_TOKENS:
         entry = _tuned.measured(gpu.name, TUNED, key(problem), tokens, but=FEW)

@@ -49,9 +49,21 @@ class Device:
             self._experts[problem] = experts.Workspace(problem, self.max_tokens, self.device)
         return experts.Experts(problem, gate_up, down, self.gpu, self._experts[problem])
 
+    @property
+    def workspace_bytes(self) -> int:
+        """Of all workspaces."""
+        return sum(map(tensor_bytes, [self._linears, *self._experts.values()]))
+
     def launcher(self, kernel: Any, problem: Any) -> Launcher:
         """The one launch of a kernel of `kernels/` for `problem`; each is compiled once."""
         return _launcher(kernel, problem, self.gpu)
+
+
+def tensor_bytes(value: Any) -> int:
+    """Of all tensors in a workspace; None is nothing."""
+    if hasattr(value, "nbytes"):
+        return int(value.nbytes)
+    return 0 if value is None else sum(tensor_bytes(part) for part in vars(value).values())
 
 
 @functools.cache

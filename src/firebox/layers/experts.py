@@ -16,7 +16,8 @@ in 4-bit formats: activations stay bf16.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from firebox.hardware.base import Gpu
 from firebox.kernels import (
     _block_scaled,
     _tuned,
+    _veto,
     moe_arrange,
     moe_combine,
     moe_down,
@@ -74,8 +76,29 @@ def key(problem: Problem) -> str:
     return _tuned.key(problem)
 
 
+def choice_of(problem: Problem, path: Path) -> _veto.Choice:
+    """What is vetoed of a path."""
+    return (TUNED, problem, path.name, path.gate_up, path.down)
+
+
 def path_of(problem: Problem, tokens: int, gpu: Gpu) -> Path:
-    """The path and tiles for so many tokens."""
+    """The path and tiles for so many tokens; not those whose results were wrong."""
+    candidates = _candidates(problem, tokens, gpu)
+    path, failed = _veto.first_allowed(candidates, lambda path: choice_of(problem, path), key(problem))
+    return replace(path, why=path.why + failed) if failed else path
+
+
+def _candidates(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Path]:
+    """The chosen one, then what could stand in for it."""
+    yield _chosen(problem, tokens, gpu)
+    yield stock_path(problem, tokens, gpu)
+    for block in (16, 32, 64):
+        yield default_path(problem, SORTED, block, gpu)
+    if tokens <= moe_gate_up_few.MAX_TOKENS:
+        yield default_path(problem, FEW, tokens, gpu)
+
+
+def _chosen(problem: Problem, tokens: int, gpu: Gpu) -> Path:
     entry = _tuned.nearest(gpu.name, problem, tokens)
     if entry is not None and entry["path"] == FEW and tokens > moe_gate_up_few.MAX_TOKENS:
         entry = _tuned.nearest(gpu.name, problem, tokens, SORTED)

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from firebox.hardware.base import Gpu
 from firebox.kernels import cpu_moe_block
 from firebox.kernels.plan import Library, Setting
+from firebox.layers.launches import Launch, Layers
 from firebox.layers.linear import DENSE
-from firebox.planning.launches import Launch, Layers
 from firebox.planning.memory import GIB, Memory
 
 EMBEDDING = "embedding"
@@ -35,10 +35,8 @@ def problems(
         if alike.refusal is not None and alike.op == cpu_moe_block.OP:
             yield f"no kernel runs the experts of {alike.layers} layers ({alike.format}): {alike.refusal}"
     for launch in launches:
-        compiled = launch.compiled
-        if compiled is not None and not compiled.fits:
-            too_much = f"{compiled.shared_bytes} bytes of shared memory of {compiled.limit_bytes}"
-            yield f"{_where(launch)}: {compiled.error or too_much}"
+        if launch.problem is not None:
+            yield launch.problem
 
 
 def fallbacks(
@@ -56,9 +54,8 @@ def fallbacks(
                 yield f"{alike.op}, {operation.name} falls back to torch operators: {operation.problem}"
     launches = tuple(launches)
     for launch in launches:
-        if launch.emulated and launch.compiled is not None and launch.planned.request is not None:
-            wanted = " and ".join(launch.planned.request.declares)
-            yield f"{_where(launch)} is written for {wanted} and runs {launch.compiled.instruction}"
+        if launch.emulation is not None:
+            yield launch.emulation
     missing = ((launch, launch.planned.untuned(gpu)) for launch in launches)
     yield from dict.fromkeys(
         f"{launch.layers.op}, {launch.planned.operation.name}: {why}" for launch, why in missing if why
@@ -79,11 +76,3 @@ def planned_only(setting: Setting) -> Iterator[str]:
 def options(setting: Setting) -> str:
     """How the model is divided, as the command line says it."""
     return f"--tp {setting.tp}" + (f" --ep {setting.ep}" if setting.ep > 1 else "")
-
-
-def _where(launch: Launch) -> str:
-    planned = launch.planned
-    return (
-        f"{launch.layers.op}, {planned.operation.name}: {planned.op} at {planned.first} to "
-        f"{planned.last} tokens"
-    )

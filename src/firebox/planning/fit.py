@@ -20,11 +20,12 @@ from firebox.errors import ConfigError, FireboxError, UnsupportedFormat
 from firebox.hardware.base import Gpu
 from firebox.kernels import cpu_attention_block, cpu_dense_block, cpu_head, cpu_moe_block
 from firebox.kernels.plan import Setting
+from firebox.layers import launches
+from firebox.layers.launches import Launch, Layers
 from firebox.models.base import need
-from firebox.planning import _verdict, launches
+from firebox.planning import _verdict
 from firebox.planning._parts import Opened, Source, kv_dtype, open_source, refused
 from firebox.planning._verdict import EMBEDDING, TORCH_ONLY
-from firebox.planning.launches import Launch, Layers
 from firebox.planning.memory import Memory, Sizes, cache_bytes, ledger, step_tokens
 from firebox.planning.roof import Roof, roof
 from firebox.weights.cuts import SIZES, check_cuts

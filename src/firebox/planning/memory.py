@@ -17,10 +17,10 @@ from typing import Any
 
 from firebox.cache.specs import CacheSpec, LatentSpec, PagedSpec, RecurrentSpec, WindowSpec
 from firebox.config import EngineConfig
+from firebox.engine.memory import graph_nodes_bytes
 from firebox.hardware.base import Gpu
 
 GIB = 2**30
-LAUNCHES_A_LAYER, BYTES_A_NODE = 12, 4096
 
 FORMULAS: Mapping[str, str] = {
     "reserve_bytes": "unified memory: max(10 GiB, memory / 16), for the operating system and all else that "
@@ -172,7 +172,7 @@ def ledger(
         reserve_bytes=reserve_bytes(gpu),
         weights=weights,
         workspace_bytes=experts_workspace_bytes + activations,
-        graphs_bytes=running * sizes.layers * LAUNCHES_A_LAYER * BYTES_A_NODE,
+        graphs_bytes=graph_nodes_bytes(running, sizes.layers),
         cache=cache,
         window_request_bytes=_window_request_bytes(cache, engine),
         running_requests=running,

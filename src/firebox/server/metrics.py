@@ -101,6 +101,16 @@ class _EngineStats(Collector):
         yield GaugeMetricFamily(
             "firebox_requests_waiting", "Requests waiting for a place", stats.waiting_requests
         )
+        memory = GaugeMetricFamily(
+            "firebox_memory_bytes",
+            "The engine's memory by use: planned with before loading, and measured after it",
+            labels=("use", "kind"),
+        )
+        for line in self._engine.ready.memory:
+            memory.add_metric((line.what, "budget"), line.budget_bytes)
+            if line.measured_bytes is not None:
+                memory.add_metric((line.what, "measured"), line.measured_bytes)
+        yield memory
         pages = GaugeMetricFamily(
             "firebox_kv_pages", "KV pages: all, free, and held by the prefix tree", labels=("state",)
         )

@@ -154,13 +154,15 @@ class Health(BaseModel):
 
 
 class LedgerReply(BaseModel):
-    """The reply of /ledger: what runs (`ledger`), with which settings, why (`reasons`), in which versions."""
+    """The reply of /ledger: what runs (`ledger`), with which settings, why (`reasons`), in which versions, in
+    how much memory: bytes of the budget, and measured."""
 
     model: str
     versions: dict[str, str]
     settings: dict[str, Any]
     reasons: list[str]
     ledger: list[dict[str, Any]]
+    memory: list[dict[str, Any]]
 
 
 class ErrorDetail(BaseModel):

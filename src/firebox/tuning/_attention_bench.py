@@ -14,8 +14,8 @@ import torch
 from firebox.attention.triton_paged import DECODE, Attended, decode, extend, plan
 from firebox.hardware.base import Gpu
 from firebox.kernels._attention_cases import Case, attention
+from firebox.layers._invented import relative_error
 from firebox.tuning._attention_estimate import Problem
-from firebox.tuning._expert_bench import relative_error
 from firebox.tuning.base import Candidate
 from firebox.tuning.clock import Call
 

@@ -7,7 +7,7 @@ any number of tokens, so that the oracle computes them once.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +28,7 @@ from firebox.kernels._experts import FP8, Problem
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
 from firebox.layers._expert_store import ExpertStore
+from firebox.layers._invented import relative_error, vary
 from firebox.layers.experts import FEW, SORTED, Experts, Path, Workspace, default_path, requests
 from firebox.tuning.base import Candidate, code_of
 from firebox.tuning.clock import Call
@@ -108,21 +109,6 @@ class Weighted:
                 found = moe_down.reference(p, h, self.down, ids, order, weights)
             self._sums[path] = found
         return self._sums[path]
-
-
-def vary(scales: Iterable[torch.Tensor | None], generator: torch.Generator) -> None:
-    """Gives groups, blocks and rows scales of their own, within a factor of two: what reads another's scale
-    is then wrong. A scale packed with a zero point keeps its own. Tensor by tensor along the first
-    dimension, so that little memory is needed."""
-    for scale in scales:
-        if scale is None or scale.dtype == torch.int32:
-            continue
-        if scale.dtype == torch.uint8:  # E8M0
-            scale.add_(torch.randint(0, 2, scale.shape, generator=generator, device="cuda").to(torch.uint8))
-            continue
-        for part in scale:
-            factor = torch.rand(part.shape, generator=generator, device="cuda") + 0.5
-            part.copy_((part.float() * factor).to(part.dtype))
 
 
 @dataclass
@@ -369,11 +355,3 @@ class ExpertBench:
         if p.arranged:
             values = values[:, torch.argsort(arranged_columns(p.inter, p.group)).to(values.device)]
         return values
-
-
-def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """‖found − wanted‖ / ‖wanted‖; infinite if anything is not a number."""
-    if not torch.isfinite(found).all():
-        return float("inf")
-    difference = torch.linalg.vector_norm(found - wanted, dtype=torch.float64)
-    return float(difference / torch.linalg.vector_norm(wanted, dtype=torch.float64).clamp(min=1e-30))

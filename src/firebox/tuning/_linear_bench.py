@@ -13,9 +13,8 @@ from firebox.hardware.base import Gpu
 from firebox.kernels import _linear, linear, linear_few, quantise_fp8
 from firebox.kernels._linear import Problem, Weights
 from firebox.kernels.launch import Launcher
-from firebox.layers._invented import invented
+from firebox.layers._invented import invented, relative_error, vary
 from firebox.layers.dense_gpu import DTYPES, MANY, LinearKernels, Path, Workspace, requests
-from firebox.tuning._expert_bench import relative_error, vary
 from firebox.tuning.base import Candidate
 from firebox.tuning.clock import Call
 

@@ -1,7 +1,7 @@
-"""What there is to tune of a model on one GPU: the problems of its operations (planning/launches.py), each
+"""What there is to tune of a model on one GPU: the problems of its operations (layers/launches.py), each
 once. Operations that no kernel here runs have none.
 
-    layers_of(model, setting)                 planning/launches.py: a rank's operations
+    layers_of(model, setting)                 layers/launches.py: a rank's operations
     problems_of(layers, ops)                  → (module, problem)
     works_of(source, gpu, tp, op)             all of it, from a model's name on
 """
@@ -18,8 +18,8 @@ from firebox.hardware.base import Gpu
 from firebox.kernels.plan import Operation
 from firebox.layers import dense_gpu
 from firebox.layers import experts as expert_layers
+from firebox.layers.launches import Layers
 from firebox.planning.fit import Source, open_source, plan
-from firebox.planning.launches import Layers
 from firebox.tuning import attention, experts, linear
 from firebox.tuning.base import Task, Tunable
 from firebox.tuning.run import Work

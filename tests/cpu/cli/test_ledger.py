@@ -28,8 +28,12 @@ LEDGER: dict[str, Any] = {
 }
 
 
-def run(tmp_path: Path, second: Any) -> tuple[int, list[dict[str, Any]]]:
-    for name, document in (("a", LEDGER), ("b", second)):
+def compared(folder: Path, first: Any, second: Any) -> list[dict[str, Any]]:
+    return run(folder, second, first)[1]
+
+
+def run(tmp_path: Path, second: Any, first: Any = LEDGER) -> tuple[int, list[dict[str, Any]]]:
+    for name, document in (("a", first), ("b", second)):
         (tmp_path / name).write_text(json.dumps(document))
     done = CliRunner().invoke(
         cli.build(), ["ledger", "diff", str(tmp_path / "a"), str(tmp_path / "b"), "--json"]
@@ -60,6 +64,34 @@ def test_every_difference_is_named_once(tmp_path: Path) -> None:
         ("setting", "engine.page_tokens", "16", "32"),
         ("version", "triton", "3.9.0", "3.6.0"),
     ]
+
+
+def test_another_tile_more_shared_memory_or_another_mode_is_a_difference(tmp_path: Path) -> None:
+    launch = {
+        "op": "moe/experts/moe_down",
+        "config": {"rows": 64, "tma": True},
+        "shared_bytes": 1000,
+        "instruction": "mma.fp8",
+        "native": True,
+        "mode": "graph",
+        "how": "tuned",
+        "layers": 4,
+    }
+    first = {**LEDGER, "ledger": [ROW | launch]}
+    said = "moe_few (fp8_block), 4 layers, rows=64 tma=True, 1000 bytes shared, mma.fp8, graph, tuned: tuned"
+    (tmp_path / "same").mkdir()
+    assert compared(tmp_path / "same", first, first) == []
+    for name, value, now in (
+        ("config", {"rows": 32, "tma": True}, said.replace("rows=64", "rows=32")),
+        ("shared_bytes", 2000, said.replace("1000", "2000")),
+        ("mode", "eager", said.replace("graph", "eager")),
+        ("native", False, said.replace("mma.fp8", "mma.fp8, emulated")),
+        ("how", "predicted", said.replace("graph, tuned", "graph, predicted")),
+    ):
+        changes = compared(tmp_path, first, {**LEDGER, "ledger": [ROW | launch | {name: value}]})
+        assert [(c["name"], c["first"], c["second"]) for c in changes] == [
+            ("moe/experts/moe_down [1, 16]", said, now)
+        ]
 
 
 @pytest.mark.parametrize("text", ["no json", "[]", '{"ledger": 1}'])

@@ -289,6 +289,22 @@ def test_equal_requests_hit_and_changed_ones_miss(tmp_path: Path) -> None:
     assert hits[-1].native is False  # judged anew
 
 
+def test_a_result_without_its_binary_does_not_count_where_binaries_are_kept(tmp_path, monkeypatch) -> None:
+    """What only read back a kernel left nothing for a Launcher; nor did a folder that is another one now."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "first"))
+    request = total_request(256)
+
+    def cached(keep: bool) -> bool:
+        (found,) = compile_all([request], keep_binaries=keep)
+        return found.cached
+
+    assert [cached(False), cached(False), cached(True), cached(True)] == [False, True, False, True]
+    assert list((tmp_path / "first").rglob("*.cubin"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "second"))
+    assert [cached(True), cached(True)] == [False, True]
+    assert list((tmp_path / "second").rglob("*.cubin"))
+
+
 def test_triton_and_the_reader_are_part_of_the_key(monkeypatch) -> None:
     request = total_request()
     compile_all([request])
@@ -350,9 +366,9 @@ def test_five_hundred_warm_results_take_well_under_a_second() -> None:
     requests = [total_request(options={"maxnreg": 32 + number}) for number in range(500)]
     compile_all(requests[:1])
     cache = room.ResultCache(room.read().cache_dir / "triton")
-    document = cache.read(room._key(requests[0]))
+    document = cache.read(room.request_key(requests[0]))
     for request in requests[1:]:
-        cache.write(room._key(request), document)
+        cache.write(room.request_key(request), document)
     began = time.perf_counter()
     results = compile_all(requests)
     assert time.perf_counter() - began < 0.5

@@ -12,8 +12,8 @@ from firebox.errors import ConfigError
 from firebox.hardware.base import find_gpu
 from firebox.kernels._experts import Problem
 from firebox.kernels.plan import Operation, Setting
+from firebox.layers.launches import Layers, rows, workspace_bytes
 from firebox.planning.fit import Fit, plan
-from firebox.planning.launches import Layers, rows, workspace_bytes
 from tests.support.planning import opened
 
 GB10 = find_gpu("gb10")

@@ -10,7 +10,7 @@ import pytest
 from firebox.hardware.base import find_gpu
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.plan import Setting
-from firebox.planning.launches import layers_of, rows
+from firebox.layers.launches import layers_of, rows
 from tests.support.dry import MAX_TOKENS, PAGE_TOKENS, model_of, nothing_runs, random_traffic
 
 MXFP4 = {

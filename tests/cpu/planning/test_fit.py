@@ -18,8 +18,7 @@ from firebox.hardware.probe import probe_cpu
 from firebox.kernels import _tuned
 from firebox.kernels.compile import Compiled
 from firebox.kernels.plan import planned as plan_of
-from firebox.layers import dense_gpu, experts
-from firebox.planning import launches
+from firebox.layers import dense_gpu, experts, launches
 from firebox.planning.fit import Fit, compiled, open_source, plan
 from firebox.text.folder import bundled
 from tests.support.planning import FP8_BLOCK, opened, planned, source_of
@@ -222,7 +221,7 @@ def test_what_is_composed_of_torch_operators_is_named(card: str, expected: list[
 def outcome(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Fit:
     """gpt-oss-20b on gb10, every compile of which ends as told."""
 
-    def compile_all(requests: list[Any]) -> list[Compiled]:
+    def compile_all(requests: list[Any], **options: bool) -> list[Compiled]:
         base = Compiled("k", 121, 101_376, True, False, None, 0.1, "3.9", "13", shared_bytes=1000)
         return [dataclasses.replace(base, **changes) for _ in requests]
 

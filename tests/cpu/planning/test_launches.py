@@ -20,8 +20,8 @@ from firebox.kernels._experts import Problem
 from firebox.kernels.plan import Operation, Planned, Setting, planned
 from firebox.layers import dense_gpu, experts, moe_gpu
 from firebox.layers.experts import Workspace, path_of, requests
+from firebox.layers.launches import Layers, layers_of, rows, workspace_bytes
 from firebox.planning._parts import open_source
-from firebox.planning.launches import Layers, layers_of, rows, workspace_bytes
 from tests.support.planning import FP8_BLOCK, opened, source_of
 
 GB10 = find_gpu("gb10")

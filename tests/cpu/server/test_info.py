@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from firebox.engine.client import LedgerRow, Stats
+from firebox.engine.client import LedgerRow, Memory, Stats
 from tests.cpu.server.conftest import Served, says
 
 
@@ -66,6 +66,15 @@ def test_metrics_report_the_engines_last_step(serve, tokenizer):
     assert found["firebox_engine_up"] == 1
 
 
+def test_metrics_report_memory_planned_and_measured(serve, tokenizer):
+    memory = [Memory("weights", 100, 103, "stored"), Memory("reserve", 50, None, "the rest")]
+    found = samples(serve(says(tokenizer, "x"), memory=memory))
+    assert found['firebox_memory_bytes{kind="budget",use="weights"}'] == 100
+    assert found['firebox_memory_bytes{kind="measured",use="weights"}'] == 103
+    assert found['firebox_memory_bytes{kind="budget",use="reserve"}'] == 50
+    assert 'firebox_memory_bytes{kind="measured",use="reserve"}' not in found
+
+
 def test_metrics_count_requests_by_route_and_status(serve, tokenizer):
     server = serve(says(tokenizer, "x"))
     server.chat()
@@ -95,7 +104,8 @@ def test_metrics_time_first_and_later_tokens(serve, tokenizer):
 
 def test_ledger_says_what_runs_and_hides_the_key(serve, tokenizer):
     row = LedgerRow("moe", (1, 64), "cpu_moe", "bf16", "the only one", {"torch": "slower"})
-    server = serve(says(tokenizer, "x"), api_key="secret", ledger=[row])
+    memory = [Memory("weights", 100, 103, "stored")]
+    server = serve(says(tokenizer, "x"), api_key="secret", ledger=[row], memory=memory)
     response = server.client.get("/ledger", headers={"authorization": "Bearer secret"})
     assert response.json()["ledger"] == [
         {
@@ -106,8 +116,18 @@ def test_ledger_says_what_runs_and_hides_the_key(serve, tokenizer):
             "why": "the only one",
             "losers": {"torch": "slower"},
             "fallback": False,
+            "config": {},
+            "shared_bytes": None,
+            "limit_bytes": None,
+            "instruction": None,
+            "native": None,
+            "mode": "eager",
+            "how": None,
+            "layers": None,
         }
     ]
+    (line,) = response.json()["memory"]
+    assert line == {"what": "weights", "budget_bytes": 100, "measured_bytes": 103, "why": "stored"}
     assert response.json()["reasons"] == ["fake"]
     assert response.json()["settings"]["resolved"]["context_tokens"] == 256
     assert response.json()["settings"]["server"]["api_key"] == "set"

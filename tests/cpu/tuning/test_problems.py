@@ -12,7 +12,7 @@ from firebox.kernels._attention import Problem as Layer
 from firebox.kernels._linear import Problem
 from firebox.kernels.plan import Library, Operation, Setting
 from firebox.layers import dense_gpu
-from firebox.planning.launches import Layers, layers_of
+from firebox.layers.launches import Layers, layers_of
 from firebox.tuning import attention, experts, linear
 from firebox.tuning.problems import MODULES, problems_of
 from tests.support.planning import opened

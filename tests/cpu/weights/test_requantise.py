@@ -13,7 +13,7 @@ import msgspec
 import pytest
 import torch
 
-from firebox.cli.serve import explanation
+from firebox.cli._explanation import explanation
 from firebox.engine.start import make_model
 from firebox.errors import ConfigError
 from firebox.find import load, names

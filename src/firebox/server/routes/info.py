@@ -19,6 +19,7 @@ router = APIRouter()
 TEXT: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus' text format"}
 }
+SHOWN_APART = ("ledger", "reasons", "memory")  # of Ready
 PACKAGES = (
     "torch",
     "triton",
@@ -72,6 +73,7 @@ async def ledger(request: Request) -> LedgerReply:
         settings=_settings(service),
         reasons=ready.reasons,
         ledger=[msgspec.to_builtins(row) for row in ready.ledger],
+        memory=[msgspec.to_builtins(line) for line in ready.memory],
     )
 
 
@@ -102,6 +104,6 @@ def _settings(service: Service) -> dict[str, Any]:
         "model": {**dataclasses.asdict(service.config.model), "folder": str(service.folder)},
         "engine": dataclasses.asdict(service.config.engine),
         "server": server,
-        "resolved": {name: value for name, value in ready.items() if name not in ("ledger", "reasons")},
+        "resolved": {name: value for name, value in ready.items() if name not in SHOWN_APART},
         "sampling_defaults": {"temperature": 1.0, **service.text.defaults},
     }

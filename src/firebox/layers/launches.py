@@ -3,7 +3,7 @@ configuration, compiled for that GPU and read back.
 
     layers_of(model, setting)             the model's layers, those that are alike together
     rows(layers, gpu, max_tokens)         every launch that 1 … max_tokens tokens can make
-    launches(layers, gpu, max_tokens)     the same, compiled
+    launches(layers, gpu, max_tokens)     the same, compiled: for `fit`, and for an engine before it loads
 
 What a layer launches it says itself (`operations`); what an operation launches, the module that does it
 (kernels/plan.py). Imports Triton; compiles nothing before `launches`.
@@ -23,6 +23,7 @@ from firebox.layers import dense_gpu, experts, gated_delta, latent_attention
 from firebox.layers.attention import AttentionBlock
 from firebox.layers.decoder import Decoder
 from firebox.layers.dense import DenseBlock
+from firebox.layers.device import tensor_bytes
 from firebox.layers.gated_delta import GatedDeltaBlock
 from firebox.layers.latent_attention import LatentAttentionBlock
 from firebox.layers.moe import MoeBlock
@@ -70,6 +71,33 @@ class Launch:
         request = self.planned.request
         return bool(request and request.declares) and self.compiled is not None and not self.compiled.native
 
+    @property
+    def where(self) -> str:
+        """Which launch this is, in words."""
+        planned = self.planned
+        return (
+            f"{self.layers.op}, {planned.operation.name}: {planned.op} at {planned.first} to "
+            f"{planned.last} tokens"
+        )
+
+    @property
+    def problem(self) -> str | None:
+        """Why it cannot run on this GPU, with the numbers; None if it can."""
+        if self.compiled is None or self.fits:
+            return None
+        compiled = self.compiled
+        too_much = f"{compiled.shared_bytes} bytes of shared memory of {compiled.limit_bytes}"
+        return f"{self.where}: {compiled.error or too_much}"
+
+    @property
+    def emulation(self) -> str | None:
+        """Which tensor instruction it does without, and what it runs; None if it uses its own."""
+        request = self.planned.request
+        if not self.emulated or request is None or self.compiled is None:
+            return None
+        wanted = " and ".join(request.declares)
+        return f"{self.where} is written for {wanted} and runs {self.compiled.instruction}"
+
     def document(self) -> dict[str, Any]:
         """As `firebox fit --json` prints it."""
         planned, compiled = self.planned, self.compiled
@@ -115,11 +143,13 @@ def rows(layers: Iterable[Layers], gpu: Gpu, max_tokens: int) -> Iterator[tuple[
             yield from ((alike, row) for row in made[operation])
 
 
-def launches(layers: Sequence[Layers], gpu: Gpu, max_tokens: int) -> tuple[Launch, ...]:
-    """The same, compiled."""
+def launches(
+    layers: Sequence[Layers], gpu: Gpu, max_tokens: int, *, keep_binaries: bool = False
+) -> tuple[Launch, ...]:
+    """The same, compiled. `keep_binaries`: for Launchers on this machine."""
     found = list(rows(layers, gpu, max_tokens))
     ours: list[CompileRequest] = [row.request for _, row in found if row.request is not None]
-    results = iter(compile_all(ours))
+    results = iter(compile_all(ours, keep_binaries=keep_binaries))
     limit = limit_bytes(gpu)
     return tuple(
         Launch(alike, row, None if row.request is None else next(results), limit) for alike, row in found
@@ -134,13 +164,6 @@ def workspace_bytes(layers: Sequence[Layers], gpu: Gpu, max_tokens: int) -> int:
     routed = dict.fromkeys((o.problem, o.times) for o in operations if o.source is experts)
     found = [experts.Workspace(problem, times * max_tokens, "meta") for problem, times in routed]
     return sum(map(tensor_bytes, [*found, dense_gpu.Workspace(linears, max_tokens, gpu, "meta")]))
-
-
-def tensor_bytes(value: Any) -> int:
-    """Of all tensors in a workspace."""
-    if hasattr(value, "nbytes"):
-        return int(value.nbytes)
-    return 0 if value is None else sum(tensor_bytes(part) for part in vars(value).values())
 
 
 def _layers(op: str, block: Any, setting: Setting) -> Layers:

@@ -1,0 +1,197 @@
+"""Trials of the launches that have no weights to speak of: norms, activations, rotation, routing, sampling.
+Each has one compile, so there is no other choice to take in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from firebox.hardware.base import Gpu
+from firebox.kernels import (
+    _kv_write,
+    latent_write,
+    moe_route,
+    rms_norm,
+    rope_write,
+    sample,
+    sigmoid_mul,
+    silu_mul,
+)
+from firebox.kernels._veto import Choice
+from firebox.kernels.launch import INTERPRETED, Launcher
+from firebox.kernels.plan import Operation
+from firebox.layers._invented import relative_error
+
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
+ROW_KERNELS = (rms_norm, silu_mul, sigmoid_mul)
+WRITERS = (rope_write, latent_write)
+PAGE_TOKENS, PAGES = 16, 3
+SCALES = (0.21, 0.5)  # of an FP8 cache
+MOST_ROWS = 8  # that sampling is compared for: the reference sorts whole vocabularies
+# RMS error over the reference's RMS: outputs are rounded to bf16 once or twice, FP8 ones by 2.6 %; two
+# experts that are equally good but for rounding may change places in the routing of some token.
+LIMIT, FP8_LIMIT, ROUTE_LIMIT = 5e-3, 5e-2, 2e-2
+CLOSE = 1e-5  # two tokens whose times are as close may both win
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of `launch` at `tokens`: its relative `error`, infinite where something is not a number, and
+    the `limit`. `choice`: what to veto; None where there is no other."""
+
+    launch: str
+    tokens: int
+    error: float
+    limit: float
+    choice: Choice | None = None
+
+    @property
+    def passed(self) -> bool:
+        """A NaN does not."""
+        return self.error <= self.limit
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where trials run: steps of up to `max_tokens`."""
+
+    gpu: Gpu
+    device: torch.device
+    max_tokens: int
+
+    def generator(self) -> torch.Generator:
+        """The same numbers in every run."""
+        return torch.Generator(self.device).manual_seed(1)
+
+    def normal(self, generator: torch.Generator, *shape: int) -> torch.Tensor:
+        """N(0, 1) in float32."""
+        return torch.randn(*shape, generator=generator, device=self.device)
+
+    def settle(self) -> None:
+        """Launches may begin before the one before them has ended; what that wrote must be there."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def release(self) -> None:
+        """Gives what trials took back to the driver."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def nan(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """What nobody has written yet."""
+        return torch.full(shape, torch.nan, device=self.device).to(dtype)
+
+
+def trial_of(operation: Operation, setup: Setup) -> Callable[[int], list[Result]] | None:
+    """How to try the kernel `operation.source` out, or None."""
+    kernel, problem = operation.source, operation.problem
+    if kernel in ROW_KERNELS:
+        return lambda tokens: _rows(kernel, problem, setup, tokens)
+    if kernel in WRITERS:
+        return lambda tokens: _writes(kernel, problem, setup, tokens)
+    return (lambda tokens: _routes(problem, setup, tokens)) if kernel is moe_route else None
+
+
+def _launcher(kernel: ModuleType, problem: Any, setup: Setup) -> Launcher:
+    return Launcher(kernel.request(problem, setup.gpu, interpreted=INTERPRETED))
+
+
+def _rows(kernel: ModuleType, problem: Any, setup: Setup, tokens: int) -> list[Result]:
+    """A kernel of rows: every output against its own."""
+    kind = {"device": setup.device, "dtype": DTYPES[problem.dtype]}
+    given = kernel.inputs(problem, tokens, setup.generator(), **kind)
+    wanted = kernel.reference(problem, **given)
+    outputs = {n: setup.nan(*rows.shape, dtype=rows.dtype) for n, rows in wanted.items() if n != "x"}
+    setup.settle()
+    kernel.run(_launcher(kernel, problem, setup), **given, **outputs)
+    found = outputs | ({"x": given["x"]} if "x" in wanted else {})
+    errors = {name: relative_error(found[name].float(), rows.float()) for name, rows in wanted.items()}
+    return [
+        Result(f"{kernel.OP}'s {name}", tokens, error, FP8_LIMIT if name == "q" else LIMIT)
+        for name, error in errors.items()
+    ]
+
+
+def _writes(kernel: ModuleType, problem: Any, setup: Setup, tokens: int) -> list[Result]:
+    """Queries, and rows of scattered slots; other rows stay as they were."""
+    p, latent, generator = problem, kernel is latent_write, setup.generator()
+    dtype = DTYPES[p.dtype]
+    given = kernel.inputs(p, tokens, generator, device=setup.device, dtype=dtype)
+    pages = PAGES + 2 * tokens // PAGE_TOKENS
+    slots = torch.randperm(pages * PAGE_TOKENS, generator=generator, device=setup.device)[:tokens]
+    row = (1, p.latent_dim + p.rope_dim) if latent else (p.kv_heads, p.head_dim)
+    kept = torch.float8_e4m3fn if p.kv_dtype == _kv_write.FP8 else dtype
+    names = ("cache",) if latent else ("k_cache", "v_cache")
+    caches = {
+        name: torch.full((pages, PAGE_TOKENS, *row), 7.0, device=setup.device).to(kept) for name in names
+    }
+    wanted_q, *rows = kernel.reference(p, **given)
+    wanted = {name: cache.clone() for name, cache in caches.items()}
+    scales = torch.tensor(SCALES, device=setup.device)
+    for name, values, scale in zip(names, rows, SCALES, strict=not latent):
+        _kv_write.put(wanted[name], slots, values, scale if kept.itemsize == 1 else 1.0)
+    q = setup.nan(tokens, p.heads, row[1], dtype=dtype)
+    further = {"scales": scales} if kept.itemsize == 1 else {}
+    setup.settle()
+    kernel.run(_launcher(kernel, p, setup), **given, q=q, token_slots=slots, **caches, **further)
+    limit = FP8_LIMIT if kept.itemsize == 1 else LIMIT
+    mine = q[..., -wanted_q.shape[-1] :]  # the columns before these are another launch's
+    results = [Result(f"{kernel.OP}'s q", tokens, relative_error(mine.float(), wanted_q.float()), LIMIT)]
+    for name in names:
+        error = relative_error(caches[name].float(), wanted[name].float())
+        results.append(Result(f"{kernel.OP}'s {name}", tokens, error, limit))
+    return results
+
+
+def _routes(problem: moe_route.Problem, setup: Setup, tokens: int) -> list[Result]:
+    """Weights of experts, as a matrix, so that what changes places shows."""
+    p, generator = problem, setup.generator()
+    logits = setup.normal(generator, tokens, p.experts)
+    bias = 0.1 * setup.normal(generator, p.experts) if p.scoring == "sigmoid" else None
+    gate = setup.normal(generator, tokens) if p.shared_gate else None
+    ids, weights = moe_route.reference(p, logits, bias, gate)
+    found_ids = torch.full(ids.shape, -1, dtype=torch.int32, device=setup.device)
+    found = setup.nan(*ids.shape, dtype=torch.float32)
+    setup.settle()
+    moe_route.run(_launcher(moe_route, p, setup), logits, bias, gate, found_ids, found)
+    width = p.experts + p.shared
+    if bool((found_ids < 0).any()) or bool((found_ids >= width).any()):
+        return [Result(moe_route.OP, tokens, float("inf"), ROUTE_LIMIT)]
+    dense = [
+        torch.zeros(tokens, width, device=setup.device).scatter_add_(1, where.long(), what)
+        for where, what in ((found_ids, found), (ids, weights))
+    ]
+    return [Result(moe_route.OP, tokens, relative_error(*dense), ROUTE_LIMIT)]
+
+
+def draw(vocab: int, setup: Setup, rows: int) -> list[Result]:
+    """Tokens with a temperature, without one, and with filters; the error is the share of wrong ones."""
+    generator, rows = setup.generator(), min(rows, MOST_ROWS)
+    logits = 3 * setup.normal(generator, rows, vocab)
+    even = torch.arange(rows, device=setup.device) % 2 == 0
+
+    def mixed(first: float, second: float) -> torch.Tensor:
+        return torch.where(even, first, second).float()
+
+    seeds, positions = (torch.arange(rows, device=setup.device) + first for first in (11, 1000))
+    parameters = sample.Parameters(
+        mixed(0.8, 0.0), seeds, positions, mixed(40, 0).int(), mixed(0.9, 1.0), mixed(0.01, 0.0)
+    )
+    results = []
+    for problem in sample.kinds(vocab):
+        config = sample.default(problem, setup.gpu)
+        launcher = Launcher(sample.request(problem, config, setup.gpu, interpreted=INTERPRETED))
+        scratch = sample.scratch(problem, config, rows, setup.device)
+        found = torch.full((rows,), -1, dtype=torch.int64, device=setup.device)
+        setup.settle()
+        sample.run(launcher, logits, None, parameters, scratch, found)
+        on_host = sample.Parameters(**{name: part.cpu() for name, part in vars(parameters).items()})
+        wanted, leads = sample.reference(problem, logits.cpu(), None, on_host)
+        wrong = (found.cpu() != wanted) & (leads >= CLOSE)
+        name = f"{sample.OP}{' with filters' if problem.filters else ''}"
+        results.append(Result(name, rows, float(wrong.float().mean()), 0.0))
+    return results

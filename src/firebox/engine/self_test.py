@@ -1,0 +1,162 @@
+"""Before the port opens, every launch of the plan is made once on this GPU, at the lowest and the highest
+number of tokens of each of its ranges, and compared with its reference (engine/trials.py).
+
+A choice whose result is wrong is not made again in this process (kernels/_veto.py): the next candidate,
+another tile or another path, takes its place, is compiled, and is tested in its turn; the ledger's row says
+so. Under --strict, and where there is no other candidate, the start is refused.
+
+    FIREBOX_CACHE_DIR/self_test/<hash>.json      a plan that passed; tested again only if GPU, driver,
+                                                 versions, Firebox's own code or the plan are others
+
+A plan that passed only with replacements is not kept: the next start tests again.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+from firebox.engine.trials import Result, Setup, trial_of
+from firebox.env import read
+from firebox.errors import LaunchRefused
+from firebox.hardware.probe import driver_version
+from firebox.kernels import _veto, launch
+from firebox.kernels._result_cache import ResultCache
+from firebox.kernels.compile import CompileRequest, request_key
+from firebox.kernels.plan import Operation, Planned
+
+log = logging.getLogger(__name__)
+AUTO, ON, OFF = "auto", "on", "off"
+ROOMS = ("kernels", "formats", "layers", "attention", "engine")  # whose code decides what a test finds
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a test of a whole plan found. `untested`: kernels of launches that no trial made."""
+
+    results: tuple[Result, ...]
+    untested: tuple[str, ...]
+    seconds: float
+
+    @property
+    def failures(self) -> tuple[Result, ...]:
+        """In the order in which they were found."""
+        return tuple(result for result in self.results if not result.passed)
+
+    def sentence(self) -> str:
+        """For --explain."""
+        said = f"self-test: {len(self.results)} results in {self.seconds:.1f} s, all within their limits"
+        return f"{said}; not tested: {', '.join(self.untested)}" if self.untested else said
+
+
+def self_test(
+    plan: Callable[[], Sequence[Planned]], setup: Setup, *, mode: str, strict: bool
+) -> Iterator[str]:
+    """Tests what `plan` says, again after each replacement, until all is right; lines of text for --explain.
+    Raises LaunchRefused."""
+    if mode == OFF:
+        yield "self-test: off"
+        return
+    cache, replaced = ResultCache(read().cache_dir / "self_test"), False
+    while True:
+        rows = plan()
+        key = _key(rows, setup)
+        if mode == AUTO and not replaced and cache.read(key) is not None:
+            yield "self-test: this plan has passed on this GPU before"
+            return
+        found = test(rows, setup)
+        if not found.failures:
+            if not replaced:
+                cache.write(key, {"results": len(found.results), "untested": found.untested})
+            log.info("%s", found.sentence())
+            yield found.sentence()
+            return
+        yield from _replace(found.failures, strict)
+        replaced = True
+
+
+def test(rows: Iterable[Planned], setup: Setup) -> Findings:
+    """Every operation's launches at the ends of their ranges. Whatever a trial raises counts as a failure of
+    our own and is not caught."""
+    began, rows = time.perf_counter(), list(rows)
+    made: list[CompileRequest] = []
+    launch.OBSERVERS.append(made.append)
+    results: list[Result] = []
+    try:
+        for operation, tokens in _wanted(rows).items():
+            results += _tried(operation, setup, sorted(tokens))
+    finally:
+        launch.OBSERVERS.remove(made.append)
+        setup.release()
+    keys = {_identity(request) for request in made}
+    missing = [r.request for r in rows if r.request is not None and _identity(r.request) not in keys]
+    untested = dict.fromkeys(request.kernel.__name__ for request in missing)
+    return Findings(tuple(results), tuple(untested), time.perf_counter() - began)
+
+
+@torch.inference_mode()
+def _tried(operation: Operation, setup: Setup, tokens: Sequence[int]) -> list[Result]:
+    trial = trial_of(operation, setup)
+    return [] if trial is None else [result for count in tokens for result in trial(count)]
+
+
+def _wanted(rows: Iterable[Planned]) -> dict[Operation, set[int]]:
+    """Operation → numbers of tokens."""
+    found: dict[Operation, set[int]] = {}
+    for row in rows:
+        found.setdefault(row.operation, set()).update((row.first, row.last))
+    return found
+
+
+def _replace(failures: Sequence[Result], strict: bool) -> Iterator[str]:
+    """Vetoes the choices; a line for each. Raises LaunchRefused where that is not possible."""
+    for result in failures:
+        said = (
+            f"{result.launch} failed its test at {result.tokens} tokens: off by {result.error:.3g}, "
+            f"the limit is {result.limit:.3g}"
+        )
+        if strict:
+            raise LaunchRefused(f"--strict: {said}", hint="without --strict the next candidate is taken")
+        if result.choice is None or _veto.why_not(result.choice) is not None:
+            hint = "another version of Triton or of the driver; --self-test off starts all the same"
+            raise LaunchRefused(f"{said}; nothing else could run instead", hint=hint)
+    for result in {result.choice: result for result in reversed(failures)}.values():
+        assert result.choice is not None
+        why = f"{result.launch}, off by {result.error:.3g} at {result.tokens} tokens"
+        _veto.veto(result.choice, why)
+        log.warning("self-test: not %s", why)
+        yield f"self-test: not {why}"
+
+
+def _identity(request: CompileRequest) -> str:
+    """Tells compiles apart, under Triton's interpreter too, where nothing is compiled."""
+    if not launch.INTERPRETED:
+        return request_key(request)
+    constants = {name: str(value) for name, value in request.constexprs.items() if name != "PDL"}
+    return repr((request.kernel.__name__, request.signature, constants, request.num_warps))
+
+
+def _key(rows: Iterable[Planned], setup: Setup) -> str:
+    """Of everything that decides whether a test passes."""
+    requests = [_identity(row.request) for row in rows if row.request is not None]
+    tokens = [(row.first, row.last) for row in rows]
+    machine = (setup.gpu.name, setup.gpu.sms, driver_version(), torch.__version__, str(setup.device))
+    return hashlib.sha256(repr((machine, sources(), requests, tokens)).encode()).hexdigest()
+
+
+@functools.cache
+def sources() -> str:
+    """A hash of the code in ROOMS."""
+    root, found = Path(str(resources.files("firebox"))), hashlib.sha256()
+    for room in ROOMS:
+        for path in sorted((root / room).rglob("*.py")):
+            found.update(path.read_bytes())
+    return found.hexdigest()

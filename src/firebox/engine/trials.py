@@ -1,0 +1,269 @@
+"""Operations of the launch plan, tried out on random numbers of real sizes: each is computed as the engine
+will, for one number of tokens after the other, and compared with its kernels' references.
+
+    trial = trial_of(operation, setting)      None: nobody knows how to try it
+    trial(tokens) → [Result]                  relative errors and their limits; which choice is to blame
+
+Weights are one layer's, all of them: experts that are not there would be another problem, and other compiles.
+Compared are the first tokens and the last ones; what is not written is NaN, and so are keys that must not be
+read.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from firebox.attention import triton_paged
+from firebox.engine import _small_trials
+from firebox.engine._small_trials import Result, Setup
+from firebox.kernels import (
+    _block_scaled,
+    _linear,
+    linear,
+    moe_down_few,
+    moe_gate_up,
+    moe_gate_up_few,
+    quantise_fp8,
+    quantise_groups,
+    sample,
+)
+from firebox.kernels._attention_cases import Case, attention, make
+from firebox.kernels._experts import FP8
+from firebox.kernels.attention_decode import MAX_QUERIES, block_rows
+from firebox.kernels.launch import INTERPRETED
+from firebox.kernels.plan import Library, Operation, Single
+from firebox.layers import dense_gpu, experts
+from firebox.layers._expert_store import ExpertStore
+from firebox.layers._invented import invented, relative_error, vary
+
+__all__ = ["Result", "Setup", "Trial", "trial_of"]
+
+Trial = Callable[[int], list[Result]]
+CHECKED_TOKENS = 8  # of the first, and of the last
+CONTEXT_TOKENS, CHUNK_TOKENS = 37, 512
+# Long enough that keys are divided among blocks by any tile; the interpreter's are small, and it is slow.
+WINDOW_TOKENS, LONG_TOKENS = (300, 700) if INTERPRETED else (1100, 2500)
+SINGLE_REQUESTS = 8
+# RMS error over the reference's RMS. An output rounded to bf16 is off by 0.0017; a 4-bit weight times its
+# scale, an inner value and a sum of choices are rounded once more. Rounded activations are rounded in the
+# reference too: left is what lies at the border of two codes. Triton's interpreter does not round FP8 as
+# a GPU does, and is off by up to 0.07.
+PLAIN, ROUNDED, EXPERTS = 5e-3, 1.5e-2, 1e-2
+INTERPRETED_FP8 = 0.15
+
+
+def trial_of(operation: Operation, setup: Setup) -> Trial | None:
+    """How to try an operation out; None where this file does not know. A library's product needs no trial."""
+    if isinstance(operation, Library):
+        return lambda tokens: []
+    if isinstance(operation, Single):
+        return _small_trials.trial_of(operation, setup)
+    if operation.source is dense_gpu:
+        return LinearTrial(operation.problem, setup)
+    if operation.source is experts:
+        return ExpertsTrial(operation.problem, setup)
+    if operation.source is sample:
+        return functools.partial(_small_trials.draw, operation.problem, setup)
+    return AttentionTrial(operation.problem, setup) if operation.source is triton_paged else None
+
+
+def _checked(tokens: int) -> list[int]:
+    """The first and the last ones."""
+    return sorted({*range(min(CHECKED_TOKENS, tokens)), *range(max(0, tokens - CHECKED_TOKENS), tokens)})
+
+
+def _limit(rounds: bool, otherwise: float) -> float:
+    if not rounds:
+        return otherwise
+    return INTERPRETED_FP8 if INTERPRETED else ROUNDED
+
+
+class LinearTrial:
+    """One linear layer."""
+
+    def __init__(self, problem: _linear.Problem, setup: Setup) -> None:
+        self._p, self._setup, p = problem, setup, problem
+        generator, dtype = setup.generator(), dense_gpu.DTYPES[problem.dtype]
+        parts = invented(p.format, p.group, (p.rows,), p.columns, generator, dtype)
+        vary([None if scale is None else scale.unsqueeze(0) for scale in parts[1:]], generator)
+        bias = 0.1 * setup.normal(generator, p.rows) if p.bias else None
+        self._weights = _linear.Weights(*parts, bias)
+        self._x = setup.normal(generator, setup.max_tokens, p.columns).to(dtype)
+        self._residual = setup.normal(generator, setup.max_tokens, p.rows).to(dtype) if p.residual else None
+
+    def __call__(self, tokens: int) -> list[Result]:
+        """One result; none where cuBLAS computes."""
+        p, setup = self._p, self._setup
+        path = dense_gpu.path_of(p, tokens, setup.gpu)
+        if path.name == dense_gpu.CUBLAS:
+            return []
+        space = dense_gpu.Workspace([p], tokens, setup.gpu, setup.device)
+        space.partial.fill_(torch.nan)
+        out = setup.nan(tokens, p.rows, dtype=dense_gpu.DTYPES[p.out_dtype])
+        residual = None if self._residual is None else self._residual[:tokens]
+        layer = dense_gpu.LinearKernels(p, self._weights, setup.gpu, space)
+        setup.settle()
+        layer(self._x[:tokens], out, residual)
+        rounds = path.name == dense_gpu.MANY and linear.quantised(p)
+        at = _checked(tokens)
+        wanted = _linear.reference(
+            p, self._rounded(self._x[at], rounds), self._weights, None if residual is None else residual[at]
+        )
+        finite = bool(torch.isfinite(out).all())
+        error = relative_error(out[at].float(), wanted) if finite else float("inf")
+        choice = dense_gpu.choice_of(p, path)
+        return [Result(_tile(path.name, path.config), tokens, error, _limit(rounds, PLAIN), choice)]
+
+    def _rounded(self, x: torch.Tensor, rounds: bool) -> torch.Tensor:
+        return _as_fp8(x, linear.x_group(self._p), self._p.dtype) if rounds else x
+
+
+def _as_fp8(x: torch.Tensor, group: int, dtype: str) -> torch.Tensor:
+    """What FP8 makes of the rows, in float32."""
+    codes, scales = quantise_fp8.reference(quantise_fp8.Problem(x.shape[1], group, dtype), x)
+    groups = codes.float().unflatten(-1, (-1, group or x.shape[1]))
+    rows: torch.Tensor = (groups * scales.view(len(x), -1, 1)).flatten(1)
+    return rows
+
+
+def _tile(path: str, *configs: Any) -> str:
+    return f"{path} with {' and '.join(map(str, configs))}"
+
+
+class ExpertsTrial:
+    """The routed experts of one layer."""
+
+    def __init__(self, problem: Any, setup: Setup) -> None:
+        self._p, self._setup, p = problem, setup, problem
+        generator = setup.generator()
+        store = ExpertStore(p, setup.device)
+        store.invent(generator)
+        for weights in (store.gate_up, store.down):
+            vary((weights.scale, weights.row_scale), generator)
+            if weights.bias is not None:
+                weights.bias.normal_(0.0, 0.1, generator=generator)
+        self._gate_up, self._down = store.gate_up, store.down
+        self._x = setup.normal(generator, setup.max_tokens, p.hidden).to(experts.DTYPES[p.dtype])
+        scores = torch.rand(setup.max_tokens, p.experts, generator=generator, device=setup.device)
+        self._ids = scores.topk(p.top_k, dim=1).indices.int()
+        shares = torch.rand(setup.max_tokens, p.top_k, generator=generator, device=setup.device) + 0.1
+        self._shares = shares / shares.sum(1, keepdim=True)
+
+    def __call__(self, tokens: int) -> list[Result]:
+        """One result, of all launches together."""
+        p, setup, x = self._p, self._setup, self._x[:tokens]
+        path = experts.path_of(p, tokens, setup.gpu)
+        space = experts.Workspace(p, tokens, setup.device)
+        for tensor in (space.h_few, space.partial, space.h, space.y):
+            tensor.view(torch.uint8).fill_(0xFF)  # not a number, whatever the type
+        out = 0.25 * x.flip(1) if p.residual else torch.full_like(x, torch.nan)
+        before = out.float() if p.residual else torch.zeros((), device=setup.device)
+        layer = experts.Experts(p, self._gate_up, self._down, setup.gpu, space)
+        setup.settle()
+        layer(x, self._ids[:tokens], self._shares[:tokens], out)
+        at, rounds = _checked(tokens), path.name == experts.SCALED or self._in_fp8(path)
+        finite = bool(torch.isfinite(out).all())
+        wanted = self._reference(path, at) + (before[at] if p.residual else before)
+        error = relative_error(out[at].float(), wanted) if finite else float("inf")
+        choice = experts.choice_of(p, path)
+        tile = _tile(path.name, path.gate_up, path.down)
+        return [Result(tile, tokens, error, _limit(rounds, EXPERTS), choice)]
+
+    def _in_fp8(self, path: experts.Path) -> bool:
+        return path.name == experts.SORTED and self._p.format in FP8
+
+    def _reference(self, path: experts.Path, at: Sequence[int]) -> torch.Tensor:
+        """With activations rounded where the path rounds them."""
+        p, ids = self._p, self._ids[at]
+        x = self._rounded(path, self._x[at], moe_gate_up.x_group(p))
+        h = moe_gate_up_few.reference(p, x, self._gate_up, ids).to(experts.DTYPES[p.dtype])
+        h = self._rounded(path, h, moe_gate_up.inner_group(p))
+        return moe_down_few.reference(p, h, self._down, ids, self._shares[at])
+
+    def _rounded(self, path: experts.Path, values: torch.Tensor, group: int) -> torch.Tensor:
+        if path.name == experts.SCALED:
+            problem = quantise_groups.Problem(values.shape[1], _block_scaled.kind_of(self._p), self._p.dtype)
+            return quantise_groups.dequantised(problem, quantise_groups.reference(problem, values))
+        return _as_fp8(values, group, self._p.dtype) if self._in_fp8(path) else values
+
+
+class AttentionTrial:
+    """Attention over scattered pages: steps of single queries, of few a request and of prompts."""
+
+    def __init__(self, problem: Any, setup: Setup) -> None:
+        self._p, self._setup = problem, setup
+        rows = {queries: block_rows(problem, setup.gpu, queries) for queries in range(1, MAX_QUERIES + 1)}
+        self._queries = [next(n for n in rows if rows[n] == block) for block in dict.fromkeys(rows.values())]
+
+    def __call__(self, tokens: int) -> list[Result]:
+        """Results of every step of so many tokens."""
+        return [result for step in self._steps(tokens) for result in self._run(step)]
+
+    def _steps(self, tokens: int) -> list[tuple[tuple[int, int], ...]]:
+        """(queries, context) of each request."""
+        steps: list[tuple[tuple[int, int], ...]] = []
+        for queries in self._queries:
+            if queries <= tokens:
+                rest = tokens - queries
+                steps += [((queries, queries + context), *_others(rest)) for context in self._contexts]
+        if tokens > MAX_QUERIES:
+            steps.append(_others(tokens, single=False))
+        return steps
+
+    @property
+    def _contexts(self) -> tuple[int, ...]:
+        """Before a request's queries; the longer one's keys are divided among blocks."""
+        return CONTEXT_TOKENS, LONG_TOKENS
+
+    def _run(self, step: tuple[tuple[int, int], ...]) -> list[Result]:
+        p, setup = self._p, self._setup
+        window = WINDOW_TOKENS if p.window else 0
+        case = Case(p, step, window)
+        given = make(case, device=str(setup.device))
+        plan = triton_paged.plan(given["query_start"], given["context_tokens"], given["page_table"])
+        tokens = int(given["query_start"][-1])
+        out = setup.nan(tokens, p.heads, p.value_dim, dtype=p.dtype)
+        attended = triton_paged.Attended(
+            given["q"], given["k_cache"], given["v_cache"], given["scales"], plan, given["scale"], out, p,
+            setup.gpu, window, given["sinks"],
+        )  # fmt: skip
+        setup.settle()
+        tiles = {}
+        if plan.decode_queries:
+            config = triton_paged.decode_config(p, setup.gpu, plan.decode_queries, tokens)
+            tiles[triton_paged.DECODE] = config
+            triton_paged.decode(attended, config)
+        if any(queries > MAX_QUERIES for queries, _ in step):
+            tiles[triton_paged.EXTEND] = triton_paged.extend_config(p, setup.gpu, tokens)
+            triton_paged.extend(attended, tiles[triton_paged.EXTEND])
+        wanted = attention(p, given)
+        return [self._result(kernel, tiles[kernel], case, given, out, wanted) for kernel in tiles]
+
+    def _result(
+        self, kernel: str, config: Any, case: Case, given: dict[str, Any], out: torch.Tensor,
+        wanted: torch.Tensor,
+    ) -> Result:  # fmt: skip
+        """Of the rows that this kernel wrote."""
+        start, rows = given["query_start"], list[int]()
+        for request, (queries, _) in enumerate(case.requests):
+            if (queries <= MAX_QUERIES) == (kernel == triton_paged.DECODE):
+                rows += range(int(start[request]), int(start[request + 1]))
+        error = relative_error(out[rows].float(), wanted[rows])
+        choice = triton_paged.choice_of(kernel, self._p, config)
+        return Result(_tile(kernel, config), len(out), error, case.tolerance, choice)
+
+
+def _others(tokens: int, single: bool = True) -> tuple[tuple[int, int], ...]:
+    """Requests with so many queries together: `single` ones as far as there are places, the rest in chunks
+    as a prefill has them."""
+    found: list[tuple[int, int]] = []
+    while tokens:
+        alone = (single and len(found) < SINGLE_REQUESTS) or tokens <= MAX_QUERIES
+        queries = 1 if alone else min(tokens, CHUNK_TOKENS)
+        found.append((queries, queries + (len(found) * 7) % 50))
+        tokens -= queries
+    return tuple(found)

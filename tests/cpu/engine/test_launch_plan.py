@@ -1,0 +1,297 @@
+"""The launch plan before the port opens: compiled before any weight is read, refused with its numbers, and in
+the ledger row by row."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from firebox.config import Config, EngineConfig, ModelConfig
+from firebox.engine import self_test
+from firebox.engine import start as engine_start
+from firebox.engine.launch_plan import compile_plan, refuse, summary
+from firebox.engine.ledger import launch_rows
+from firebox.engine.messages import LedgerRow
+from firebox.engine.self_test import Findings
+from firebox.engine.start import make_model
+from firebox.engine.trials import Result, Setup
+from firebox.errors import ConfigError, LaunchRefused
+from firebox.hardware.base import find_gpu
+from firebox.kernels import _veto
+from firebox.kernels.compile import Compiled, CompileRequest
+from firebox.kernels.plan import Planned, Setting
+from firebox.layers import dense_gpu, launches
+from firebox.layers.launches import Launch
+from firebox.models import qwen3_moe
+from tests.support.dry import model_of
+from tests.support.planning import opened
+
+GB10, H200 = find_gpu("gb10"), find_gpu("h200")
+BASE = Compiled("k", 121, 101_376, True, False, None, 0.1, "3.9", "13", shared_bytes=1000)
+SMALL = {"hidden_size": 256, "head_dim": 64, "dtype": "bfloat16", "moe_intermediate_size": 128}
+
+
+@pytest.fixture
+def outcome(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[bool]]:
+    """Compiles end as told from now on; kernels whose name is in `only`, others well. The list says of every
+    batch of compiles whether binaries were kept."""
+
+    def ends(only: str = "", **changes: Any) -> list[bool]:
+        batches: list[bool] = []
+
+        def compile_all(requests: Sequence[CompileRequest], *, keep_binaries: bool = False) -> list[Compiled]:
+            batches.append(keep_binaries)
+            names = [request.kernel.__name__ for request in requests]
+            found = [dataclasses.replace(BASE, kernel=name, instruction="none") for name in names]
+            return [
+                dataclasses.replace(compiled, **changes) if only in compiled.kernel else compiled
+                for compiled in found
+            ]
+
+        monkeypatch.setattr(launches, "compile_all", compile_all)
+        return batches
+
+    return ends
+
+
+def plan(strict: bool = False) -> tuple[Launch, ...]:
+    model = model_of("qwen3_moe", GB10, **SMALL)
+    return compile_plan(model, Setting(GB10), 100, strict=strict)
+
+
+def test_what_does_not_fit_is_refused_with_its_bytes(outcome: Callable[..., list[bool]]) -> None:
+    batches = outcome("decode", shared_bytes=101_376)
+    assert plan(strict=True) and batches == [True], "binaries are kept for the launchers"
+    outcome("decode", shared_bytes=101_377)
+    with pytest.raises(LaunchRefused) as caught:
+        plan()
+    message = str(caught.value)
+    assert message.startswith("attention_block, attention: attention_decode at 1 to 100 tokens: ")
+    assert "101377 bytes of shared memory of 101376" in message and "and 1 more" in message
+    assert "firebox tune" in (caught.value.hint or "")
+
+
+def test_what_does_not_compile_is_refused_with_the_compilers_words(
+    outcome: Callable[..., list[bool]],
+) -> None:
+    outcome("route", error="PassManager::run failed")
+    with pytest.raises(LaunchRefused, match=r"moe_block, route: moe_route at 1 to 100 tokens: PassManager"):
+        plan()
+
+
+def test_emulated_instructions_are_refused_under_strict_alone(outcome: Callable[..., list[bool]]) -> None:
+    outcome("linear_rows", native=False, instruction="mma.f16")
+    found = plan()
+    assert {row.native for row in launch_rows(found, 0) if row.kernel == "linear_rows"} == {False}
+    with pytest.raises(LaunchRefused, match=r"--strict: .*linear.*written for bf16 and runs mma\.f16.*more"):
+        plan(strict=True)
+
+
+def test_a_kernel_without_a_tensor_instruction_is_not_emulated(outcome: Callable[..., list[bool]]) -> None:
+    """`native` False of a launch that declares none is a compiler's wonder, not a fallback."""
+    outcome("normalise_rows", native=False)
+    assert plan(strict=True)
+
+
+def test_the_plan_is_refused_before_weights_are_read(
+    outcome: Callable[..., list[bool]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    outcome("sample", shared_bytes=200_000)
+    (tmp_path / "config.json").write_text(json.dumps(qwen3_moe.TINY | SMALL))
+    monkeypatch.setattr(engine_start, "device_of", lambda wanted, dtype: (GB10, "asked for"))
+    monkeypatch.setattr(engine_start, "_load", lambda *arguments: pytest.fail("weights were read"))
+    model = ModelConfig(model=str(tmp_path), dtype="bfloat16", load_format="dummy")
+    with pytest.raises(LaunchRefused, match=r"sampling, sample: .*200000 bytes of shared memory of 101376"):
+        engine_start.start(Config(model=model, engine=EngineConfig(kv_pages=32, context_length=64)))
+
+
+class Played:
+    """Stands in for the test of a plan: `failing` results, one list a test, then none."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *failing: list[Result]) -> None:
+        self.results, self.plans = [*failing], list[list[Planned]]()
+        monkeypatch.setattr(self_test, "test", self.test)
+
+    def test(self, rows: Iterable[Planned], setup: Setup) -> Findings:
+        assert (setup.gpu, setup.device.type, setup.max_tokens) == (GB10, "cuda", 2048)
+        self.plans.append(list(rows))
+        return Findings(tuple(self.results.pop(0) if self.results else ()), (), 0.1)
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., list[str]]]:
+    """Starts an engine for a GPU that is not here, as far as the weights; what was logged until then."""
+
+    class Weights(Exception):
+        pass
+
+    def load(*arguments: Any) -> None:
+        raise Weights
+
+    (tmp_path / "config.json").write_text(json.dumps(qwen3_moe.TINY | SMALL))
+    monkeypatch.setenv("FIREBOX_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(engine_start, "device_of", lambda wanted, dtype: (GB10, "asked for"))
+    monkeypatch.setattr(engine_start, "make_model", cpu_model)
+    monkeypatch.setattr(engine_start, "_load", load)
+    monkeypatch.setattr(engine_start, "Meter", lambda gpu: None)
+
+    def started(**settings: Any) -> list[str]:
+        said: list[str] = []
+        monkeypatch.setattr(self_test.log, "info", lambda text, *values: said.append(text % values))
+        engine = EngineConfig(kv_pages=32, context_length=64, **settings)
+        model = ModelConfig(model=str(tmp_path), dtype="bfloat16", load_format="dummy")
+        with pytest.raises(Weights):
+            engine_start.start(Config(model=model, engine=engine))
+        return said
+
+    yield started
+    _veto.lift()
+
+
+def cpu_model(checkpoint: Any, build: Any) -> Any:
+    """On a device that is here."""
+    return make_model(checkpoint, dataclasses.replace(build, device=torch.device("meta")))
+
+
+WRONG = Result("few with a tile", 4, 0.3, 0.01)
+
+
+def test_the_plan_is_tested_before_weights_and_once(
+    outcome: Callable[..., list[bool]], start: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches, tests = outcome(), Played(monkeypatch)
+    start()
+    assert len(batches) == 1 and len(tests.plans) == 1 and len(tests.plans[0]) > 20
+    start()
+    assert len(batches) == 2 and len(tests.plans) == 1, "it has passed before"
+    start(self_test="on")
+    assert len(tests.plans) == 2
+    start(self_test="off")
+    assert len(batches) == 4 and len(tests.plans) == 2
+    start(page_tokens=32)
+    assert len(tests.plans) == 3, "another plan"
+    monkeypatch.setattr(self_test, "sources", lambda: "changed")
+    start()
+    assert len(tests.plans) == 4, "other code"
+    monkeypatch.setattr(self_test, "driver_version", lambda: "changed")
+    start()
+    assert len(tests.plans) == 5, "another driver"
+
+
+def test_a_plan_with_a_replacement_is_compiled_again_and_not_remembered(
+    outcome: Callable[..., list[bool]], start: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = outcome()
+    problem = linear_problem()
+    choice = dense_gpu.choice_of(problem, dense_gpu.path_of(problem, 1, GB10))
+    tests = Played(monkeypatch, [dataclasses.replace(WRONG, choice=choice)])
+    start()
+    before, after = tests.plans
+    assert len(batches) == 2 and before != after
+    changed = {(row.path, row.why) for row in after if row not in before}
+    assert changed == {("cublas", "default; instead of few with a tile, off by 0.3 at 4 tokens")}
+    start()
+    assert len(tests.plans) == 3
+
+
+def linear_problem() -> Any:
+    """Of some product of the plan."""
+    model = model_of("qwen3_moe", GB10, **SMALL)
+    found = launches.layers_of(model, Setting(GB10))
+    return next(o.problem for alike in found for o in alike.operations if o.name == "o")
+
+
+@pytest.mark.parametrize(
+    ("strict", "words"), [(False, "nothing else could run"), (True, "--strict: few with")]
+)
+def test_what_fails_without_another_choice_is_refused(
+    outcome: Callable[..., list[bool]],
+    start: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    strict: bool,
+    words: str,
+) -> None:
+    outcome()
+    monkeypatch.setattr(engine_start, "refuse_untuned", lambda *arguments: None)
+    Played(monkeypatch, [WRONG])
+    with pytest.raises(LaunchRefused, match=words) as caught:
+        start(strict=strict)
+    assert "at 4 tokens: off by 0.3, the limit is 0.01" in str(caught.value) and caught.value.hint
+
+
+def test_a_launch_that_nobody_can_try_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("qwen3_moe", GB10, **SMALL)
+    rows = [row for _, row in launches.rows(launches.layers_of(model, Setting(GB10)), GB10, 100)]
+    monkeypatch.setattr(self_test, "trial_of", lambda operation, setup: None)
+    found = self_test.test(rows, Setup(GB10, torch.device("cpu"), 100))
+    assert {"route", "decode", "linear_rows", "sample_rows"} <= set(found.untested) and not found.results
+    assert found.sentence().endswith(f"; not tested: {', '.join(found.untested)}")
+
+
+def test_what_self_test_may_be(start: Callable[..., list[str]]) -> None:
+    with pytest.raises(ConfigError, match="self_test is 'perhaps'") as caught:
+        start(self_test="perhaps")
+    assert "auto, on, off" in str(caught.value.hint)
+
+
+def test_no_launch_at_all_is_no_problem() -> None:
+    refuse((), strict=True)
+    assert summary(()).startswith("launch plan: 0 launches")
+
+
+# ---- the ledger
+
+
+@pytest.fixture
+def rows(outcome: Callable[..., list[bool]]) -> list[LedgerRow]:
+    """gpt-oss-120b on an H200, 2,048 tokens, 64 requests."""
+    outcome()
+    return launch_rows(compile_plan(opened("gpt-oss-120b").model, Setting(H200), 2048, strict=False), 64)
+
+
+def test_every_number_of_tokens_is_in_one_row_of_a_launch(rows: list[LedgerRow]) -> None:
+    """But for what few tokens do not launch."""
+    for op in ("attention_block/norm/rms_norm", "moe_block/route/moe_route", "attention_block/o/linear"):
+        mine = [row for row in rows if row.op == op]
+        assert [n for row in mine for n in range(row.tokens[0], row.tokens[1] + 1)] == list(range(1, 2049))
+        assert {row.layers for row in mine} == {36}, "windowed layers and the others launch the same"
+
+
+def test_graphs_end_at_the_most_requests(rows: list[LedgerRow]) -> None:
+    for row in rows:
+        assert row.mode == ("graph" if row.tokens[1] <= 64 else "eager") or "extend" in row.op, row
+        assert row.tokens[0] > 64 or row.tokens[1] <= 64 or "extend" in row.op or "filters" in row.op, row
+    assert {row.mode for row in rows if "extend" in row.op or "filters" in row.op} == {"eager"}
+
+
+def test_rows_say_where_their_tiles_come_from(rows: list[LedgerRow]) -> None:
+    how = {row.op: row.how for row in rows if row.tokens[0] == 1}
+    assert how["moe_block/experts/moe_gate_up"] == "tuned" and how["moe_block/norm/rms_norm"] == "default"
+    gate_up = next(row for row in rows if row.op == "moe_block/experts/moe_gate_up")
+    assert {"rows", "tokens", "depth"} <= set(gate_up.config) and gate_up.format == "mxfp4"
+    assert (gate_up.shared_bytes, gate_up.limit_bytes, gate_up.native) == (1000, 101_376, True)
+    library = next(row for row in rows if row.kernel == "cublas")
+    assert (library.shared_bytes, library.instruction, library.native) == (None, None, None)
+
+
+def test_rows_that_differ_are_not_folded(outcome: Callable[..., list[bool]]) -> None:
+    """Neighbours of one launch with another tile, and attention with and without a window."""
+    outcome()
+    found = compile_plan(opened("gpt-oss-120b").model, Setting(H200), 2048, strict=False)
+    told: list[Launch] = []
+    for launch in found:
+        assert launch.compiled is None or launch.compiled.shared_bytes == 1000
+        windowed = launch.planned.op == "attention_extend" and launch.planned.operation.problem.window
+        size = 2000 if windowed else 1000
+        compiled = launch.compiled and dataclasses.replace(launch.compiled, shared_bytes=size)
+        told.append(dataclasses.replace(launch, compiled=compiled))
+    extends = [row for row in launch_rows(told, 64) if row.op.endswith("attention_extend")]
+    assert [(row.shared_bytes, row.layers) for row in extends] == [(2000, 18), (1000, 18)]
+    same = [row for row in launch_rows(found, 64) if row.op.endswith("attention_extend")]
+    assert [(row.shared_bytes, row.layers) for row in same] == [(1000, 36)]

@@ -1,0 +1,152 @@
+"""The self-test before the port opens: whole plans of small models under Triton's interpreter, sound and with
+a kernel that computes something else."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from firebox.attention import triton_paged
+from firebox.errors import LaunchRefused
+from firebox.hardware.base import find_gpu
+from firebox.kernels import _attention, _linear, _tuned, _veto, attention_decode
+from firebox.kernels._experts import Problem
+from firebox.kernels.plan import Operation, planned
+from firebox.layers import dense_gpu, experts
+from tests.support.interpreter import interpreted
+
+GB10 = find_gpu("gb10")
+PASSED_BEFORE = "self-test: this plan has passed on this GPU before"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FIREBOX_CACHE_DIR", str(tmp_path_factory.mktemp("self-test")))
+        yield
+
+
+@functools.cache
+def ran(model: str, format: str, fault: str, *strict: str) -> Any:
+    return interpreted("interpreted_self_test", model, format, fault, *strict)
+
+
+@pytest.mark.parametrize(("model", "format"), [("gpt_oss", "mxfp4"), ("glm4_moe", "fp8_block")])
+def test_a_sound_plan_passes_every_launch_is_tried_and_it_is_remembered(model: str, format: str) -> None:
+    found = ran(model, format, "none")
+    assert found["untested"] == []
+    assert all(error <= limit for _, _, error, limit in found["errors"])
+    assert max(error for _, _, error, _ in found["errors"]) > 1e-5, "nothing was compared"
+    assert {tokens for _, tokens, _, _ in found["errors"]} >= {1, 16, 17, 70}, "both ends of every range"
+    assert found["tried"] > 8 and found["tried again"] == 0
+    assert found["again"] == [PASSED_BEFORE]
+
+
+def test_a_wrong_product_is_found_replaced_and_named() -> None:
+    """Few tokens go another way; whatever else runs stays what it is."""
+    found = ran("qwen3_moe", "bf16", "few")
+    wrong = {launch.split()[0] for launch, _, error, limit in found["errors"] if error > limit}
+    assert wrong == {"few"} and all(
+        error == pytest.approx(0.1, abs=0.01)
+        for launch, _, error, limit in found["errors"]
+        if error > limit and "tokens=" not in launch  # not the experts' configuration
+    )
+    linears = [row for row in found["rows"] if row[0] in ("o", "head")]
+    assert len({row[0] for row in linears}) == 2 and {row[4] for row in linears} == {"cublas"}
+    said = "default; instead of few with Config(rows=64"
+    assert all(row[5].startswith(said) and "off by 0.1 at " in row[5] for row in linears if row[2] == 1)
+    kept = [row for row in found["rows"] if row[0] == "experts" and row[2] == 1]
+    assert kept and all("instead" not in row[5] for row in kept)
+    assert any(line.startswith("self-test: not few with") for line in found["lines"])
+    assert "all within their limits" in found["lines"][-1]
+    assert found["tried again"] > 0, "a plan with replacements is not remembered"
+
+
+def test_strict_refuses_a_wrong_launch() -> None:
+    found = ran("qwen3_moe", "bf16", "few", "strict")
+    assert found["refused"].startswith("--strict: few with Config(rows=64")
+    assert "failed its test at 1 tokens: off by 0.1, the limit is 0.005" in found["refused"]
+    assert "lines" not in found
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("experts", ["no launch of bf16 hidden=256", "sorted with Config", "off by"]),
+        ("norm", ["rms_norm's out failed its test at 1 tokens", "nothing else could run instead"]),
+    ],
+)
+def test_what_nothing_can_replace_is_refused(fault: str, words: list[str]) -> None:
+    found = ran("qwen3_moe", "bf16", fault)
+    assert all(word in found["refused"] for word in words), found["refused"]
+
+
+# ---- vetoes
+
+
+@pytest.fixture
+def files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, dict[str, Any]]]:
+    """What tuned files hold."""
+    found: dict[str, dict[str, Any]] = {"experts": {}, "linear": {}, "attention": {}}
+    monkeypatch.setattr(_tuned, "_file", lambda gpu_name, name="experts": found[name])
+    _veto.lift()
+    yield found
+    monkeypatch.undo()
+    _veto.lift()
+
+
+LINEAR = _linear.Problem(512, 256, "fp8_channel")
+EXPERTS = Problem(256, 128, 8, 2, "bf16")
+GQA = _attention.Problem(8, 2, 64, 64, 16)
+
+
+def test_a_tuned_tile_gives_way_to_the_default_and_that_to_another_path(
+    files: dict[str, dict[str, Any]],
+) -> None:
+    tile = {"rows": 32, "head": 0, "depth": 64, "slices": 1, "warps": 4, "stages": 3, "tma": False}
+    files["linear"] = {dense_gpu.key(LINEAR): {"1": {"path": "few", "config": tile}}}
+    operation = Operation("o", "fp8_channel", dense_gpu, LINEAR)
+
+    def now() -> tuple[str, str, str]:
+        row = planned(operation, GB10, 8)[-1]
+        return row.path, str(row.config.get("rows")), row.why
+
+    assert now() == ("few", "32", "measured")
+    _veto.veto(dense_gpu.choice_of(LINEAR, dense_gpu.path_of(LINEAR, 8, GB10)), "the first")
+    path, rows, why = now()
+    assert (path, why) == ("few", "default; instead of the first") and rows != "32"
+    for tokens in range(1, 9):
+        while dense_gpu.path_of(LINEAR, tokens, GB10).name == "few":
+            _veto.veto(dense_gpu.choice_of(LINEAR, dense_gpu.path_of(LINEAR, tokens, GB10)), "another")
+    assert now()[::2] == ("many", "default; instead of the first")
+    _veto.veto(dense_gpu.choice_of(LINEAR, dense_gpu.path_of(LINEAR, 8, GB10)), "the last")
+    with pytest.raises(LaunchRefused, match=r"no launch of fp8_channel rows=512 .*first.*the last"):
+        now()
+    _veto.lift()
+    assert now() == ("few", "32", "measured")
+
+
+def test_experts_go_another_way_too(files: dict[str, dict[str, Any]]) -> None:
+    first = experts.path_of(EXPERTS, 4, GB10)
+    assert first.name == "few"
+    _veto.veto(experts.choice_of(EXPERTS, first), "it")
+    second = experts.path_of(EXPERTS, 4, GB10)
+    assert second.name == "sorted" and second.why.endswith("; instead of it")
+    assert experts.path_of(EXPERTS, 64, GB10).why == "default", "others are as they were"
+
+
+def test_a_tuned_tile_of_attention_gives_way_to_the_default(files: dict[str, dict[str, Any]]) -> None:
+    default = attention_decode.default(GQA, GB10, 1)
+    tile = {"block_m": default.block_m, "block_n": 32, "num_warps": 8, "num_stages": 2}
+    key = triton_paged.key(triton_paged.DECODE, GQA)
+    files["attention"] = {key: {"1": {"path": "decode", "config": tile}}}
+    tuned = triton_paged.decode_config(GQA, GB10, 1, 4)
+    assert tuned != default and tuned.num_warps == 8
+    _veto.veto(triton_paged.choice_of(triton_paged.DECODE, GQA, tuned), "it")
+    assert triton_paged.decode_config(GQA, GB10, 1, 4) == default
+    (row, *_) = planned(Operation("attention", "bf16", triton_paged, GQA), GB10, 4)
+    assert row.why == "default; instead of it"
