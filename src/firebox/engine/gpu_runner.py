@@ -12,6 +12,7 @@ import torch
 
 from firebox.cache.pool import LayerStore
 from firebox.engine.graphs import DecodeGraph, GpuSampler, Launched, Shape
+from firebox.engine.memory import GRAPHS
 from firebox.engine.request import Request
 from firebox.engine.runner import GRAPH, Runner, in_words
 from firebox.engine.sampler import sample
@@ -49,6 +50,8 @@ class GpuRunner(Runner):
         self._shape = Shape(page_tokens, -(-context_tokens // page_tokens), self._has_window, vocab)
         self._sampler = GpuSampler(vocab, gpu, device)
         self._last_tokens = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        rows = max_rows if graphs != "off" else 0
+        self._logits = torch.empty(rows, vocab, dtype=torch.float32, device=device)
         self._overlap = overlap
         self._graphs: dict[int, DecodeGraph] = {}
         self._capture_again_s: dict[int, float] = {}  # batch sizes whose capture failed
@@ -66,6 +69,10 @@ class GpuRunner(Runner):
     def graphs(self) -> int:
         """See Runner.graphs."""
         return len(self._graphs)
+
+    def kept_bytes(self) -> dict[str, int]:
+        """See Runner.kept_bytes."""
+        return super().kept_bytes() | {GRAPHS: self._logits.nbytes}
 
     def _refusal(self, graphs: str) -> str:
         """Why no step of this model can be replayed, or ""."""
@@ -150,7 +157,7 @@ class GpuRunner(Runner):
         assert self.model.attention_backend is not None
         return DecodeGraph(
             rows, self._shape, self.model, self._caches, self.model.attention_backend, self._sampler,
-            self._last_tokens, self._pool,
+            self._last_tokens, self._logits, self._pool,
         )  # fmt: skip
 
     def _draw(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:

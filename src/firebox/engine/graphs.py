@@ -62,7 +62,8 @@ class Launched:
 
 
 class DecodeGraph:
-    """One batch size. `last_tokens` [most rows] int64 on the device: what the last step of any graph drew."""
+    """One batch size. On the device, written by all graphs: `last_tokens` [most rows] int64, which the last
+    step of any of them drew, and `logits` [most rows, vocab] float32."""
 
     def __init__(
         self,
@@ -73,10 +74,11 @@ class DecodeGraph:
         backend: ModuleType,
         sampler: GpuSampler,
         last_tokens: torch.Tensor,
+        logits: torch.Tensor,
         pool: Any,
     ) -> None:
         self.rows, self._shape, self._model, self._caches = rows, shape, model, caches
-        self._sampler, self._last_tokens = sampler, last_tokens
+        self._sampler, self._last_tokens, self.logits = sampler, last_tokens, logits[:rows]
         device, kinds = sampler.device, 2 if shape.window else 1
         self._hosts = [_Host(_Inputs(rows, shape.max_pages, kinds, "cpu"), rows) for _ in range(2)]
         self._device = _Inputs(rows, shape.max_pages, kinds, device)
@@ -92,7 +94,7 @@ class DecodeGraph:
         torch.cuda.synchronize(device)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
-            self.logits, self.token_ids = self._forward()
+            self.token_ids = self._forward()
 
     def _make_step(self, backend: ModuleType) -> Step:
         rows, shape, inputs = self.rows, self._shape, self._device
@@ -114,16 +116,16 @@ class DecodeGraph:
             window=pages(1, WINDOW_SLOTS) if shape.window else None,
         )
 
-    def _forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _forward(self) -> torch.Tensor:
         inputs = self._device
         rows = inputs.numbers[ROWS]
         ids = torch.where(rows < 0, inputs.numbers[IDS], self._last_tokens[rows.clamp(min=0)])
         hidden = self._model(ids, self._step)
-        logits = self._model.logits(hidden)
+        logits = self._model.logits(hidden, self.logits)
         positions = inputs.numbers[POSITIONS] + 1  # how many tokens are known
         token_ids = self._sampler.plain(logits, inputs.heat, inputs.numbers[SEEDS], positions)
         self._last_tokens[: self.rows] = token_ids
-        return logits, token_ids
+        return token_ids
 
     def _upload(self, inputs: _Inputs) -> None:
         for source, target in zip(inputs.tensors, self._device.tensors, strict=True):

@@ -4,7 +4,7 @@ and what was really taken, measured when the engine is ready.
     workspace   buffers between the launches (counted), and what one step of max_batch_tokens makes besides:
                 four times the hidden states, the widest layer's products, queries and attention's outputs,
                 and the logits of max_running_requests twice
-    graphs      4 KiB a node, 12 nodes a layer, a graph for each batch size; and the logits that each keeps
+    graphs      4 KiB a node, 12 nodes a layer, a graph for each batch size; and the logits that all share
     loader      the largest weight twice: as it is read, and as it is rearranged. Gone when the cache comes
 
 Prompt logprobs make more logits than are planned with: those of a whole chunk.
@@ -50,7 +50,7 @@ def needs(
 
     logits = model.head.vocab * FLOAT32
     workspace = workspace_bytes(layers, gpu, tokens) + tokens * token_bytes(model, layers) + 2 * rows * logits
-    captured = graph_nodes_bytes(rows, len(model.blocks)) + rows * (rows + 1) // 2 * logits
+    captured = graph_nodes_bytes(rows, len(model.blocks)) + rows * logits
     return Needs(workspace, captured if graphs else 0, 2 * max(slots, default=0))
 
 

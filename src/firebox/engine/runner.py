@@ -68,7 +68,7 @@ class Runner:
         return 0
 
     def kept_bytes(self) -> dict[str, int]:
-        """See cache.pool.kept_bytes."""
+        """See cache.pool.kept_bytes; and what else was allocated with these."""
         return kept_bytes(self.model.cache_specs, self._caches)
 
     @torch.inference_mode()

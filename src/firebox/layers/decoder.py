@@ -100,9 +100,10 @@ class Decoder:
             x = mlp(attention(x, step))
         return x
 
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` [rows, hidden] → [rows, vocab] float32; the final norm is in here."""
-        return self.head(x)
+    def logits(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """`x` [rows, hidden] → [rows, vocab] float32, in `out` where that is given; the final norm is in
+        here."""
+        return self.head(x, out)
 
 
 def _scales(attention: AttentionLike) -> tuple[float, float]:

@@ -40,7 +40,7 @@ class Head:
         self._problem = cpu_head.Problem(hidden, vocab, norm.eps, build.dtype)
         self._choice = select(cpu_head.OP, self._problem, build.gpu)
         self._threads = build.threads
-        self._run: Callable[[torch.Tensor], torch.Tensor] = self._compose
+        self._run: Callable[..., torch.Tensor] = self._compose
         self._build = build
         if self.linear.refusal is None:
             self._choice = Choice(cpu_head.OP, None, "kernels of kernels/", {TORCH: "slower"}, "head_gpu")
@@ -64,9 +64,12 @@ class Head:
             self._run = self._choice.kernel.bind(self._problem, weights, self._threads)
             del self.norm, self.linear
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` [rows, hidden] → logits [rows, vocab] float32."""
-        return self._run(x)
+    def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """`x` [rows, hidden] → logits [rows, vocab] float32; in `out`, where that is given."""
+        if self._choice.kernel is None:
+            return self._run(x, out)
+        logits = self._run(x)
+        return logits if out is None else out.copy_(logits)
 
     @property
     def format(self) -> str:
@@ -95,7 +98,7 @@ class Head:
         p = self._problem
         return rms_norm.Problem(p.hidden, p.eps, dtype=KERNEL_DTYPES[p.dtype])
 
-    def _with_kernels(self) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _with_kernels(self) -> Callable[..., torch.Tensor]:
         """rms_norm → linear with float32 sums."""
         from firebox.kernels import rms_norm
 
@@ -103,12 +106,13 @@ class Head:
         assert device is not None
         norm = device.launcher(rms_norm, self._norm_problem())
 
-        def run(x: torch.Tensor) -> torch.Tensor:
+        def run(x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
             h = torch.empty_like(x)
             rms_norm.run(norm, x, self.norm.weight, out=h)
-            return self.linear(h)
+            return self.linear(h, out=out)
 
         return run
 
-    def _compose(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(self.norm(x)).float()
+    def _compose(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        logits = self.linear(self.norm(x)).float()
+        return logits if out is None else out.copy_(logits)

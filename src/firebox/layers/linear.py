@@ -125,14 +125,18 @@ class Linear:
         """Columns that x must have."""
         return self._share(1)[1] if self.refusal is None else self._columns
 
-    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """`x` [tokens, in_features] → [tokens, rows], grown ones included. With kernels the sum may take the
-        residual's place."""
+    def __call__(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`x` [tokens, in_features] → [tokens, rows], grown ones included; in `out` where that is given. With
+        kernels the sum may take the residual's place."""
         if self._kernels is None:
             y = F.linear(x, self.weight, self.bias)
-            return y if residual is None else residual + y
+            y = y if residual is None else residual + y
+            return y if out is None else out.copy_(y)
         rows = self._kernels.problem.rows
-        out = residual if residual is not None else x.new_empty(x.shape[0], rows, dtype=self._out_dtype)
+        if out is None:
+            out = residual if residual is not None else x.new_empty(x.shape[0], rows, dtype=self._out_dtype)
         self._kernels(x.contiguous(), out, residual)
         return out
 

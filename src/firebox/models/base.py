@@ -66,8 +66,8 @@ class Model(Protocol):
         """`token_ids` [tokens] int64 → hidden states [tokens, hidden]; writes the step's cache."""
         ...
 
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` [rows, hidden] → [rows, vocab] float32."""
+    def logits(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """`x` [rows, hidden] → [rows, vocab] float32, in `out` where that is given."""
         ...
 
 
