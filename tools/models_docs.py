@@ -54,7 +54,7 @@ stale. -->
 
 Which architectures and weight formats Firebox reads, what proves each, and where tensor parallelism may cut.
 All of it runs on a CPU, where weights are dequantised when they are loaded. On an NVIDIA GPU weights stay in
-their format; layers that no kernel takes yet (MLA, gated delta net) are composed of torch operators there.
+their format; layers that the kernels refuse are composed of torch operators there, and the ledger says why.
 """
 
 

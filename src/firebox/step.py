@@ -36,8 +36,8 @@ class Step:
     `positions` [tokens] int64: index of each token in its request. `token_rows` [tokens] int64: which request
     it belongs to. `query_start` [requests + 1] and `context_tokens` [requests] (tokens seen after this step)
     are host arrays. `caches`: one per layer. `full`: pages of paged and latent layers; `window`: of windowed
-    ones, None if the model has none; `state_slots` [requests] int64: each request's recurrent state, None if
-    the model has none.
+    ones, None if the model has none. `state_slots` [requests] int64: each request's recurrent state, and
+    `starts` [requests + 1] int32: `query_start` on the device; None if the model has no recurrent layers.
     """
 
     positions: torch.Tensor
@@ -48,6 +48,7 @@ class Step:
     full: Pages
     window: Pages | None = None
     state_slots: torch.Tensor | None = None
+    starts: torch.Tensor | None = None
 
     @property
     def tokens(self) -> int:

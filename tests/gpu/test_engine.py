@@ -18,6 +18,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
+from firebox.cache.pool import StateCache
 from firebox.engine.messages import SamplingParams
 from firebox.engine.request import Request
 from firebox.engine.sampler import sample
@@ -47,33 +48,33 @@ FP8_CACHE = {"qwen3_moe": Bound(0.065, 0.15), "gpt_oss": Bound(0.045, 0.15), "de
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint: `model` in `format`. `graphs`: its decode steps are captured."""
+    """A checkpoint: `model` in `format`."""
 
     model: str
     format: str
     bound: Bound
-    graphs: bool
 
     def __str__(self) -> str:
         return f"{self.model}-{self.format}"
 
 
 PLAIN = [
-    Case("qwen3_moe", "bf16", BF16, graphs=True),
-    Case("glm4_moe", "bf16", BF16, graphs=True),
-    Case("gpt_oss", "bf16", GPT_OSS, graphs=True),
-    Case("deepseek_v3", "bf16", LATENT, graphs=True),
-    Case("qwen3_5_moe", "bf16", RECURRENT, graphs=False),
+    Case("qwen3_moe", "bf16", BF16),
+    Case("glm4_moe", "bf16", BF16),
+    Case("gpt_oss", "bf16", GPT_OSS),
+    Case("deepseek_v3", "bf16", LATENT),
+    Case("qwen3_5_moe", "bf16", RECURRENT),
 ]
 QUANTISED = [
-    Case("gpt_oss", "mxfp4", GPT_OSS, graphs=True),
-    Case("qwen3_moe", "fp8_block", FP8_PRODUCTS, graphs=True),
-    Case("glm4_moe", "fp8_channel", FP8_PRODUCTS, graphs=True),
-    Case("glm4_moe", "nvfp4", BF16, graphs=True),
-    Case("qwen3_moe", "awq", BF16, graphs=True),
+    Case("gpt_oss", "mxfp4", GPT_OSS),
+    Case("qwen3_moe", "fp8_block", FP8_PRODUCTS),
+    Case("glm4_moe", "fp8_channel", FP8_PRODUCTS),
+    Case("glm4_moe", "nvfp4", BF16),
+    Case("qwen3_moe", "awq", BF16),
+    Case("deepseek_v3", "nvfp4", LATENT),
+    Case("qwen3_5_moe", "nvfp4", RECURRENT),
 ]
 every_case = pytest.mark.parametrize("case", [*PLAIN, *QUANTISED], ids=str)
-captured = pytest.mark.parametrize("case", [case for case in (*PLAIN, *QUANTISED) if case.graphs], ids=str)
 
 
 class Engines:
@@ -154,7 +155,7 @@ def test_one_token_at_a_time_equals_the_cpu_in_float32(case: Case, engines: Engi
     assert_equals_the_cpu(engines, case, found, prompts, bound, f"{case}, token by token")
 
 
-@captured
+@every_case
 def test_graph_equals_eager(case: Case, engines: Engines) -> None:
     graph, eager = engines.gpu(case), engines.gpu(case, cuda_graph="off")
     assert graph.runner.model.not_capturable == ""
@@ -173,7 +174,7 @@ def test_graph_equals_eager(case: Case, engines: Engines) -> None:
     assert {reason for _, reason in eager.runner.steps} == {"asked for"}
 
 
-@captured
+@every_case
 def test_steps_launched_ahead_choose_the_same_tokens(case: Case, engines: Engines) -> None:
     """Greedy and drawn, all requests of one length, so that every step has the company it has without."""
     ahead, waiting = engines.gpu(case), engines.gpu(case, overlap=False)
@@ -184,7 +185,7 @@ def test_steps_launched_ahead_choose_the_same_tokens(case: Case, engines: Engine
     assert ahead.runner.steps["graph", "decode"] - steps["graph", "decode"] == 39
 
 
-@captured
+@every_case
 def test_requests_that_end_while_the_next_step_runs(case: Case, engines: Engines) -> None:
     """Requests of many lengths, some that draw, some that end by a stop token. Whoever ends is in company one
     step longer than without overlap, and other tiles sum in another order; so each token is held against the
@@ -222,7 +223,7 @@ def _lead_of_the_best(row: torch.Tensor, params: SamplingParams, position: int, 
 
 
 def test_the_steady_state_never_waits_for_the_device_but_for_tokens(engines: Engines) -> None:
-    case = Case("qwen3_moe", "bf16", BF16, graphs=True)
+    case = Case("qwen3_moe", "bf16", BF16)
     engine = engines.gpu(case)
     for prompt in prompts_of(5, 9, 17):
         engine.submit(prompt, replace(GREEDY, max_tokens=40))
@@ -237,14 +238,26 @@ def test_the_steady_state_never_waits_for_the_device_but_for_tokens(engines: Eng
     engine.deltas()
 
 
-@pytest.mark.parametrize("case", [c for c in (*PLAIN, *QUANTISED) if not c.graphs], ids=str)
+@pytest.mark.parametrize("case", PLAIN, ids=str)
 def test_what_cannot_be_captured_runs_eagerly_and_says_why(case: Case, engines: Engines) -> None:
-    engine = engines.gpu(case)
+    engine = engines.gpu(case, moe_backend="torch")
     engine.generate(prompts_of(3))
     assert {mode for mode, _ in engine.runner.steps} == {"eager"}
     (reason,) = {reason for _, reason in engine.runner.steps}
-    wanted = "recurrent layers" if case.model == "qwen3_5_moe" else "composed of torch operators"
-    assert wanted in reason, reason
+    assert reason == "MoeBlock is composed of torch operators"
+
+
+@pytest.mark.parametrize("case", [PLAIN[-1], QUANTISED[-1]], ids=str)
+def test_the_state_before_the_first_token_stays_zero(case: Case, engines: Engines) -> None:
+    """Although graphs are captured on its slot."""
+    engine = engines.gpu(case)
+    engine.generate(prompts_of(3, 40))
+    assert engine.runner.steps["graph", "decode"] > 0
+    states = [cache for cache in engine.runner._caches if isinstance(cache, StateCache)]
+    assert states
+    for cache in states:
+        assert not cache.conv[0].any() and not cache.matrix[0].any()
+        assert cache.conv[1:].any() and cache.matrix[1:].any()
 
 
 @every_case
@@ -386,6 +399,19 @@ def test_a_prefix_hit(case: Case, engines: Engines) -> None:
         hits += 48
     assert engine.scheduler.stats().cached_prompt_tokens - before >= hits
     assert_same_tokens(found, cold, case.bound, f"{case}, prefix hit")
+
+
+@every_case
+def test_a_conversation_that_goes_on(case: Case, engines: Engines) -> None:
+    """Hits behind the prompt, on what steps from graphs wrote; of recurrent states those were snapshots."""
+    engine, prompts = engines.gpu(case, prefix_cache=True), prompts_of(23, 51)
+    first = run_rows(engine, prompts, replace(GREEDY, max_tokens=40))
+    longer = [[*prompt, *ids, 9, 8] for prompt, ids in zip(prompts, first.tokens, strict=True)]
+    before = engine.scheduler.stats().cached_prompt_tokens
+    found = run_rows(engine, longer)
+    assert engine.scheduler.stats().cached_prompt_tokens - before == 48 + 80  # whole pages of 62 and 90
+    cold = run_rows(engines.gpu(case), longer)
+    assert_same_tokens(found, cold, case.bound, f"{case}, a conversation that goes on")
 
 
 @every_case

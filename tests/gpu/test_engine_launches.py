@@ -13,25 +13,45 @@ from firebox.engine.gpu_runner import GpuRunner
 from firebox.engine.messages import SamplingParams
 from firebox.engine.request import Request
 from firebox.engine.start import start
+from firebox.find import load
 from firebox.kernels import launch
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.plan import Setting
 from firebox.layers.launches import layers_of, rows
-from firebox.models import glm4_moe
 
 pytestmark = pytest.mark.gpu
+COMMON = {"hidden_size": 256, "moe_intermediate_size": 128, "dtype": "bfloat16"}
 SIZES = {
-    "hidden_size": 256,
-    "head_dim": 64,
-    "intermediate_size": 256,
-    "moe_intermediate_size": 128,
-    "num_nextn_predict_layers": 0,
-    "dtype": "bfloat16",
+    "glm4_moe": {"head_dim": 64, "intermediate_size": 256, "num_nextn_predict_layers": 0},
+    "deepseek_v3": {
+        "intermediate_size": 256,
+        "q_lora_rank": 128,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 64,
+        "num_nextn_predict_layers": 0,
+    },
+    "qwen3_5_moe_text": {
+        "head_dim": 64,
+        "shared_expert_intermediate_size": 128,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+    },
+}
+OWN = {
+    "glm4_moe": {"rotate_and_write"},
+    "deepseek_v3": {"write_latent"},
+    "qwen3_5_moe_text": {"decode_heads", "convolve_chunks", "solve_chunks", "walk_chunks", "norm_rows"},
 }
 
 
-def test_every_launch_is_in_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(glm4_moe.TINY | SIZES))
+@pytest.mark.parametrize("model_type", list(SIZES))
+def test_every_launch_is_in_the_plan(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load("models", model_type).TINY | COMMON | SIZES[model_type]
+    (tmp_path / "config.json").write_text(json.dumps(config))
     seen: list[CompileRequest] = []
     monkeypatch.setattr(launch, "OBSERVERS", [seen.append])
     engine = EngineConfig(device="cuda", max_batch_tokens=128, prefill_chunk_tokens=70, context_length=512)
@@ -47,4 +67,5 @@ def test_every_launch_is_in_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyP
     layers = layers_of(runner.model, Setting(gpu, 1, torch.bfloat16, ready.page_tokens))  # type: ignore[arg-type]
     planned = [row.request for _, row in rows(layers, gpu, 128) if row.request is not None]
     assert sorted({request.kernel.__name__ for request in seen if request not in planned}) == []
-    assert {request.kernel.__name__ for request in seen} >= {"decode", "extend", "route", "linear_rows"}
+    kernels = {request.kernel.__name__ for request in seen}
+    assert kernels >= OWN[model_type] | {"decode", "extend", "route", "linear_rows"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,15 @@ import torch
 from firebox.kernels._gated_delta import Inputs, Problem, Weights
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
-QWEN = Problem(16, 64, 128, 128, 3, 1e-6)  # Qwen3.5-397B; under TP 4:
-QWEN_TP4 = Problem(4, 16, 128, 128, 3, 1e-6)
+
+
+def of_one_product(p: Problem) -> Problem:
+    """The same with its four projections in one matrix."""
+    return dataclasses.replace(p, strides=(p.channels + p.heads * (p.value_dim + 2),) * 4)
+
+
+QWEN = of_one_product(Problem(16, 64, 128, 128, 3, 1e-6))  # Qwen3.5-397B; under TP 4:
+QWEN_TP4 = of_one_product(Problem(4, 16, 128, 128, 3, 1e-6))
 
 
 @dataclass
@@ -59,18 +67,24 @@ def random_inputs(
     generator: torch.Generator,
     device: torch.device | str = "cpu",
 ) -> Inputs:
-    """Requests of so many tokens, with so many slots."""
+    """Requests of so many tokens, with so many slots; with strides, columns of one matrix."""
     tokens = sum(lengths)
 
     def normal(width: int) -> torch.Tensor:
         return torch.randn(tokens, width, generator=generator, device=device).to(DTYPES[p.dtype])
 
+    widths = (p.channels, p.heads * p.value_dim, p.heads, p.heads)
+    found = [normal(width) for width in widths]
+    if p.strides is not None:
+        assert p.strides == (sum(widths),) * 4, p
+        found = list(torch.cat(found, dim=1).split(list(widths), dim=1))
+    mixed, z, b, a = found
     starts = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
     return Inputs(
-        mixed=normal(p.channels),
-        z=normal(p.heads * p.value_dim),
-        a=normal(p.heads),
-        b=normal(p.heads),
+        mixed=mixed,
+        z=z,
+        a=a,
+        b=b,
         query_start=starts,
         state_slots=torch.tensor(slots, dtype=torch.int64, device=device),
     )

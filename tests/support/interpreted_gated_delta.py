@@ -7,6 +7,7 @@ decides when it is imported.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import torch
@@ -16,7 +17,13 @@ from firebox.kernels import gated_delta_chunk, gated_delta_decode
 from firebox.kernels._gated_delta import Problem, reference
 from firebox.kernels.launch import INTERPRETED, Launcher
 from tests.support.experts import relative_error
-from tests.support.gated_delta import DTYPES, make_keys_alike, random_inputs, random_layer
+from tests.support.gated_delta import (
+    DTYPES,
+    make_keys_alike,
+    of_one_product,
+    random_inputs,
+    random_layer,
+)
 
 GPU = find_gpu("gb10")
 
@@ -50,7 +57,9 @@ def chunk(
     generator: torch.Generator,
     *,
     alike: bool = False,
+    few: int = 0,
 ) -> dict[str, float]:
+    """`few`: so many requests are not given to the kernel."""
     layer = random_layer(p, max(slots) + 2, generator)
     inputs = random_inputs(p, lengths, slots, generator)
     y = torch.full((sum(lengths) + 1, p.heads * p.value_dim), float("nan"), dtype=DTYPES[p.dtype])
@@ -58,19 +67,25 @@ def chunk(
     conv_state, state = layer.conv_state.clone(), layer.state.clone()
     if alike:
         make_keys_alike(layer, inputs, generator)
+    first = sum(lengths[:few])
+    given = {"query_start": inputs.query_start[few:], "state_slots": inputs.state_slots[few:]}
+    inputs, slots = dataclasses.replace(inputs, **given), slots[few:]
     space = gated_delta_chunk.scratch(p, sum(lengths), DTYPES[p.dtype], "cpu")
     for tensor in vars(space).values():
         tensor.fill_(float("nan"))
     config = gated_delta_chunk.Config(columns)
     requests = gated_delta_chunk.requests(p, config, GPU, most_requests=8, interpreted=True)
     launchers = tuple(Launcher(request) for request in requests)
-    gated_delta_chunk.run(launchers, p, inputs, layer.weights, conv_state, state, space, y[:-1])
+    gated_delta_chunk.run(
+        launchers, p, inputs, layer.weights, conv_state, state, space, y[:-1],
+        range(first, sum(lengths)),
+    )  # fmt: skip
     wanted, wanted_conv, wanted_state = reference(p, layer.weights, inputs, layer.conv_state, layer.state)
-    assert (y[-1] == 7.0).all()
+    assert (y[-1] == 7.0).all() and y[:first].isnan().all()
     idle = [slot for slot in range(len(layer.state)) if slot not in slots]
     assert torch.equal(state[idle], layer.state[idle]), "a state of nobody's was written"
     return {
-        "y": relative_error(y[:-1], wanted),
+        "y": relative_error(y[first:-1], wanted[first:]),
         "conv": relative_error(conv_state, wanted_conv),
         "state": relative_error(state, wanted_state),
     }
@@ -82,12 +97,16 @@ def main() -> None:
     for name, p in {
         "grouped": Problem(2, 4, 16, 32, 3, 1e-6, "f16"),
         "one tap, one head": Problem(1, 1, 32, 16, 1, 1e-6, "f16"),
+        "columns of one matrix": of_one_product(Problem(2, 6, 16, 16, 3, 1e-6, "f16")),
     }.items():
         # one and several tokens, fewer and more than the taps; a request without tokens
         found[f"decode {name}"] = decode(p, [1, 0, 4, 8, 2], [3, 0, 1, 5, 2], generator)
         # parts of a chunk, a whole one, one and two tokens more; a request without tokens
         columns = p.value_dim // 2 if p.value_dim > 16 else 16
         found[f"chunk {name}"] = chunk(p, columns, [1, 0, 130, 64, 65], [3, 0, 1, 5, 2], generator)
+        found[f"chunk behind others {name}"] = chunk(
+            p, columns, [1, 3, 70, 9], [3, 0, 1, 5], generator, few=2
+        )
     p = Problem(1, 2, 32, 16, 3, 1e-6, "f16")
     found["chunk alike"] = chunk(p, 16, [130], [1], generator, alike=True)
     print(json.dumps(found))

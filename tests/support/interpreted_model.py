@@ -1,7 +1,9 @@
 """Runs a small model as a GPU does, layer for layer and launch for launch, but on the CPU under Triton's
 interpreter in float16, and prints as JSON how far its logits are from those of torch operators in float32.
 
-    TRITON_INTERPRET=1 python -m tests.support.interpreted_model MODEL FORMAT
+    TRITON_INTERPRET=1 python -m tests.support.interpreted_model MODEL FORMAT [graphs]
+
+`graphs`: decode steps through the runner of a GPU, see replayed.py, with a prefix cache.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import torch
 
 from firebox.attention import triton_paged
 from firebox.cache.kv_cache import CacheSizes, KVCache
-from firebox.cache.pool import PoolSizes, allocate_pool
+from firebox.cache.pool import PoolSizes, StateCache, allocate_pool
+from firebox.cache.specs import RecurrentSpec
 from firebox.engine.messages import SamplingParams
 from firebox.engine.request import Request
 from firebox.engine.runner import Runner
@@ -32,17 +35,29 @@ from firebox.layers.device import Device
 from firebox.weights.checkpoint import Checkpoint, open_checkpoint
 from firebox.weights.load import load_weights
 from tests.support.experts import relative_error
+from tests.support.replayed import replayed_runner
 from tests.support.small_models import write_quantised, write_small
 
 CPU = torch.device("cpu")
 PROMPTS = (list(range(5, 26)), [7, 9])  # 21 tokens go to extend, 2 to decode
-TOKENS = 3
+# For latent and recurrent layers 32 tokens, then the others beside a token of the second request's answer.
+CHUNKED = (list(range(5, 55)), list(range(70, 82)))
+CHUNK_TOKENS = {"deepseek_v3": 32, "qwen3_5_moe": 32}
+TOKENS, GRAPH_TOKENS = 3, 6
+STATES = 8
 
 
 class Recorded:
     """A scheduler and a runner whose logits are kept: request → rows."""
 
-    def __init__(self, checkpoint: Checkpoint, gpu: Gpu, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        gpu: Gpu,
+        dtype: torch.dtype,
+        chunk_tokens: int = 64,
+        graphs: bool = False,
+    ) -> None:
         build = Build(gpu, CPU, dtype, dtype, 64)
         if gpu.kind == "cuda":
             build = dataclasses.replace(build, shared=Device(gpu, CPU, 64))
@@ -53,53 +68,79 @@ class Recorded:
         load_weights(self.model, checkpoint)
         name = {torch.float16: "float16", torch.float32: "float32"}[dtype]
         window = next((s.window_tokens for s in self.model.cache_specs if hasattr(s, "window_tokens")), None)
-        sizes = PoolSizes(32, 16, 32 if window else 0)
+        states = STATES if any(isinstance(s, RecurrentSpec) for s in self.model.cache_specs) else 0
+        sizes = PoolSizes(32, 16, 32 if window else 0, states)
         caches = allocate_pool(
             self.model.cache_specs, sizes, load("formats.kv", name), CPU, self.model.kv_scales
         )
-        self.runner = Runner(self.model, caches, 16, frozenset(), CPU)
-        cache = KVCache(CacheSizes(32, 16, window, 32 if window else 0, 0), False)
+        self.caches = caches
+        self.runner = (
+            replayed_runner(self.model, caches, 16, gpu, self.model.head.vocab)
+            if graphs
+            else Runner(self.model, caches, 16, frozenset(), CPU)
+        )
+        cache = KVCache(CacheSizes(32, 16, window, 32 if window else 0, states), graphs)
         self.scheduler = Scheduler(
             cache,
             max_running_requests=8,
             max_batch_tokens=64,
-            prefill_chunk_tokens=64,
+            prefill_chunk_tokens=chunk_tokens,
             eos_token_ids=frozenset(),
         )
 
     def rows(
         self, prompts: list[list[int]], tokens: int, every: bool
-    ) -> tuple[torch.Tensor, list[list[int]]]:
-        """Logits, step after step, and each request's tokens; `every`: of all rows of the prompts."""
+    ) -> tuple[list[torch.Tensor], list[list[int]]]:
+        """Each request's logits and tokens; `every`: of all rows of the prompts."""
         params = SamplingParams(
             max_tokens=tokens, temperature=0.0, ignore_eos=True, prompt_logprobs=0 if every else None
         )
         requests = [Request(i, list(prompt), params) for i, prompt in enumerate(prompts)]
-        kept, call = [], self.model.logits
-        self.model.logits = lambda x: kept.append(call(x)) or kept[-1]
+        kept: list[list[torch.Tensor]] = [[] for _ in requests]
+        last, call = [], self.model.logits
+        self.model.logits = lambda x: last.append(call(x)) or last[-1]
         for request in requests:
             self.scheduler.add(request)
         while (plan := self.scheduler.plan()) is not None:
-            self.scheduler.apply(plan, self.runner.run(plan))
+            sampled = self.runner.run(plan)
+            sampling = [chunk.request.request_id for chunk in plan.chunks if chunk.samples]
+            if every:
+                kept[0] += last
+            elif sampling:
+                for request_id, row in zip(sampling, last[-1].unsqueeze(1), strict=True):
+                    kept[request_id].append(row)
+            last.clear()
+            self.scheduler.apply(plan, sampled)
         self.model.logits = call
-        return torch.cat(kept).float(), [request.token_ids for request in requests]
+        return [torch.cat(rows).float() for rows in kept], [request.token_ids for request in requests]
 
 
-def main(model: str, format: str) -> None:
+def main(model: str, format: str, graphs: str = "") -> None:
     assert INTERPRETED, "set TRITON_INTERPRET=1"
     gpu = find_gpu("gb10")
     triton_paged.gpu_of = lambda device: gpu  # the tensors are on a CPU
     folder = write_small(Path(tempfile.mkdtemp()) / "plain", model)
     folder = folder if format == "bf16" else write_quantised(folder, format)
     checkpoint = open_checkpoint(folder)
-    device = Recorded(checkpoint, gpu, torch.float16)
-    found, known = device.rows([list(prompt) for prompt in PROMPTS], TOKENS, every=False)
+    chunk_tokens = CHUNK_TOKENS.get(model, 64)
+    prompts = [list(ids) for ids in (CHUNKED if model in CHUNK_TOKENS else PROMPTS)]
+    device = Recorded(checkpoint, gpu, torch.float16, chunk_tokens, bool(graphs))
+    tokens = GRAPH_TOKENS if graphs else TOKENS
+    if graphs:  # and then each request's text goes on, behind what the prefix tree kept of it
+        device.scheduler.cache.state_allocator.allocate(2)  # slots are no rows
+        _, known = device.rows(prompts, tokens, every=False)
+        prompts = [[*ids, 3, 4] for ids in known]
+    rows, known = device.rows(prompts, tokens, every=False)
     oracle, errors = Recorded(checkpoint, probe_cpu(), torch.float32), {}
     for i, ids in enumerate(known):
-        wanted, _ = oracle.rows([ids[:-1]], 1, every=True)
-        mine = found[i :: len(PROMPTS)]  # a row a step
-        errors[f"request {i}"] = relative_error(mine, wanted[-TOKENS:])
-    print(json.dumps({"errors": errors, "ran": sorted({choice.name for choice in device.choices})}))
+        (wanted,), _ = oracle.rows([ids[:-1]], 1, every=True)
+        errors[f"request {i}"] = relative_error(rows[i], wanted[-tokens:])
+    ran, steps = {choice.name for choice in device.choices}, device.runner.steps
+    found = {"errors": errors, "ran": sorted(ran), "steps": {mode: n for (mode, _), n in steps.items()}}
+    stores = [cache for cache in device.caches if isinstance(cache, StateCache)]
+    found["slot 0 is zero"] = not any(store.conv[0].any() or store.matrix[0].any() for store in stores)
+    found["cached"] = device.scheduler.stats().cached_prompt_tokens
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def write_quantised(plain: Path, format: str) -> Path:
         stored = _gpt_oss_in_mxfp4(read_tensors(plain))
         write_tensors(target, config | {"quantization_config": GPT_OSS_MXFP4}, stored)
     else:
-        quantise_checkpoint(plain, target, RECIPES[format])
+        quantise_checkpoint(plain, target, RECIPES[format], PLAIN.get(format, ()))
     return target
 
 
@@ -156,6 +156,7 @@ CHANNELS: dict[str, Any] = {
 }
 MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16, "ignore": ["lm_head"]}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}
+PLAIN = {"fp8_channel": ("in_proj_b", "in_proj_a")}  # parts of paths that stay as they are
 RECIPES: dict[str, Recipe] = {
     "fp8_block": _recipe(
         fp8_block.Format(), {"quant_method": "fp8", "weight_block_size": [128, 128]}, fp8_blocks

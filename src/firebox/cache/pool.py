@@ -56,6 +56,11 @@ class StateCache:
         self.conv[target].copy_(self.conv[source])
         self.matrix[target].copy_(self.matrix[source])
 
+    def clear(self, slot: int) -> None:
+        """Back to the state before the first token."""
+        self.conv[slot].zero_()
+        self.matrix[slot].zero_()
+
 
 LayerStore = LayerCache | StateCache | None
 

@@ -47,7 +47,9 @@ class GpuRunner(Runner):
     ) -> None:
         super().__init__(model, caches, page_tokens, eos_token_ids, device)
         self.gpu = gpu
-        self._shape = Shape(page_tokens, -(-context_tokens // page_tokens), self._has_window, vocab)
+        self._shape = Shape(
+            page_tokens, -(-context_tokens // page_tokens), self._has_window, self._has_states, vocab
+        )
         self._sampler = GpuSampler(vocab, gpu, device)
         self._last_tokens = torch.zeros(max_rows, dtype=torch.int64, device=device)
         rows = max_rows if graphs != "off" else 0
@@ -79,8 +81,6 @@ class GpuRunner(Runner):
         if graphs == "off":
             return "asked for"
         backend = self.model.attention_backend
-        if self._has_states:
-            return "recurrent layers read their slots on the host"
         if backend is None or not hasattr(backend, "refill"):
             return "the attention backend plans on the host"
         return self.model.not_capturable
@@ -132,7 +132,9 @@ class GpuRunner(Runner):
         """Starts a decode step and returns at once. `after`: the step before, if its tokens are not known
         yet; requests of it take them from the device."""
         self.steps[GRAPH, "decode"] += 1
-        return self._graph(len(plan.chunks)).launch(plan.chunks, after)
+        graph = self._graph(len(plan.chunks))
+        self._copy_states(plan.state_copies)
+        return graph.launch(plan.chunks, after)
 
     def _eager_because(self, plan: Plan) -> str:
         return self._why_eager or _prefill(plan) or self._no_graph_yet(len(plan.chunks))
@@ -167,8 +169,7 @@ class GpuRunner(Runner):
 
 
 def _prefill(plan: Plan) -> str:
-    alike = all(chunk.count == 1 and chunk.samples for chunk in plan.chunks)
-    return "" if alike and not plan.state_copies else "prefill"
+    return "" if all(chunk.count == 1 and chunk.samples for chunk in plan.chunks) else "prefill"
 
 
 def _plainly(plan: Plan) -> bool:

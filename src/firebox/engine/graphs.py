@@ -4,7 +4,8 @@ the whole step: embedding, layers, head, and the choice of the next tokens.
 What changes from step to step lies in one block of pinned host memory, whose copy to the device is all that
 precedes a replay. Host memory is there twice: a step can be filled in while the one before runs.
 
-    numbers [6, rows] int64     token ids | positions | slots of full pages, of window pages | seeds | rows
+    numbers [7, rows] int64     token ids | positions | slots of full pages, of window pages | seeds | rows |
+                                slots of states
     where [rows, …] int32       context | pages | window pages       (rows of all, then of the next kind)
     heat [rows] float32         temperatures
 
@@ -22,23 +23,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from firebox.cache.pool import LayerStore
+from firebox.cache.pool import LayerStore, StateCache
 from firebox.engine.request import Request
 from firebox.engine.scheduler import Chunk
 from firebox.models.base import Model
 from firebox.step import Pages, Step
 
-IDS, POSITIONS, SLOTS, WINDOW_SLOTS, SEEDS, ROWS = range(6)
+IDS, POSITIONS, SLOTS, WINDOW_SLOTS, SEEDS, ROWS, STATES = NUMBERS = range(7)
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What all graphs of an engine have in common. `max_pages` of a request; `window`: the model has windowed
-    layers."""
+    """What all graphs of an engine have in common. `max_pages` of a request; `window`, `states`: the model
+    has windowed layers, recurrent ones."""
 
     page_tokens: int
     max_pages: int
     window: bool
+    states: bool
     vocab: int
 
     @property
@@ -91,6 +93,9 @@ class DecodeGraph:
             self._forward()
         torch.cuda.current_stream(device).wait_stream(stream)
         last_tokens.copy_(under_way)
+        for cache in caches:
+            if isinstance(cache, StateCache):
+                cache.clear(0)  # all rows advanced that one
         torch.cuda.synchronize(device)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
@@ -114,6 +119,10 @@ class DecodeGraph:
             caches=self._caches,
             full=pages(0, SLOTS),
             window=pages(1, WINDOW_SLOTS) if shape.window else None,
+            state_slots=inputs.numbers[STATES] if shape.states else None,
+            starts=torch.arange(rows + 1, dtype=torch.int32, device=self._sampler.device)
+            if shape.states
+            else None,
         )
 
     def _forward(self) -> torch.Tensor:
@@ -154,6 +163,7 @@ class DecodeGraph:
             numbers[ROWS, row] = row_of.get(request, -1)
             numbers[IDS, row] = 0 if request in row_of else request.token_ids[position]
             numbers[POSITIONS, row] = position
+            numbers[STATES, row] = holding.state_slot
             numbers[SEEDS, row] = signed(request.params.seed or 0)
             contexts[row] = position + 1
             heat[row] = request.params.temperature
@@ -194,7 +204,7 @@ class _Inputs:
         def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device, pin_memory=pinned)
 
-        self.numbers = empty(6, rows, dtype=torch.int64)
+        self.numbers = empty(len(NUMBERS), rows, dtype=torch.int64)
         self.numbers[ROWS] = -1
         self.where = empty(rows * (1 + kinds * max_pages), dtype=torch.int32)
         self.heat = empty(rows, dtype=torch.float32)

@@ -138,6 +138,7 @@ class Runner:
             state_slots=self._tensor(np.array([holding.state_slot for holding in holdings]))
             if self._has_states
             else None,
+            starts=self._tensor(query_start.astype(np.int32)) if self._has_states else None,
         )
         return token_ids, step
 

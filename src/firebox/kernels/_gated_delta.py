@@ -3,7 +3,9 @@ recurrence; layers/gated_delta.py has the formula."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +15,17 @@ import triton.language as tl
 from firebox.hardware.base import Gpu
 
 UNIT_EPS = tl.constexpr(1e-6)  # of the norms of q and k
+STRIDES = ("MIXED_STRIDE", "Z_STRIDE", "B_STRIDE", "A_STRIDE")
+UNALIGNED = ("a", "b", "query_start", "state_slots")  # read number by number, perhaps from the middle on
 
 
 @dataclass(frozen=True)
 class Problem:
     """One layer on one GPU. `key_heads` and `heads` (of values): this GPU's share; each key head serves
     heads / key_heads successive value heads. `taps`: inputs the convolution keeps. `eps`: of the norm of the
-    output. `dtype`: of activations, "bf16" or "f16"."""
+    output. `dtype`: of activations, "bf16" or "f16". `strides`: numbers from a token's row of mixed, z, b and
+    a to the next one's, where they are columns of wider matrices; None: they are as wide as what they hold.
+    """
 
     key_heads: int
     heads: int
@@ -28,11 +34,18 @@ class Problem:
     taps: int
     eps: float
     dtype: str = "bf16"
+    strides: tuple[int, int, int, int] | None = None
 
     @property
     def channels(self) -> int:
         """Of the convolution: q, then k, then v."""
         return 2 * self.key_heads * self.key_dim + self.heads * self.value_dim
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The strides as the device code names them."""
+        widths = (self.channels, self.heads * self.value_dim, self.heads, self.heads)
+        return dict(zip(STRIDES, self.strides or widths, strict=True))
 
 
 @dataclass(frozen=True)
@@ -49,8 +62,9 @@ class Weights:
 @dataclass(frozen=True)
 class Inputs:
     """What a step brings. `mixed` [tokens, channels], `z` [tokens, heads · value_dim], `a` and `b` [tokens,
-    heads]: the four projections, in the activations' type. Request r has the tokens `query_start`[r] to
-    [r + 1] (int32 [requests + 1]) and the states of slot `state_slots`[r] (int64 [requests])."""
+    heads]: the four projections, in the activations' type, at the problem's strides. Request r has the tokens
+    `query_start`[r] to [r + 1] (int32 [requests + 1]) and the states of slot `state_slots`[r] (int64
+    [requests])."""
 
     mixed: torch.Tensor
     z: torch.Tensor
@@ -58,6 +72,12 @@ class Inputs:
     b: torch.Tensor
     query_start: torch.Tensor
     state_slots: torch.Tensor
+
+
+def check_strides(constants: Mapping[str, Any], inputs: Inputs) -> None:
+    """The projections lie as the launches were compiled for; `constants` as in Problem."""
+    for name, rows in zip(STRIDES, (inputs.mixed, inputs.z, inputs.b, inputs.a), strict=True):
+        assert rows.stride() == (constants[name], 1), (name, constants[name], rows.stride())
 
 
 def refuse(problem: Problem, gpu: Gpu) -> str | None:
@@ -77,22 +97,22 @@ def refuse(problem: Problem, gpu: Gpu) -> str | None:
 
 
 @triton.jit
-def input_of(mixed, taps, channel, at, first, mask, CHANNELS: tl.constexpr, TAPS: tl.constexpr):
+def input_of(mixed, taps, channel, at, first, mask, MIXED_STRIDE: tl.constexpr, TAPS: tl.constexpr):
     """The convolution's input of token `at`: one of the step's, or before `first` one of the kept. `taps`
     points at the slot."""
     now = mask & (at >= first)
-    new = tl.load(mixed + at.to(tl.int64) * CHANNELS + channel, mask=now, other=0.0).to(tl.float32)
+    new = tl.load(mixed + at.to(tl.int64) * MIXED_STRIDE + channel, mask=now, other=0.0).to(tl.float32)
     kept = mask & (at < first)
     return new + tl.load(taps + channel * TAPS + (TAPS + at - first), mask=kept, other=0.0)
 
 
 @triton.jit
-def convolved(mixed, taps, conv, channel, at, first, CHANNELS: tl.constexpr, TAPS: tl.constexpr):
+def convolved(mixed, taps, conv, channel, at, first, MIXED_STRIDE: tl.constexpr, TAPS: tl.constexpr):
     """silu(convolution) of `channel` [n] at token `at`."""
     total = tl.zeros(channel.shape, tl.float32)
     for tap in tl.static_range(TAPS + 1):
         token = at + (tap - TAPS) + channel * 0  # the interpreter's masks must be vectors throughout
-        x = input_of(mixed, taps, channel, token, first, channel >= 0, CHANNELS, TAPS)
+        x = input_of(mixed, taps, channel, token, first, channel >= 0, MIXED_STRIDE, TAPS)
         total += x * tl.load(conv + channel * (TAPS + 1) + tap)
     return total * tl.sigmoid(total)
 

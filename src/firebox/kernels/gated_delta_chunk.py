@@ -34,10 +34,12 @@ from firebox.hardware.base import Gpu
 from firebox.kernels import _gated_delta
 from firebox.kernels._experts import DTYPES, POINTER_NAMES, let_next_launch_begin, wait_for_launch_before
 from firebox.kernels._gated_delta import (
+    UNALIGNED,
     UNIT_EPS,
     Inputs,
     Problem,
     Weights,
+    check_strides,
     gated_norm,
     input_of,
     log_decay,
@@ -127,12 +129,12 @@ def _find_chunk(query_start, requests, n, CHUNK: tl.constexpr, REQUESTS: tl.cons
 
 @triton.jit
 def _convolved_tile(
-    mixed, taps, conv, channel, token, first, there, CHANNELS: tl.constexpr, TAPS: tl.constexpr
+    mixed, taps, conv, channel, token, first, there, MIXED_STRIDE: tl.constexpr, TAPS: tl.constexpr
 ):
     """silu(convolution) [TILE, n] of `channel` [1, n] at `token` [TILE, 1]."""
     total = tl.zeros((token.shape[0], channel.shape[1]), tl.float32)
     for tap in tl.static_range(TAPS + 1):
-        x = input_of(mixed, taps, channel, token + (tap - TAPS), first, there, CHANNELS, TAPS)
+        x = input_of(mixed, taps, channel, token + (tap - TAPS), first, there, MIXED_STRIDE, TAPS)
         total += x * tl.load(conv + channel * (TAPS + 1) + tap)
     return total * tl.sigmoid(total)
 
@@ -141,8 +143,8 @@ def _convolved_tile(
 def convolve_chunks(
     mixed, query_start, state_slots, conv, conv_state, q, k, v, requests,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    CHANNELS: tl.constexpr, TAPS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr,
-    REQUESTS: tl.constexpr, PDL: tl.constexpr,
+    CHANNELS: tl.constexpr, TAPS: tl.constexpr, MIXED_STRIDE: tl.constexpr, CHUNK: tl.constexpr,
+    TILE: tl.constexpr, REQUESTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """TILE tokens of a chunk and one head of q, k or v."""
     wait_for_launch_before(PDL)
@@ -157,7 +159,8 @@ def convolve_chunks(
         if head < 2 * KEY_HEADS:
             key = tl.arange(0, KEY_DIM)[None, :]
             mask = there & (key >= 0)
-            x = _convolved_tile(mixed, taps, conv, head * KEY_DIM + key, token, first, mask, CHANNELS, TAPS)
+            of_q = head * KEY_DIM + key
+            x = _convolved_tile(mixed, taps, conv, of_q, token, first, mask, MIXED_STRIDE, TAPS)
             x *= tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) + UNIT_EPS)
             at = (token.to(tl.int64) * KEY_HEADS + head % KEY_HEADS) * KEY_DIM + key
             if head < KEY_HEADS:
@@ -169,7 +172,7 @@ def convolve_chunks(
             mask_v = there & (value >= 0)
             of_head = head - 2 * KEY_HEADS
             channel = 2 * KEY_HEADS * KEY_DIM + of_head * VALUE_DIM + value
-            y = _convolved_tile(mixed, taps, conv, channel, token, first, mask_v, CHANNELS, TAPS)
+            y = _convolved_tile(mixed, taps, conv, channel, token, first, mask_v, MIXED_STRIDE, TAPS)
             at_v = (token.to(tl.int64) * HEADS + of_head) * VALUE_DIM + value
             tl.store(v + at_v, y.to(v.dtype.element_ty), mask=mask_v)
 
@@ -195,7 +198,8 @@ def _diagonal_inverse(a, CHUNK: tl.constexpr):
 def solve_chunks(
     a, b, query_start, dt_bias, a_log, k, v, u, w, c, requests,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    CHUNK: tl.constexpr, REQUESTS: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
+    B_STRIDE: tl.constexpr, A_STRIDE: tl.constexpr, CHUNK: tl.constexpr, REQUESTS: tl.constexpr,
+    DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """U₀, W and c of one chunk and value head."""
     head = tl.program_id(1)
@@ -207,14 +211,16 @@ def solve_chunks(
     if request < requests:
         i = tl.arange(0, CHUNK)
         there = start + i < last
-        at = (start + i).to(tl.int64) * HEADS + head
-        decay = log_decay(tl.load(a + at, mask=there, other=0.0).to(tl.float32), rate, bias)
-        total = tl.cumsum(tl.where(there, decay, 0.0), 0)
-        beta = tl.where(there, tl.sigmoid(tl.load(b + at, mask=there, other=0.0).to(tl.float32)), 0.0)
+        token = (start + i).to(tl.int64)
+        at = token * HEADS + head
+        change = tl.load(a + token * A_STRIDE + head, mask=there, other=0.0).to(tl.float32)
+        total = tl.cumsum(tl.where(there, log_decay(change, rate, bias), 0.0), 0)
+        strength = tl.load(b + token * B_STRIDE + head, mask=there, other=0.0).to(tl.float32)
+        beta = tl.where(there, tl.sigmoid(strength), 0.0)
         tl.store(c + at, total, mask=there)
         key = tl.arange(0, KEY_DIM)
         value = tl.arange(0, VALUE_DIM)
-        at_k = ((start + i).to(tl.int64) * KEY_HEADS + head // (HEADS // KEY_HEADS)) * KEY_DIM
+        at_k = (token * KEY_HEADS + head // (HEADS // KEY_HEADS)) * KEY_DIM
         keys = tl.load(k + at_k[:, None] + key[None, :], mask=there[:, None], other=0.0)  # [CHUNK, KEY_DIM]
         fall = tl.exp(tl.minimum(total[:, None] - total[None, :], 0.0))
         products = tl.dot(keys, tl.trans(keys)) * beta[:, None] * fall
@@ -241,13 +247,13 @@ def solve_chunks(
 @triton.jit
 def _move_taps(
     mixed, conv_state, slot, channel, first, last, CHANNELS: tl.constexpr, TAPS: tl.constexpr,
-    WIDTH: tl.constexpr
+    WIDTH: tl.constexpr, MIXED_STRIDE: tl.constexpr,
 ):  # fmt: skip
     """Replaces the kept inputs of `channel` [n, 1], which nobody else reads any more."""
     taps = conv_state + slot * (CHANNELS * TAPS)
     j = tl.arange(0, WIDTH)[None, :]
     mask = (channel >= 0) & (j < TAPS)
-    kept = input_of(mixed, taps, channel, last - TAPS + j, first, mask, CHANNELS, TAPS)
+    kept = input_of(mixed, taps, channel, last - TAPS + j, first, mask, MIXED_STRIDE, TAPS)
     tl.debug_barrier()  # all are read before one is replaced
     tl.store(taps + channel * TAPS + j, kept, mask=mask)
 
@@ -256,8 +262,8 @@ def _move_taps(
 def walk_chunks(
     mixed, query_start, state_slots, conv_state, state, q, k, u, w, c, y,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    CHANNELS: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
-    COLUMNS: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
+    CHANNELS: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, MIXED_STRIDE: tl.constexpr,
+    CHUNK: tl.constexpr, COLUMNS: tl.constexpr, DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One request, value head and COLUMNS of its values, from chunk to chunk."""
     GROUP: tl.constexpr = HEADS // KEY_HEADS
@@ -300,29 +306,31 @@ def walk_chunks(
         tl.store(matrix, s)
         if part == 0:
             of_v = 2 * KEY_HEADS * KEY_DIM + head * VALUE_DIM + tl.arange(0, VALUE_DIM)[:, None]
-            _move_taps(mixed, conv_state, slot, of_v, first, last, CHANNELS, TAPS, WIDTH)
+            _move_taps(mixed, conv_state, slot, of_v, first, last, CHANNELS, TAPS, WIDTH, MIXED_STRIDE)
             if head % GROUP == 0:
                 of_q = head // GROUP * KEY_DIM + key[:, None]
                 of_k = KEY_HEADS * KEY_DIM + of_q
-                _move_taps(mixed, conv_state, slot, of_q, first, last, CHANNELS, TAPS, WIDTH)
-                _move_taps(mixed, conv_state, slot, of_k, first, last, CHANNELS, TAPS, WIDTH)
+                _move_taps(mixed, conv_state, slot, of_q, first, last, CHANNELS, TAPS, WIDTH, MIXED_STRIDE)
+                _move_taps(mixed, conv_state, slot, of_k, first, last, CHANNELS, TAPS, WIDTH, MIXED_STRIDE)
 
 
 @triton.jit
 def norm_rows(
-    z, norm, y, rows, VALUE_DIM: tl.constexpr, ROWS: tl.constexpr, EPS: tl.constexpr, PDL: tl.constexpr
-):
-    """y = rms_norm(y) · weight · silu(z), for ROWS heads of tokens."""
+    z, norm, y, first_row, end_row, HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, Z_STRIDE: tl.constexpr,
+    ROWS: tl.constexpr, EPS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """y = rms_norm(y) · weight · silu(z), for ROWS heads of tokens; row t · HEADS + h: head h of token t."""
     value = tl.arange(0, VALUE_DIM)[None, :]
     gain = tl.load(norm + value)
     wait_for_launch_before(PDL)
     let_next_launch_begin(PDL)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    at = row.to(tl.int64) * VALUE_DIM + value
-    there = (row < rows) & (value >= 0)
-    o = tl.load(y + at, mask=there, other=0.0).to(tl.float32)
-    gate = tl.load(z + at, mask=there, other=0.0)
-    tl.store(y + at, gated_norm(o, gate, gain, EPS, VALUE_DIM), mask=there)
+    row = first_row + tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    there = (row < end_row) & (value >= 0)
+    at = y + row.to(tl.int64) * VALUE_DIM + value
+    at_z = (row // HEADS).to(tl.int64) * Z_STRIDE + row % HEADS * VALUE_DIM
+    o = tl.load(at, mask=there, other=0.0).to(tl.float32)
+    gate = tl.load(z + at_z + value, mask=there, other=0.0)
+    tl.store(at, gated_norm(o, gate, gain, EPS, VALUE_DIM), mask=there)
 
 
 # ---- 3. the launch
@@ -338,7 +346,8 @@ def requests(
         ("mixed", "z", "a", "b", "norm", "q", "k", "v", "u", "w", "y"), f"*{POINTER_NAMES[p.dtype]}"
     )
     types |= dict.fromkeys(("conv", "dt_bias", "a_log", "conv_state", "state", "c"), "*fp32")
-    types |= {"query_start": "*i32", "state_slots": "*i64", "requests": "i32", "rows": "i32"}
+    types |= {"query_start": "*i32", "state_slots": "*i64"}
+    types |= dict.fromkeys(("requests", "first_row", "end_row"), "i32")
     constants = {
         "HEADS": p.heads,
         "KEY_HEADS": p.key_heads,
@@ -355,6 +364,7 @@ def requests(
         "EPS": p.eps,
         "DTYPE": DTYPES[p.dtype],
         "PDL": pdl,
+        **p.constants,
     }
     made = []
     for kernel, warps, declares in (
@@ -370,7 +380,7 @@ def requests(
                 signature,
                 {name: value for name, value in constants.items() if name in kernel.arg_names},
                 gpu,
-                tuple(name for name, type in signature.items() if type.startswith("*")),
+                tuple(n for n, type in signature.items() if type.startswith("*") and n not in UNALIGNED),
                 num_warps=warps,
                 num_stages=2,
                 options={"launch_pdl": True} if pdl else {},
@@ -389,22 +399,26 @@ def run(
     state: torch.Tensor,
     scratch: Scratch,
     y: torch.Tensor,
+    tokens: range | None = None,
 ) -> None:
-    """Writes `y` [tokens, heads · value_dim] for all tokens; advances both states of the requests' slots,
-    which must differ; changes `scratch`."""
-    p, tokens, count = problem, inputs.mixed.shape[0], inputs.state_slots.shape[0]
-    if tokens == 0:
+    """Writes `y` [tokens, heads · value_dim] for the requests' tokens; advances both states of their slots,
+    which must differ; changes `scratch`. `tokens`: those that the requests have, if not all that the inputs
+    are of; `query_start` counts from the first of all."""
+    p, count = problem, inputs.state_slots.shape[0]
+    tokens = tokens or range(inputs.mixed.shape[0])
+    check_strides(p.constants, inputs)
+    if not tokens:
         return
-    most_chunks = tokens // CHUNK + count
+    most_chunks = len(tokens) // CHUNK + count
     parts = p.value_dim // launchers[2].request.constexprs["COLUMNS"]
-    rows = tokens * p.heads
     grids = (
         (most_chunks, 2 * p.key_heads + p.heads, CHUNK // TILE),
         (most_chunks, p.heads, 1),
         (parts, p.heads, count),
-        (-(-rows // NORM_ROWS), 1, 1),
+        (-(-len(tokens) * p.heads // NORM_ROWS), 1, 1),
     )
     given = {**vars(inputs), **vars(weights), **vars(scratch), "conv_state": conv_state, "state": state}
-    given |= {"y": y, "requests": count, "rows": rows}
+    given |= {"y": y, "requests": count}
+    given |= {"first_row": tokens.start * p.heads, "end_row": tokens.stop * p.heads}
     for launcher, grid in zip(launchers, grids, strict=True):
         launcher(grid, **{name: given[name] for name in launcher.request.signature})

@@ -30,10 +30,12 @@ from firebox.hardware.base import Gpu
 from firebox.kernels import _gated_delta
 from firebox.kernels._experts import POINTER_NAMES, let_next_launch_begin, wait_for_launch_before
 from firebox.kernels._gated_delta import (
+    UNALIGNED,
     UNIT_EPS,
     Inputs,
     Problem,
     Weights,
+    check_strides,
     convolved,
     gated_norm,
     input_of,
@@ -86,12 +88,12 @@ def counters(problem: Problem, requests: int, device: torch.device | str) -> tor
 
 @triton.jit
 def _last_inputs(
-    mixed, taps, channel, first, last, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, TAPS: tl.constexpr
+    mixed, taps, channel, first, last, WIDTH: tl.constexpr, MIXED_STRIDE: tl.constexpr, TAPS: tl.constexpr
 ):
     """What is to be kept of `channel` [n], as [n, WIDTH]."""
     j = tl.arange(0, WIDTH)[None, :]
     there = (channel >= 0)[:, None] & (j < TAPS)
-    return input_of(mixed, taps, channel[:, None], last - TAPS + j, first, there, CHANNELS, TAPS)
+    return input_of(mixed, taps, channel[:, None], last - TAPS + j, first, there, MIXED_STRIDE, TAPS)
 
 
 @triton.jit
@@ -105,7 +107,9 @@ def _keep(taps, channel, kept, WIDTH: tl.constexpr, TAPS: tl.constexpr):
 def decode_heads(
     mixed, z, a, b, query_start, state_slots, conv, dt_bias, a_log, norm, conv_state, state, counters, y,
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
-    CHANNELS: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr, PDL: tl.constexpr,
+    CHANNELS: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, MIXED_STRIDE: tl.constexpr,
+    Z_STRIDE: tl.constexpr, B_STRIDE: tl.constexpr, A_STRIDE: tl.constexpr, EPS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = HEADS // KEY_HEADS
     SCALE: tl.constexpr = KEY_DIM**-0.5
@@ -132,28 +136,30 @@ def decode_heads(
         s = tl.load(matrix)  # [KEY_DIM, VALUE_DIM]
         for i in range(last - first):
             t = first + i
-            q = convolved(mixed, taps, conv, of_q, t, first, CHANNELS, TAPS)
-            k = convolved(mixed, taps, conv, of_k, t, first, CHANNELS, TAPS)
-            v = convolved(mixed, taps, conv, of_v, t, first, CHANNELS, TAPS)
+            q = convolved(mixed, taps, conv, of_q, t, first, MIXED_STRIDE, TAPS)
+            k = convolved(mixed, taps, conv, of_k, t, first, MIXED_STRIDE, TAPS)
+            v = convolved(mixed, taps, conv, of_v, t, first, MIXED_STRIDE, TAPS)
             q *= tl.rsqrt(tl.sum(q * q, 0) + UNIT_EPS) * SCALE
             k *= tl.rsqrt(tl.sum(k * k, 0) + UNIT_EPS)
-            at = t.to(tl.int64) * HEADS + head
-            s *= tl.exp(log_decay(tl.load(a + at).to(tl.float32), rate, bias))
+            token = t.to(tl.int64)
+            s *= tl.exp(log_decay(tl.load(a + token * A_STRIDE + head).to(tl.float32), rate, bias))
             known = tl.sum(s * k[:, None], 0)
             seen = tl.sum(s * q[:, None], 0)
-            change = (v - known) * tl.sigmoid(tl.load(b + at).to(tl.float32))
+            change = (v - known) * tl.sigmoid(tl.load(b + token * B_STRIDE + head).to(tl.float32))
             s += k[:, None] * change[None, :]
             o = seen + tl.sum(q * k, 0) * change
-            gate = tl.load(z + at * VALUE_DIM + value)
-            tl.store(y + at * VALUE_DIM + value, gated_norm(o, gate, gain, EPS, VALUE_DIM))
+            gate = tl.load(z + token * Z_STRIDE + head * VALUE_DIM + value)
+            tl.store(
+                y + (token * HEADS + head) * VALUE_DIM + value, gated_norm(o, gate, gain, EPS, VALUE_DIM)
+            )
         tl.store(matrix, s)
-        kept = _last_inputs(mixed, taps, of_v, first, last, WIDTH, CHANNELS, TAPS)
+        kept = _last_inputs(mixed, taps, of_v, first, last, WIDTH, MIXED_STRIDE, TAPS)
         tl.debug_barrier()  # all inputs that were kept are read before one is replaced
         _keep(taps, of_v, kept, WIDTH, TAPS)
         counter = counters + request * KEY_HEADS + key_head
         if tl.atomic_add(counter, 1, sem="acq_rel") == GROUP - 1:
-            kept_q = _last_inputs(mixed, taps, of_q, first, last, WIDTH, CHANNELS, TAPS)
-            kept_k = _last_inputs(mixed, taps, of_k, first, last, WIDTH, CHANNELS, TAPS)
+            kept_q = _last_inputs(mixed, taps, of_q, first, last, WIDTH, MIXED_STRIDE, TAPS)
+            kept_k = _last_inputs(mixed, taps, of_k, first, last, WIDTH, MIXED_STRIDE, TAPS)
             tl.debug_barrier()
             _keep(taps, of_q, kept_q, WIDTH, TAPS)
             _keep(taps, of_k, kept_k, WIDTH, TAPS)
@@ -179,10 +185,12 @@ def request(problem: Problem, config: Config, gpu: Gpu, *, interpreted: bool = F
         "WIDTH": triton.next_power_of_2(p.taps),
         "EPS": p.eps,
         "PDL": pdl,
+        **p.constants,
     }
+    aligned = tuple(name for name in types if name not in UNALIGNED)
     options = {"launch_pdl": True} if pdl else {}
     return CompileRequest(
-        decode_heads, types, constants, gpu, tuple(types), num_warps=config.warps, options=options
+        decode_heads, types, constants, gpu, aligned, num_warps=config.warps, options=options
     )
 
 
@@ -195,9 +203,10 @@ def run(
     counters: torch.Tensor,
     y: torch.Tensor,
 ) -> None:
-    """Writes `y` for all tokens; advances both states of the requests' slots, which must differ. `counters`
+    """Writes `y` for the requests' tokens; advances both states of their slots, which must differ. `counters`
     (of at least as many requests) are zero and come back zero."""
     requests = inputs.state_slots.shape[0]
+    check_strides(launcher.request.constexprs, inputs)
     if requests:
         launcher(
             (launcher.request.constexprs["HEADS"], requests, 1),

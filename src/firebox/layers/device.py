@@ -12,9 +12,9 @@ import torch
 from firebox.hardware.base import Gpu
 
 if TYPE_CHECKING:  # Triton is imported where there is a GPU, and not before
-    from firebox.kernels import _experts, _linear
+    from firebox.kernels import _experts, _gated_delta, _linear
     from firebox.kernels.launch import Launcher
-    from firebox.layers import dense_gpu, experts
+    from firebox.layers import delta_gpu, dense_gpu, experts
 
 KERNEL_DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float8_e4m3fn: "fp8"}
 
@@ -27,6 +27,7 @@ class Device:
         self._linears: dense_gpu.Workspace | None = None
         self._counted: set[_linear.Problem] = set()
         self._experts: dict[Any, experts.Workspace] = {}
+        self._deltas: dict[_gated_delta.Problem, delta_gpu.Workspace] = {}
 
     def linear(self, problem: _linear.Problem, weights: _linear.Weights) -> dense_gpu.LinearKernels:
         """A linear layer, with room for it in the workspace that all of them share."""
@@ -52,7 +53,17 @@ class Device:
     @property
     def workspace_bytes(self) -> int:
         """Of all workspaces."""
-        return sum(map(tensor_bytes, [self._linears, *self._experts.values()]))
+        return sum(map(tensor_bytes, [self._linears, *self._experts.values(), *self._deltas.values()]))
+
+    def gated_delta(
+        self, problem: _gated_delta.Problem, weights: _gated_delta.Weights
+    ) -> delta_gpu.DeltaKernels:
+        """The recurrence of a gated delta net. Layers that are alike share a workspace."""
+        from firebox.layers import delta_gpu
+
+        if problem not in self._deltas:
+            self._deltas[problem] = delta_gpu.Workspace(problem, self.max_tokens, self.device)
+        return delta_gpu.DeltaKernels(problem, weights, self.gpu, self._deltas[problem])
 
     def launcher(self, kernel: Any, problem: Any) -> Launcher:
         """The one launch of a kernel of `kernels/` for `problem`; each is compiled once."""

@@ -3,14 +3,19 @@ over a recurrent state."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from firebox.attention.base import RecurrentSpec
+from firebox.formats import fp8_block
 from firebox.formats.base import Cut, PlainSlot, Slots
-from firebox.kernels.select import select
+from firebox.kernels.select import TORCH, Choice, select
+from firebox.layers import gated_delta_gpu
 from firebox.layers.base import Build
 from firebox.layers.linear import Linear
 from firebox.layers.norm import RMSNorm
@@ -20,6 +25,7 @@ if TYPE_CHECKING:
     from firebox.kernels.plan import Operation, Setting
 
 OP = "gated_delta_block"
+GATES = ("in_proj_b", "in_proj_a")  # few numbers that scale others: never requantised
 
 
 class GatedDeltaBlock:
@@ -33,10 +39,12 @@ class GatedDeltaBlock:
     Each of `key_heads` serves value_heads / key_heads successive value heads. The layer composed of torch
     operators walks a request's tokens one by one, so its states are the same to the bit however a prompt is
     cut into chunks. `name`: the module's path; `layer`: the index of its state in `step.caches`.
+
+    `ins` are the four projections qkv, z, b and a, in this order: on a GPU one product for those that stand
+    together and share a format (and are whole blocks, if it has any), elsewhere one for each.
     """
 
     backend = None  # no attention backend plans for it
-    capturable = False  # it walks requests on the host
     kv_scales = None  # it keeps no keys and values
 
     def __init__(
@@ -51,36 +59,63 @@ class GatedDeltaBlock:
         self._heads_cut = by_head
         self._channels_cut = Cut(0, key_heads, label, runs=(key_rows, key_rows, value_rows))
 
-        def into(part: str, rows: int, cut: Cut, gates: bool = False) -> Linear:
-            parts = {f"{name}.{part}": rows}
-            return Linear(build, hidden, parts, cuts=(cut,), requantisable=not gates, dense=gates)
-
-        self.in_qkv = into("in_proj_qkv", spec.conv_channels, self._channels_cut)
-        self.in_z = into("in_proj_z", value_rows, by_head)
-        self.in_b = into("in_proj_b", spec.heads, by_head, gates=True)
-        self.in_a = into("in_proj_a", spec.heads, by_head, gates=True)
+        parts = {"in_proj_qkv": spec.conv_channels, "in_proj_z": value_rows}
+        parts |= dict.fromkeys(GATES, spec.heads)
+        self.ins = tuple(self._merged(build, hidden, parts))
         self.conv = build.empty(spec.conv_channels, spec.conv_taps + 1, dtype=torch.float32)
         self.dt_bias = build.empty(spec.heads, dtype=torch.float32)
         self.a_log = build.empty(spec.heads, dtype=torch.float32)
         self.out_norm = RMSNorm(build, f"{name}.norm", spec.value_dim, norm.eps)
         self.out = Linear(build, value_rows, {f"{name}.out_proj": hidden}, cuts=(inwards,), residual=True)
-        build.choices.append(select(OP, None, build.gpu))
+        self._build = build
+        self._run: Callable[[torch.Tensor, Step], torch.Tensor] = self._compose
+        self._choice = self._chosen(build)
+        build.choices.append(self._choice)
 
-    def operations(self, setting: Setting) -> tuple[Operation, ...]:
-        """What its projections launch on one of `setting.tp` NVIDIA GPUs, for the plan; the rest is
-        torch's."""
-        linears = {"qkv": self.in_qkv, "z": self.in_z, "b": self.in_b, "a": self.in_a, "out": self.out}
-        return tuple(linear.operation(name, setting) for name, linear in linears.items())
+    def _merged(self, build: Build, hidden: int, parts: dict[str, int]) -> Iterator[Linear]:
+        """`parts`: rows of each projection."""
+
+        def alike(part: str) -> object:
+            format = build.format_of(f"{self.name}.{part}")
+            broken = isinstance(format, fp8_block.Format) and parts[part] % format.block[0] > 0
+            return part if broken or build.gpu.kind != "cuda" else format
+
+        for _, found in itertools.groupby(parts, alike):
+            together = list(found)
+            cuts = [self._channels_cut if part == "in_proj_qkv" else self._heads_cut for part in together]
+            rows = {f"{self.name}.{part}": parts[part] for part in together}
+            yield Linear(build, hidden, rows, cuts=cuts, requantisable=not set(together) & set(GATES))
+
+    def _chosen(self, build: Build) -> Choice:
+        choice = select(OP, None, build.gpu)
+        if build.shared is None:
+            return choice
+        why_not = gated_delta_gpu.refusal(self, build.gpu, build.dtype)
+        if why_not is not None:
+            return dataclasses.replace(choice, losers={"gated_delta_gpu": why_not})
+        why = "kernels of kernels/gated_delta_*.py"
+        return dataclasses.replace(choice, why=why, losers={TORCH: "slower"}, composed="gated_delta_gpu")
+
+    def operations(self, setting: Setting) -> tuple[Operation, ...] | str:
+        """What it launches on one of `setting.tp` NVIDIA GPUs, for the plan; or why it is composed of torch
+        operators there."""
+        return gated_delta_gpu.operations(self, self._build.dtype, setting)
+
+    @property
+    def capturable(self) -> bool:
+        """Can a CUDA graph hold it? The layer composed of torch operators walks requests on the host."""
+        return bool(self._choice.composed)
 
     @property
     def format(self) -> str:
-        """Of the projections' weights; of several, all."""
-        return " and ".join(sorted({self.in_qkv.format, self.in_z.format, self.out.format}))
+        """Of the projections' weights, the gates' left out; of several, all."""
+        paths = (f"{self.name}.{part}" for part in ("in_proj_qkv", "in_proj_z", "out_proj"))
+        return " and ".join(sorted({self._build.format_of(path).name for path in paths}))
 
     def slots(self) -> Slots:
         """The norm's tensor and those of the module."""
         yield from self.norm.slots()
-        for linear in (self.in_qkv, self.in_z, self.in_b, self.in_a, self.out):
+        for linear in (*self.ins, self.out):
             yield from linear.slots()
         stored = (self.conv.shape[0], 1, self.conv.shape[1])
         yield PlainSlot(
@@ -91,25 +126,32 @@ class GatedDeltaBlock:
         yield from self.out_norm.slots()
 
     def finish(self) -> None:
-        """Binds the projections' kernels."""
-        for linear in (self.in_qkv, self.in_z, self.in_b, self.in_a, self.out):
+        """Binds the kernels."""
+        for linear in (*self.ins, self.out):
             linear.finish()
+        if self._choice.composed:
+            self._run = gated_delta_gpu.GatedDeltaKernels(self, self._build)
+
+    def project(self, h: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`h` [tokens, hidden] → [tokens, rows] of each projection, columns of wider matrices."""
+        return tuple(part for linear in self.ins for part in linear(h).split(list(linear.parts.values()), -1))
 
     def __call__(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         """`x` [tokens, hidden] → the same shape; advances the states of the step's requests."""
+        return self._run(x, step)
+
+    def _compose(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         assert step.state_slots is not None
         states, spec = step.caches[self.layer], self.spec
-        h = self.norm(x)
-        mixed, beta = self.in_qkv(h).float(), self.in_b(h).float().sigmoid()
-        decay = torch.exp(
-            -self.a_log.exp() * F.softplus(self.in_a(h).float() + self.dt_bias)
-        )  # [tokens, heads]
+        mixed, z, b, a = (part.float() for part in self.project(self.norm(x)))
+        beta = b.sigmoid()
+        decay = torch.exp(-self.a_log.exp() * F.softplus(a + self.dt_bias))  # [tokens, heads]
         o = torch.empty(x.shape[0], spec.heads, spec.value_dim, device=x.device)
         starts = step.query_start.tolist()
         for first, last, slot in zip(starts[:-1], starts[1:], step.state_slots.tolist(), strict=True):
             q, k, v = self._convolve(mixed[first:last], states.conv[slot])
             delta_rule(q, k, v, decay[first:last], beta[first:last], states.matrix[slot], o[first:last])
-        gate = F.silu(self.in_z(h).float()).unflatten(-1, (spec.heads, -1))
+        gate = F.silu(z).unflatten(-1, (spec.heads, -1))
         y = (self.out_norm(o.to(x.dtype)) * gate).to(x.dtype)
         return self.out(y.flatten(1), x)
 

@@ -13,7 +13,8 @@ its first latent_dim values being the value.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -23,8 +24,10 @@ from firebox.attention.base import LatentSpec
 from firebox.attention.base import select as select_backend
 from firebox.formats.base import Cut, Slots
 from firebox.formats.kv.base import scale_slots
-from firebox.kernels.select import TORCH, select
+from firebox.kernels.select import TORCH, Choice, select
+from firebox.layers import latent_attention_gpu
 from firebox.layers.base import Build
+from firebox.layers.latent_attention_gpu import Problem
 from firebox.layers.linear import Linear
 from firebox.layers.norm import RMSNorm
 from firebox.layers.rope import rotate, rotate_pairs
@@ -35,25 +38,6 @@ if TYPE_CHECKING:
 
 OP = "latent_attention_block"
 LATENT_EPS = 1e-6  # of both inner norms, whatever config.json's rms_norm_eps is: the papers' code says so
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Sizes of one layer. `q_latent_dim` None: queries are not compressed. `interleaved`: the rotated
-    dimensions come in pairs (see layers.rope). `scale` multiplies the scores."""
-
-    hidden: int
-    heads: int
-    latent_dim: int
-    rope_dim: int
-    nope_dim: int
-    value_dim: int
-    q_latent_dim: int | None
-    scale: float
-    interleaved: bool
-    eps: float
-    dtype: torch.dtype
-    kv_dtype: torch.dtype
 
 
 class LatentAttentionBlock:
@@ -114,39 +98,37 @@ class LatentAttentionBlock:
             build, heads * value_dim, {f"{name}.o_proj": p.hidden}, cuts=(inwards,), residual=True
         )
         wanted = "auto" if build.attention_backend == "auto" else TORCH
-        build.choices.append(select(OP, p, build.gpu, wanted))
-        self.backend: ModuleType | None = select_backend(heads, spec, build.gpu, build.attention_backend)
+        backend = select_backend(heads, spec, build.gpu, build.attention_backend)
+        self.backend: ModuleType | None = backend
+        self._build = build
+        self._run: Callable[[torch.Tensor, Step], torch.Tensor] = self._compose
+        self._choice = self._of_a_gpu(build, backend, select(OP, p, build.gpu, wanted))
+        build.choices.append(self._choice)
+
+    def _of_a_gpu(self, build: Build, backend: ModuleType, choice: Choice) -> Choice:
+        """The choice of torch operators, or of a GPU's kernels where they accept the layer."""
+        if build.shared is None:
+            return choice
+        why_not = latent_attention_gpu.refusal(self, build.gpu, self.problem, backend)
+        if why_not is not None:
+            return dataclasses.replace(choice, losers=choice.losers | {"latent_attention_gpu": why_not})
+        how = f"kernels of kernels/, {backend.__name__.rpartition('.')[2]}"
+        return dataclasses.replace(choice, why=how, losers={TORCH: "slower"}, composed="latent_attention_gpu")
 
     @property
     def format(self) -> str:
         """Of the projections' weights; of several, all."""
         return " and ".join(sorted({self.q_and_kv_a.format, self.q_b.format, self.o.format}))
 
-    def operations(self, setting: Setting) -> tuple[Operation, ...]:
-        """What its projections and the attention launch on one of `setting.tp` NVIDIA GPUs, for the plan; the
-        rest is torch's."""
-        from firebox.kernels import _attention
-        from firebox.kernels.plan import Operation
-        from firebox.layers.attention_gpu import verified
-
-        p, heads = self.problem, self.problem.heads // setting.tp
-        backend = select_backend(heads, LatentSpec(p.latent_dim, p.rope_dim), setting.gpu)
-        inner = (self.q_b.operation("q_b", setting),) if p.q_latent_dim is not None else ()
-        attention = _attention.Problem(
-            heads, 1, p.latent_dim + p.rope_dim, p.latent_dim, setting.page_tokens, p.dtype, setting.kv_dtype
-        )
-        name = str(setting.kv_dtype).removeprefix("torch.")
-        paged: tuple[Operation, ...] = ()
-        if hasattr(backend, "made"):
-            drafts = verified("attention", name, backend, attention, setting)
-            paged = (Operation("attention", name, backend, attention), *drafts)
-        first = self.q_and_kv_a.operation("q_and_kv_a", setting)
-        return (first, *inner, *paged, self.o.operation("o", setting))
+    def operations(self, setting: Setting) -> tuple[Operation, ...] | str:
+        """What it launches on one of `setting.tp` NVIDIA GPUs, for the plan; or why it is composed of torch
+        operators there."""
+        return latent_attention_gpu.operations(self, setting)
 
     @property
     def capturable(self) -> bool:
         """Can a CUDA graph hold it?"""
-        return self.q_and_kv_a.refusal is None and self.o.refusal is None
+        return bool(self._choice.composed)
 
     def slots(self) -> Slots:
         """The norms' and projections' tensors, and the scale of the cached rows."""
@@ -169,9 +151,14 @@ class LatentAttentionBlock:
         heads = self.kv_b.weight.view(p.heads, p.nope_dim + p.value_dim, p.latent_dim)
         self.key_half, self.value_half = heads.split([p.nope_dim, p.value_dim], dim=1)
         del self.kv_b
+        if self._choice.composed:
+            self._run = latent_attention_gpu.LatentAttentionKernels(self, self._build)
 
     def __call__(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         """`x` [tokens, hidden] → the same shape; writes the step's latent rows to its cache."""
+        return self._run(x, step)
+
+    def _compose(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         p = self.problem
         assert self.backend is not None
         q, latent, k_rope = self.q_and_kv_a(self.norm(x)).split(

@@ -20,7 +20,7 @@ from firebox.errors import ConfigError, FireboxError, UnsupportedFormat
 from firebox.hardware.base import Gpu
 from firebox.kernels import cpu_attention_block, cpu_dense_block, cpu_head, cpu_moe_block
 from firebox.kernels.plan import Setting
-from firebox.layers import launches
+from firebox.layers import gated_delta, latent_attention, launches
 from firebox.layers.launches import Launch, Layers
 from firebox.models.base import need
 from firebox.planning import _verdict
@@ -34,7 +34,14 @@ __all__ = ["Fit", "Opened", "Source", "compiled", "open_source", "plan"]
 
 CONTEXT_TOKENS = 4096  # unless --context-length says otherwise
 MAX_TOKENS = 8192  # launches are planned for at least so many tokens a step
-PLANNED = (cpu_attention_block.OP, cpu_moe_block.OP, cpu_dense_block.OP, cpu_head.OP)
+PLANNED = (
+    cpu_attention_block.OP,
+    cpu_moe_block.OP,
+    cpu_dense_block.OP,
+    cpu_head.OP,
+    latent_attention.OP,
+    gated_delta.OP,
+)
 MOST_DRAFTS = 15  # with its own token what attention takes for decode (attention_decode.MAX_QUERIES)
 
 

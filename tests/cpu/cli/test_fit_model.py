@@ -114,12 +114,19 @@ def test_experts_divided_and_drafts_are_planned_and_said_to_be_no_more(folder: P
 
 
 def test_strict_is_1_where_a_layer_falls_back(folder: Path) -> None:
-    arguments = ("kimi-k2.5-int4", "--gpu", "rtx-pro-6000", "--tp", "8", "--json")
+    """Kimi-K2.5 with smaller latents, which no kernel for attention knows."""
+    config = json.loads((bundled()["kimi-k2.5-int4"] / "config.json").read_text())
+    model = folder / "kimi-256"
+    model.mkdir()
+    text = config["text_config"] | {"kv_lora_rank": 256}
+    (model / "config.json").write_text(json.dumps(config | {"text_config": text}))
+    arguments = (str(model), "--gpu", "rtx-pro-6000", "--tp", "8", "--json")
     assert fit(folder, *arguments).returncode == 0
     strict = fit(folder, *arguments, "--strict")
     assert strict.returncode == 1 and document(strict)["fits"]
     fallbacks = document(strict)["fallbacks"]
-    assert fallbacks[0] == "latent_attention_block is composed of torch operators on a GPU"
+    why = "attends with triton_paged, not with torch_reference"
+    assert fallbacks[0] == f"latent_attention_block of 61 layers falls back to torch operators: {why}"
     experts = "int4_group hidden=7168 inter=256 experts=384 top_k=8"
     missing = f"default tiles: tuned/nvidia_rtx_pro_6000/experts.json has no entry for '{experts}'"
     assert f"moe_block, experts: {missing}" in fallbacks

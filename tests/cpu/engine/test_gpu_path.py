@@ -11,6 +11,7 @@ from tests.support.interpreter import interpreted
 # prompt (E4M3, truncated by the interpreter where a GPU rounds) and bf16 group scales count for more.
 LIMITS = {"bf16": 5e-3, "mxfp4": 5e-3, "nvfp4": 8e-3, "awq": 2e-2, "fp8_channel": 2.5e-1}
 KERNELS = {"attention_gpu", "head_gpu", "moe_gpu"}
+LATENT = {"latent_attention_gpu", "dense_gpu", "head_gpu", "moe_gpu"}
 
 
 @pytest.mark.parametrize(
@@ -21,11 +22,31 @@ KERNELS = {"attention_gpu", "head_gpu", "moe_gpu"}
         ("glm4_moe", "nvfp4", KERNELS | {"dense_gpu"}),
         ("gpt_oss", "mxfp4", KERNELS),
         ("qwen3_moe", "awq", KERNELS | {"dense_gpu"}),
+        ("deepseek_v3", "bf16", LATENT),
+        ("deepseek_v3", "nvfp4", LATENT),
+        ("qwen3_5_moe", "bf16", KERNELS | {"gated_delta_gpu"}),
+        ("qwen3_5_moe", "nvfp4", KERNELS | {"gated_delta_gpu"}),
+        ("qwen3_5_moe", "fp8_channel", KERNELS | {"gated_delta_gpu"}),  # b and a are a product of their own
     ],
 )
 def test_logits_equal_torch_operators_in_float32(model: str, format: str, ran: set[str]) -> None:
     found = interpreted("interpreted_model", model, format)
     assert set(found["ran"]) == ran
-    assert len(found["errors"]) == 2
-    for request, error in found["errors"].items():
-        assert error < LIMITS[format], (request, error)
+    assert set(found["steps"]) == {"eager"}
+    check_errors(found["errors"], LIMITS[format])
+
+
+@pytest.mark.parametrize("model", ["deepseek_v3", "qwen3_5_moe"])
+def test_decode_steps_as_graphs_capture_and_fill_them(model: str) -> None:
+    """With the runner of a GPU, whose graphs are replayed by running their step again: two requests that
+    decode together, and two that go on where these ended, one behind what steps from graphs wrote."""
+    found = interpreted("interpreted_model", model, "bf16", "graphs")
+    assert found["steps"]["graph"] == 10 and found["cached"] == 48 + 16
+    assert found["slot 0 is zero"], "capturing advanced the state before the first token"
+    check_errors(found["errors"], LIMITS["bf16"])
+
+
+def check_errors(errors: dict[str, float], limit: float) -> None:
+    assert len(errors) == 2
+    for request, error in errors.items():
+        assert error < limit, (request, error)

@@ -24,7 +24,7 @@ CHUNK_LIMIT = 1.5e-3
 
 def test_kernels_equal_their_reference_under_the_interpreter() -> None:
     found = interpreted("interpreted_gated_delta")
-    assert len(found) == 5
+    assert len(found) == 10
     for name, errors in found.items():
         assert errors["conv"] == 0.0, name  # moved, not computed
         limits = (CHUNK_LIMIT, CHUNK_LIMIT) if "chunk" in name else (STATE_LIMIT, OUTPUT_LIMIT)

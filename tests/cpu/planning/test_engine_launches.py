@@ -24,7 +24,22 @@ SIZES: dict[str, dict[str, Any]] = {
     "glm4_moe": {"intermediate_size": 256, "moe_intermediate_size": 128, "num_nextn_predict_layers": 0},
     "gpt_oss": {"intermediate_size": 128} | MXFP4,
     "minimax_m2": {"intermediate_size": 128},
-    "qwen3_5_moe_text": {"moe_intermediate_size": 128, "shared_expert_intermediate_size": 128},
+    "deepseek_v3": {
+        "intermediate_size": 256,
+        "moe_intermediate_size": 128,
+        "q_lora_rank": 128,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 64,
+        "num_nextn_predict_layers": 0,
+    },
+    "qwen3_5_moe_text": {
+        "moe_intermediate_size": 128,
+        "shared_expert_intermediate_size": 128,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+    },
 }
 FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
 NVFP4 = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}}

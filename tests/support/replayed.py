@@ -1,0 +1,75 @@
+"""A GPU runner on a CPU: graphs are captured and replayed by running the step again, everything else of
+engine/graphs.py and engine/gpu_runner.py is real, but for the choice of tokens. For a process of its own:
+`torch.cuda` is replaced."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from firebox.cache.pool import StateCache
+from firebox.engine import gpu_runner
+from firebox.engine.graphs import DecodeGraph
+from firebox.hardware.base import Gpu
+
+
+class Replayed(DecodeGraph):
+    """A replay runs the step and writes its results where the capture left them."""
+
+    def __init__(self, *arguments: Any) -> None:
+        caches = arguments[3]
+
+        @contextlib.contextmanager
+        def captured(graph: Any, pool: Any) -> Iterator[None]:
+            """What is captured does not run; here it does, on the slot of the warm-up."""
+            stores = [cache for cache in caches if isinstance(cache, StateCache)]
+            states = [state for store in stores for state in (store.conv, store.matrix)]
+            before = [state[0].clone() for state in states]
+            yield
+            for state, kept in zip(states, before, strict=True):
+                state[0] = kept
+
+        torch.cuda.graph = captured  # type: ignore[assignment, misc]
+        super().__init__(*arguments)
+        self._graph = SimpleNamespace(replay=self._again)  # type: ignore[assignment]
+
+    def _again(self) -> None:
+        for kept, found in zip((self.logits, self.token_ids), self._forward(), strict=True):
+            kept.copy_(found)
+
+
+class Greedy:
+    """Instead of a GpuSampler."""
+
+    def __init__(self, vocab: int, gpu: Gpu, device: torch.device) -> None:
+        self.device = device
+
+    def plain(self, logits: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        return logits.argmax(-1)
+
+    def filtered(self, logits: torch.Tensor, requests: Any) -> torch.Tensor:
+        return logits.argmax(-1)
+
+
+def replayed_runner(model: Any, caches: Any, page_tokens: int, gpu: Gpu, vocab: int) -> Any:
+    """A GpuRunner for up to 8 requests of up to 64 tokens."""
+    nothing = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None, record=lambda: None)
+    for name in ("Stream", "current_stream", "Event", "CUDAGraph", "synchronize", "graph_pool_handle"):
+        setattr(torch.cuda, name, lambda *arguments: nothing)
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment, misc, return-value]
+    for name in ("zeros", "empty"):
+        setattr(torch, name, _unpinned(getattr(torch, name)))
+    gpu_runner.GpuSampler = Greedy  # type: ignore[misc, assignment]
+    gpu_runner.DecodeGraph = Replayed  # type: ignore[misc]
+    return gpu_runner.GpuRunner(
+        model, caches, page_tokens, frozenset(), torch.device("cpu"), gpu,
+        context_tokens=64, vocab=vocab, max_rows=8, graphs="decode",
+    )  # fmt: skip
+
+
+def _unpinned(make: Any) -> Any:
+    return lambda *shape, pin_memory=False, **options: make(*shape, **options)
