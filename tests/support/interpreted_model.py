@@ -98,7 +98,7 @@ class Recorded:
         requests = [Request(i, list(prompt), params) for i, prompt in enumerate(prompts)]
         kept: list[list[torch.Tensor]] = [[] for _ in requests]
         last, call = [], self.model.logits
-        self.model.logits = lambda x: last.append(call(x)) or last[-1]
+        self.model.logits = lambda x, out=None: last.append(call(x, out)) or last[-1]
         for request in requests:
             self.scheduler.add(request)
         while (plan := self.scheduler.plan()) is not None:

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 class Head:
     """logits = weight · norm(x), in float32. `tied`: the embedding matrix that serves as `weight`, if the
-    checkpoint says so."""
+    checkpoint says so, or another head's product."""
 
     def __init__(
-        self, build: Build, norm: RMSNorm, name: str, vocab: int, tied: torch.Tensor | None = None
+        self, build: Build, norm: RMSNorm, name: str, vocab: int, tied: torch.Tensor | Linear | None = None
     ) -> None:
         hidden = norm.weight.shape[0]
         self.name, self.vocab, self.tied = name, vocab, tied is not None

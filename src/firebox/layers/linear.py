@@ -109,8 +109,12 @@ class Linear:
             self._bind(_pack.stack([self._stored[i] for i in range(len(self.parts))], self.bias))
             self._stored.clear()
 
-    def tie(self, weight: torch.Tensor) -> None:
-        """Takes another layer's `weight` [rows, columns] for its own."""
+    def tie(self, weight: torch.Tensor | Linear) -> None:
+        """Takes another layer's `weight` [rows, columns] for its own, or all that layer does, once it is
+        finished."""
+        if isinstance(weight, Linear):
+            self._kernels = weight._kernels
+            return
         if self.refusal is not None:
             self.weight = weight
             return

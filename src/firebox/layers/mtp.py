@@ -82,7 +82,8 @@ class MtpLayer:
         )
         self.projection = build.empty(hidden, 2 * hidden)
         self._format = build.format_of(names.projection)
-        self.head = Head(build, self.norm, head.name, head.vocab, tied=head.linear.weight)
+        tied = head.linear if head.linear.refusal is None else head.linear.weight
+        self.head = Head(build, self.norm, head.name, head.vocab, tied)
         self._model_norm = model_norm
 
     def slots(self) -> Slots:

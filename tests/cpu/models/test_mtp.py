@@ -26,19 +26,23 @@ from firebox.find import load
 from firebox.formats.base import OneOf, Slot, WeightSlot
 from firebox.formats.kv import fp8
 from firebox.formats.kv.base import NO_SCALES, ScaleSlot
+from firebox.hardware.base import find_gpu
 from firebox.hardware.probe import probe_cpu
 from firebox.kernels.select import TORCH
 from firebox.layers.base import Build
+from firebox.layers.device import Device
 from firebox.layers.mtp import COPIED, NOT_ANNOUNCED
 from firebox.models.base import Model, decode_bytes, parameters
 from firebox.step import Pages, Step
 from firebox.text.tokenizer import Tokenizer
 from firebox.weights.checkpoint import open_checkpoint
+from firebox.weights.dummy import load_dummy
 from firebox.weights.load import chosen_slots, load_weights
 from firebox.weights.requantise import Requantiser, requantised_bytes, stored_bytes
 from tests.support.checkpoints import load_reference, write_checkpoint
 from tests.support.engine import InProcessEngine
 from tests.support.quantise import RECIPES, read_tensors, write_tensors
+from tests.support.small_models import small_config
 from tools.train_tiny.export import read_model
 
 BUNDLED = Path(__file__).parents[3] / "src/firebox/assets/firebox-tiny"
@@ -538,3 +542,20 @@ def blocks(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
 def weights(model: Model) -> list[WeightSlot]:
     entries = (e.layouts[0] if isinstance(e, OneOf) else (e,) for e in model.slots())
     return [slot for slots in entries for slot in slots if isinstance(slot, WeightSlot)]
+
+
+@pytest.mark.parametrize("name", ["glm4_moe", "deepseek_v3", "qwen3_5_moe"])
+def test_on_a_gpu_it_shares_the_models_output_product(name: str) -> None:
+    """Whose matrix lies in the kernels' order, and not where a head on a CPU has it."""
+    gpu, cpu = find_gpu("gb10"), torch.device("cpu")
+    config = small_config(name)
+    config = config.get("text_config", config)
+    config |= {"mtp_num_hidden_layers": 1} if "qwen" in name else {"num_nextn_predict_layers": 1}
+    module = load("models", config["model_type"])
+    build = Build(gpu, cpu, torch.bfloat16, torch.bfloat16, 64, shared=Device(gpu, cpu, 64))
+    model = module.Model(module.Config.from_hf(config), build)
+    load_dummy(model)
+    (layer,) = model.mtp
+    assert layer.head.linear.refusal is None, "the case is about kernels"
+    assert layer.head.linear._kernels is model.head.linear._kernels is not None
+    assert layer.head.norm is not model.head.norm
