@@ -1,7 +1,9 @@
 """Runs a small model as a GPU does, layer for layer and launch for launch, but on the CPU under Triton's
 interpreter in float16, and prints as JSON how far its logits are from those of torch operators in float32.
+With "fp8" as in --requantize: from those of the same FP8 weights (`errors`), and of the checkpoint's
+(`moved`).
 
-    TRITON_INTERPRET=1 python -m tests.support.interpreted_model MODEL FORMAT
+    TRITON_INTERPRET=1 python -m tests.support.interpreted_model MODEL FORMAT [fp8]
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from firebox.layers.base import Build
 from firebox.layers.device import Device
 from firebox.weights.checkpoint import Checkpoint, open_checkpoint
 from firebox.weights.load import load_weights
+from firebox.weights.requantise import Requantiser
 from tests.support.experts import relative_error
 from tests.support.small_models import write_quantised, write_small
 
@@ -42,15 +45,18 @@ TOKENS = 3
 class Recorded:
     """A scheduler and a runner whose logits are kept: request → rows."""
 
-    def __init__(self, checkpoint: Checkpoint, gpu: Gpu, dtype: torch.dtype) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, gpu: Gpu, dtype: torch.dtype, requantiser: Requantiser | None = None
+    ) -> None:
         build = Build(gpu, CPU, dtype, dtype, 64)
         if gpu.kind == "cuda":
-            build = dataclasses.replace(build, shared=Device(gpu, CPU, 64))
+            requantise = requantiser and requantiser.quantise
+            build = dataclasses.replace(build, shared=Device(gpu, CPU, 64), requantise=requantise)
         else:
             build = dataclasses.replace(build, moe_backend="torch", attention_backend="torch_reference")
         self.choices = build.choices
         self.model: Any = make_model(checkpoint, build)
-        load_weights(self.model, checkpoint)
+        load_weights(self.model, checkpoint, on_filled=requantiser or (lambda slot: None))
         name = {torch.float16: "float16", torch.float32: "float32"}[dtype]
         window = next((s.window_tokens for s in self.model.cache_specs if hasattr(s, "window_tokens")), None)
         sizes = PoolSizes(32, 16, 32 if window else 0)
@@ -85,21 +91,31 @@ class Recorded:
         return torch.cat(kept).float(), [request.token_ids for request in requests]
 
 
-def main(model: str, format: str) -> None:
+def main(model: str, format: str, requantize: str = "none") -> None:
     assert INTERPRETED, "set TRITON_INTERPRET=1"
     gpu = find_gpu("gb10")
     triton_paged.gpu_of = lambda device: gpu  # the tensors are on a CPU
     folder = write_small(Path(tempfile.mkdtemp()) / "plain", model)
     folder = folder if format == "bf16" else write_quantised(folder, format)
     checkpoint = open_checkpoint(folder)
-    device = Recorded(checkpoint, gpu, torch.float16)
+    in_fp8 = requantize == "fp8"
+    stored = Requantiser(0.04, kernels=True) if in_fp8 else None
+    device = Recorded(checkpoint, gpu, torch.float16, stored)
     found, known = device.rows([list(prompt) for prompt in PROMPTS], TOKENS, every=False)
-    oracle, errors = Recorded(checkpoint, probe_cpu(), torch.float32), {}
-    for i, ids in enumerate(known):
-        wanted, _ = oracle.rows([ids[:-1]], 1, every=True)
-        mine = found[i :: len(PROMPTS)]  # a row a step
-        errors[f"request {i}"] = relative_error(mine, wanted[-TOKENS:])
-    print(json.dumps({"errors": errors, "ran": sorted({choice.name for choice in device.choices})}))
+
+    def errors(oracle: Recorded) -> dict[str, float]:
+        """`found` has a row a step of each request."""
+        wanted = [oracle.rows([ids[:-1]], 1, every=True)[0][-TOKENS:] for ids in known]
+        pairs = enumerate(wanted)
+        return {f"request {i}": relative_error(found[i :: len(PROMPTS)], rows) for i, rows in pairs}
+
+    of_plain = errors(Recorded(checkpoint, probe_cpu(), torch.float32))
+    told = {"ran": sorted({choice.name for choice in device.choices}), "errors": of_plain}
+    if stored is not None:
+        same = Recorded(checkpoint, probe_cpu(), torch.float32, Requantiser(0.04))
+        requantised = [found.module for found in stored.done]
+        told |= {"errors": errors(same), "moved": of_plain, "requantised": requantised, "left": stored.left}
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":

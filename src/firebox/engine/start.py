@@ -44,7 +44,7 @@ from firebox.models.base import Model, decode_bytes, need
 from firebox.weights.checkpoint import Checkpoint, first_layers, open_checkpoint
 from firebox.weights.dummy import load_dummy
 from firebox.weights.load import chosen_slots, load_weights
-from firebox.weights.requantise import Requantiser, requantised_bytes, stored_bytes
+from firebox.weights.requantise import Requantiser, stored_bytes
 
 log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -62,15 +62,12 @@ def start(
         checkpoint = first_layers(checkpoint, config.model.layers)
     dtype = checkpoint.dtype if config.model.dtype == "auto" else config.model.dtype
     gpu, why = device_of(config.engine.device, dtype)
-    if gpu.kind == "cuda" and config.model.requantize != "none":
-        raise ConfigError(
-            "--requantize does not know the kernels of a GPU yet", hint="leave it out, or --device cpu"
-        )
     found = facts(checkpoint, config, gpu)
     settings = resolve(config.engine, config.model.dtype, found, gpu)
     torch.set_num_threads(settings.threads)
     set_threads(settings.threads)
 
+    requantiser = _requantiser(config.model, gpu)
     build = _build(
         config,
         settings.dtype,
@@ -79,13 +76,14 @@ def start(
         gpu,
         torch.device(gpu.kind),
         settings.threads,
+        requantiser,
     )
     model = make_model(checkpoint, build)
     rows = ledger_rows(build.choices, settings.max_batch_tokens, settings.dtype)
     if config.engine.strict:
         refuse_fallbacks(rows)
         _refuse_untuned(model, settings, gpu)
-    loaded = _load(model, checkpoint, config.model, on_progress)
+    loaded = _load(model, checkpoint, config.model, requantiser, on_progress)
 
     sizes = PoolSizes(settings.kv_pages, settings.page_tokens, settings.window_pages, settings.states)
     kv = _kv_format(settings.kv_format)
@@ -178,15 +176,26 @@ def make_model(checkpoint: Checkpoint, build: Build) -> Model:
     return model
 
 
+def _requantiser(config: ModelConfig, gpu: Gpu) -> Requantiser | None:
+    """What --requantize asks for. Raises ConfigError."""
+    check_choice(ModelConfig, "requantize", config.requantize)
+    if config.requantize == "none":
+        return None
+    return Requantiser(config.requantize_limit, kernels=gpu.kind == "cuda")
+
+
 def _load(
-    model: Model, checkpoint: Checkpoint, config: ModelConfig, on_progress: Callable[[int, int], None]
+    model: Model,
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    requantiser: Requantiser | None,
+    on_progress: Callable[[int, int], None],
 ) -> list[str]:
     """Fills the model; what --requantize did, in lines of text."""
-    check_choice(ModelConfig, "requantize", config.requantize)
-    requantiser = Requantiser(config.requantize_limit) if config.requantize == "fp8" else None
     on_filled = requantiser or (lambda slot: None)
     assert isinstance(model, Decoder)
-    read_bytes = [decode_bytes(model, count) for count in (stored_bytes, requantised_bytes)]
+    counts = (stored_bytes, requantiser.kept_bytes) if requantiser else ()
+    read_bytes = [decode_bytes(model, count) for count in counts]
     if config.load_format == "dummy":
         load_dummy(model, on_filled=on_filled)
     else:
@@ -224,7 +233,10 @@ def facts(checkpoint: Checkpoint, config: Config, gpu: Gpu) -> CheckpointFacts:
             f"{checkpoint.folder} computes in {dtype}", hint=f"supported: {', '.join(DTYPES)}"
         )
     kv_format = kv_format_of(config.engine.kv_cache_dtype, dtype)
-    model = make_model(checkpoint, _build(config, dtype, kv_format, 1, gpu, torch.device("meta"), 1))
+    requantiser = _requantiser(config.model, gpu)
+    model = make_model(
+        checkpoint, _build(config, dtype, kv_format, 1, gpu, torch.device("meta"), 1, requantiser)
+    )
     needs = cache_needs(model.cache_specs, _kv_format(kv_format).DTYPE.itemsize)
     present = checkpoint.names() if checkpoint.shards else None
     return CheckpointFacts(
@@ -282,6 +294,7 @@ def _build(
     gpu: Gpu,
     device: torch.device,
     threads: int,
+    requantiser: Requantiser | None,
 ) -> Build:
     kv = _kv_format(kv_format)
     return Build(
@@ -295,4 +308,5 @@ def _build(
         attention_backend=config.engine.attention_backend,
         moe_backend=config.engine.moe_backend,
         shared=Device(gpu, device, config.engine.max_batch_tokens) if gpu.kind == "cuda" else None,
+        requantise=requantiser.quantise if requantiser and requantiser.kernels else None,
     )
