@@ -48,7 +48,9 @@ class ModelConfig:
         "none",
         "fp8: at load, every unquantised projection of attention, dense MLP and shared experts, and the "
         "output matrix, becomes FP8 with a scale for each row; routed experts (quantised or not), norms, "
-        "routers, gates, embedding, biases, convolutions and recurrent parameters stay as they are",
+        "routers, gates, embedding, biases, convolutions and recurrent parameters stay as they are. A CPU "
+        "computes with what FP8 makes of them, a GPU's kernels read FP8; what they do not (MLA's kv_b) stays "
+        "as it is there",
         choices=("none", "fp8"),
     )
     requantize_limit: float = option(

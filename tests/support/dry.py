@@ -28,6 +28,7 @@ from firebox.layers.base import Build
 from firebox.layers.dense_gpu import LinearKernels
 from firebox.layers.device import Device
 from firebox.weights.dummy import load_dummy
+from firebox.weights.requantise import Requantiser
 
 MAX_TOKENS, PAGE_TOKENS, PAGES = 160, 16, 600
 CPU = torch.device("cpu")
@@ -62,13 +63,15 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch, gpu: Gpu) -> list[CompileReque
     return seen
 
 
-def model_of(model_type: str, gpu: Gpu, **changes: Any) -> Any:
-    """The architecture's smallest model with sizes that the kernels take, with random weights in bf16."""
+def model_of(model_type: str, gpu: Gpu, *, requantize: bool = False, **changes: Any) -> Any:
+    """The architecture's smallest model with sizes that the kernels take, with random weights in bf16, or
+    with `requantize` as --requantize fp8 leaves them."""
     module = load("models", model_type)
     config = {**module.TINY, **changes}
     build = Build(
         gpu, CPU, torch.bfloat16, torch.bfloat16, 512, format_of=formats_of(config),
         shared=Device(gpu, CPU, MAX_TOKENS),
+        requantise=Requantiser(0.04, kernels=True).quantise if requantize else None,
     )  # fmt: skip
     model = module.Model(module.Config.from_hf(config), build)
     load_dummy(model)

@@ -1,9 +1,11 @@
 """Runs a small model as a GPU does, layer for layer and launch for launch, but on the CPU under Triton's
 interpreter in float16, and prints as JSON how far its logits are from those of torch operators in float32.
+With "fp8" as in --requantize: from those of the same FP8 weights (`errors`), and of the checkpoint's
+(`moved`).
 
-    TRITON_INTERPRET=1 python -m tests.support.interpreted_model MODEL FORMAT [graphs]
+    TRITON_INTERPRET=1 python -m tests.support.interpreted_model MODEL FORMAT [graphs|fp8]
 
-`graphs`: decode steps through the runner of a GPU, see replayed.py, with a prefix cache.
+"graphs": decode steps through the runner of a GPU, see replayed.py, with a prefix cache.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from firebox.layers.base import Build
 from firebox.layers.device import Device
 from firebox.weights.checkpoint import Checkpoint, open_checkpoint
 from firebox.weights.load import load_weights
+from firebox.weights.requantise import Requantiser
 from tests.support.experts import relative_error
 from tests.support.replayed import replayed_runner
 from tests.support.small_models import write_quantised, write_small
@@ -57,15 +60,17 @@ class Recorded:
         dtype: torch.dtype,
         chunk_tokens: int = 64,
         graphs: bool = False,
+        requantiser: Requantiser | None = None,
     ) -> None:
         build = Build(gpu, CPU, dtype, dtype, 64)
         if gpu.kind == "cuda":
-            build = dataclasses.replace(build, shared=Device(gpu, CPU, 64))
+            requantise = requantiser and requantiser.quantise
+            build = dataclasses.replace(build, shared=Device(gpu, CPU, 64), requantise=requantise)
         else:
             build = dataclasses.replace(build, moe_backend="torch", attention_backend="torch_reference")
         self.choices = build.choices
         self.model: Any = make_model(checkpoint, build)
-        load_weights(self.model, checkpoint)
+        load_weights(self.model, checkpoint, on_filled=requantiser or (lambda slot: None))
         name = {torch.float16: "float16", torch.float32: "float32"}[dtype]
         window = next((s.window_tokens for s in self.model.cache_specs if hasattr(s, "window_tokens")), None)
         states = STATES if any(isinstance(s, RecurrentSpec) for s in self.model.cache_specs) else 0
@@ -115,31 +120,39 @@ class Recorded:
         return [torch.cat(rows).float() for rows in kept], [request.token_ids for request in requests]
 
 
-def main(model: str, format: str, graphs: str = "") -> None:
+def main(model: str, format: str, option: str = "") -> None:
     assert INTERPRETED, "set TRITON_INTERPRET=1"
     gpu = find_gpu("gb10")
     triton_paged.gpu_of = lambda device: gpu  # the tensors are on a CPU
     folder = write_small(Path(tempfile.mkdtemp()) / "plain", model)
     folder = folder if format == "bf16" else write_quantised(folder, format)
     checkpoint = open_checkpoint(folder)
-    chunk_tokens = CHUNK_TOKENS.get(model, 64)
+    chunk_tokens, graphs = CHUNK_TOKENS.get(model, 64), option == "graphs"
     prompts = [list(ids) for ids in (CHUNKED if model in CHUNK_TOKENS else PROMPTS)]
-    device = Recorded(checkpoint, gpu, torch.float16, chunk_tokens, bool(graphs))
+    stored = Requantiser(0.04, kernels=True) if option == "fp8" else None
+    device = Recorded(checkpoint, gpu, torch.float16, chunk_tokens, graphs, stored)
     tokens = GRAPH_TOKENS if graphs else TOKENS
     if graphs:  # and then each request's text goes on, behind what the prefix tree kept of it
         device.scheduler.cache.state_allocator.allocate(2)  # slots are no rows
         _, known = device.rows(prompts, tokens, every=False)
         prompts = [[*ids, 3, 4] for ids in known]
     rows, known = device.rows(prompts, tokens, every=False)
-    oracle, errors = Recorded(checkpoint, probe_cpu(), torch.float32), {}
-    for i, ids in enumerate(known):
-        (wanted,), _ = oracle.rows([ids[:-1]], 1, every=True)
-        errors[f"request {i}"] = relative_error(rows[i], wanted[-tokens:])
+
+    def errors(oracle: Recorded) -> dict[str, float]:
+        wanted = [oracle.rows([ids[:-1]], 1, every=True)[0][0][-tokens:] for ids in known]
+        return {f"request {i}": relative_error(rows[i], row) for i, row in enumerate(wanted)}
+
+    of_plain = errors(Recorded(checkpoint, probe_cpu(), torch.float32))
     ran, steps = {choice.name for choice in device.choices}, device.runner.steps
-    found = {"errors": errors, "ran": sorted(ran), "steps": {mode: n for (mode, _), n in steps.items()}}
+    found: dict[str, Any] = {"errors": of_plain, "ran": sorted(ran)}
+    found["steps"] = {mode: n for (mode, _), n in steps.items()}
     stores = [cache for cache in device.caches if isinstance(cache, StateCache)]
     found["slot 0 is zero"] = not any(store.conv[0].any() or store.matrix[0].any() for store in stores)
     found["cached"] = device.scheduler.stats().cached_prompt_tokens
+    if stored is not None:
+        same = Recorded(checkpoint, probe_cpu(), torch.float32, requantiser=Requantiser(0.04))
+        found |= {"errors": errors(same), "moved": of_plain, "left": stored.left}
+        found["requantised"] = [one.module for one in stored.done]
     print(json.dumps(found))
 
 

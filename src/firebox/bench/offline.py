@@ -28,6 +28,7 @@ from firebox.engine.runner import Runner
 from firebox.engine.scheduler import Scheduler
 from firebox.engine.start import device_of, start
 from firebox.errors import ConfigError
+from firebox.hardware.base import Gpu
 from firebox.planning._parts import Part, Source, kv_dtype, open_source
 from firebox.planning.memory import CacheBytes, cache_bytes
 from firebox.planning.roof import matrix_s, weights_bytes
@@ -126,6 +127,13 @@ def _modes(steps: Counter[tuple[str, str]]) -> dict[str, int]:
     return {"/".join(mode): count for mode, count in steps.items() if count}
 
 
+def source_of(name: str, config: Config, checkpoint: Checkpoint, dtype: str, gpu: Gpu) -> Source:
+    """What planning needs of the loaded model. A CPU's requantised weights are as wide as before."""
+    stored = frozenset(checkpoint.names()) if checkpoint.shards else None
+    in_fp8 = config.model.requantize == "fp8" and gpu.kind == "cuda"
+    return Source(name, checkpoint.model_type, checkpoint.text_config, dtype, stored, in_fp8)
+
+
 class _Bench:
     """One loaded engine."""
 
@@ -135,9 +143,8 @@ class _Bench:
     ) -> None:  # fmt: skip
         self.settings, self.scheduler, self.runner, self.ready = settings, scheduler, runner, ready
         self.rate_gb_s = rate_gb_s
-        stored = frozenset(checkpoint.names()) if checkpoint.shards else None
-        source = Source(settings.name, checkpoint.model_type, checkpoint.text_config, ready.dtype, stored)
         self.gpu, _ = device_of(config.engine.device, ready.dtype)
+        source = source_of(settings.name, config, checkpoint, ready.dtype, self.gpu)
         self.device = torch.device(self.gpu.kind)
         self.parts: Sequence[Part] = open_source(source, self.gpu).parts
         itemsize = kv_dtype(source, config.engine.kv_cache_dtype).itemsize

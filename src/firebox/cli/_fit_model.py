@@ -22,7 +22,7 @@ PARTIAL = (
 
 
 def fit_model(
-    model: str, gpu: str, divided: Mapping[str, int], dtype: str, engine: EngineConfig, *, as_json: bool,
+    source: Source, gpu: str, divided: Mapping[str, int], engine: EngineConfig, *, as_json: bool,
     strict: bool = False,
 ) -> bool:  # fmt: skip
     """Prints the answer; True: it fits, with `strict` without fallbacks. `divided`: tp, ep and drafts, as
@@ -31,7 +31,7 @@ def fit_model(
     from firebox.planning.fit import compiled, open_source, plan
 
     on = find_gpu(gpu)
-    found = compiled(plan(open_source(source_of(model, dtype), on), on, engine=engine, **divided))
+    found = compiled(plan(open_source(source, on), on, engine=engine, **divided))
     if as_json:
         print(json.dumps(found.document()))
     else:
@@ -39,7 +39,7 @@ def fit_model(
     return found.fits and not (strict and found.fallbacks)
 
 
-def source_of(model: str, dtype: str) -> Source:
+def source_of(model: str, dtype: str, requantize: str = "none") -> Source:
     """What planning needs of a card, a folder or a Hugging Face id."""
     from firebox.config import ModelConfig, check_choice
     from firebox.planning.fit import Source
@@ -47,10 +47,12 @@ def source_of(model: str, dtype: str) -> Source:
     from firebox.weights.checkpoint import open_checkpoint
 
     check_choice(ModelConfig, "dtype", dtype)
+    check_choice(ModelConfig, "requantize", requantize)
     checkpoint = open_checkpoint(resolve_folder(model))
     stored = frozenset(checkpoint.names()) if checkpoint.shards else None
     computes_in = checkpoint.dtype if dtype == "auto" else dtype
-    return Source(model, checkpoint.model_type, checkpoint.text_config, computes_in, stored)
+    config, requantise = checkpoint.text_config, requantize == "fp8"
+    return Source(model, checkpoint.model_type, config, computes_in, stored, requantise)
 
 
 def _show(fit: Fit, *, strict: bool) -> None:

@@ -42,6 +42,9 @@ def fit(
     kv_cache_dtype: Annotated[
         str | None, typer.Option(help="as in serve: bf16, fp8, …; default: the compute dtype")
     ] = None,
+    requantize: Annotated[
+        str | None, typer.Option(help="as in serve: none, fp8 for every unquantised projection; default none")
+    ] = None,
     context_length: Annotated[
         int | None, typer.Option(help="tokens that one request must be able to hold; default 4096")
     ] = None,
@@ -69,7 +72,13 @@ def fit(
     }
     given = {name: value for name, value in engine.items() if value is not None}
     if moe_config is not None:
-        others = {"dtype": dtype, "ep": ep, "num_drafts": num_drafts, "strict": strict or None}
+        others = {
+            "dtype": dtype,
+            "requantize": requantize,
+            "ep": ep,
+            "num_drafts": num_drafts,
+            "strict": strict or None,
+        }
         unused = [*given, *(name for name, value in others.items() if value is not None)]
         if unused:
             raise ConfigError(f"--moe-config does not go with --{unused[0].replace('_', '-')}")
@@ -78,13 +87,13 @@ def fit(
         raise ConfigError(
             f"--model {of_model} is for --moe-config", hint=f"firebox fit {of_model} --gpu {gpu}"
         )
-    from firebox.cli._fit_model import fit_model
+    from firebox.cli._fit_model import fit_model, source_of
     from firebox.config import DEFAULT_MODEL, EngineConfig
 
     settings = EngineConfig(**given)
     divided = {"tp": 1 if tp is None else tp, "ep": 1 if ep is None else ep, "drafts": num_drafts or 0}
-    name = model or DEFAULT_MODEL
-    fits = fit_model(name, gpu, divided, dtype or "auto", settings, as_json=as_json, strict=strict)
+    source = source_of(model or DEFAULT_MODEL, dtype or "auto", requantize or "none")
+    fits = fit_model(source, gpu, divided, settings, as_json=as_json, strict=strict)
     raise typer.Exit(0 if fits else 1)
 
 

@@ -44,6 +44,7 @@ def tune(
     prefill_chunk_tokens: Annotated[int, typer.Option(min=1, help="as in serve")] = 512,
     max_batch_tokens: Annotated[int, typer.Option(min=1, help="the largest step")] = 4096,
     dtype: Annotated[str, typer.Option(help="compute dtype")] = "auto",
+    requantize: Annotated[str, typer.Option(help="as in serve: none, fp8")] = "none",
     prove: Annotated[
         bool, typer.Option("--prove", help="install only what makes the engine faster, in pairs")
     ] = False,
@@ -75,7 +76,7 @@ def tune(
         raise ConfigError(
             "--prove", hint="it runs the engine here: without --predict and --ray, with --tp 1 --op moe"
         )
-    source = source_of(model, dtype)
+    source = source_of(model, dtype, requantize)
     home = out or read().cache_dir / "tuned"
     folder = home / UNPROVED if prove else home
     works = _works(source, on, tp, op)
@@ -104,7 +105,10 @@ def _proved(source: Source, layers: int, new: Path, home: Path, done: Sequence[T
     from firebox.tuning.write import merge
 
     folder, least = str(resolve_folder(source.name)), min(layers, int(source.config["num_hidden_layers"]))
-    of = ModelConfig(model=folder, load_format="dummy", layers=least, dtype=source.dtype)
+    of = ModelConfig(
+        model=folder, load_format="dummy", layers=least, dtype=source.dtype,
+        requantize="fp8" if source.requantise else "none",
+    )  # fmt: skip
     gains = []
     for gain in prove(Config(model=of, engine=EngineConfig(device="cuda", prefix_cache=False)), new):
         gains.append(gain)

@@ -49,7 +49,7 @@ from firebox.models.base import Model, decode_bytes, need
 from firebox.weights.checkpoint import Checkpoint, first_layers, open_checkpoint
 from firebox.weights.dummy import load_dummy
 from firebox.weights.load import chosen_slots, load_weights
-from firebox.weights.requantise import Requantiser, requantised_bytes, stored_bytes
+from firebox.weights.requantise import Requantiser, stored_bytes
 
 if TYPE_CHECKING:  # Triton is imported where there is a GPU, and not before
     from firebox.layers.launches import Launch
@@ -70,10 +70,6 @@ def start(
         checkpoint = first_layers(checkpoint, config.model.layers)
     dtype = checkpoint.dtype if config.model.dtype == "auto" else config.model.dtype
     gpu, why = device_of(config.engine.device, dtype)
-    if gpu.kind == "cuda" and config.model.requantize != "none":
-        raise ConfigError(
-            "--requantize does not know the kernels of a GPU yet", hint="leave it out, or --device cpu"
-        )
     check_choice(EngineConfig, "self_test", config.engine.self_test)
     outline = make_outline(checkpoint, config, gpu)
     found = facts(checkpoint, config, gpu, outline)
@@ -87,10 +83,12 @@ def start(
     torch.set_num_threads(settings.threads)
     set_threads(settings.threads)
 
-    build = _build(config, settings.dtype, settings.kv_format, settings.context_tokens, gpu, settings.threads)
+    requantiser = _requantiser(config.model, gpu)
+    context, threads = settings.context_tokens, settings.threads
+    build = _build(config, settings.dtype, settings.kv_format, context, gpu, threads, requantiser)
     meter = Meter(gpu)
     model = make_model(checkpoint, build)
-    loaded = _load(model, checkpoint, config.model, on_progress)
+    loaded = _load(model, checkpoint, config.model, requantiser, on_progress)
     meter.took("weights", peak="loader peak")
     runner = _make_runner(model, checkpoint, settings, config.engine, build)
     meter.took("KV pages")
@@ -222,15 +220,26 @@ def make_model(checkpoint: Checkpoint, build: Build) -> Model:
     return model
 
 
+def _requantiser(config: ModelConfig, gpu: Gpu) -> Requantiser | None:
+    """What --requantize asks for. Raises ConfigError."""
+    check_choice(ModelConfig, "requantize", config.requantize)
+    if config.requantize == "none":
+        return None
+    return Requantiser(config.requantize_limit, kernels=gpu.kind == "cuda")
+
+
 def _load(
-    model: Model, checkpoint: Checkpoint, config: ModelConfig, on_progress: Callable[[int, int], None]
+    model: Model,
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    requantiser: Requantiser | None,
+    on_progress: Callable[[int, int], None],
 ) -> list[str]:
     """Fills the model; what --requantize did, in lines of text."""
-    check_choice(ModelConfig, "requantize", config.requantize)
-    requantiser = Requantiser(config.requantize_limit) if config.requantize == "fp8" else None
     on_filled = requantiser or (lambda slot: None)
     assert isinstance(model, Decoder)
-    read_bytes = [decode_bytes(model, count) for count in (stored_bytes, requantised_bytes)]
+    counts = (stored_bytes, requantiser.kept_bytes) if requantiser else ()
+    read_bytes = [decode_bytes(model, count) for count in counts]
     if config.load_format == "dummy":
         load_dummy(model, on_filled=on_filled)
     else:
@@ -277,7 +286,8 @@ def make_outline(checkpoint: Checkpoint, config: Config, gpu: Gpu) -> Outline:
             f"{checkpoint.folder} computes in {dtype}", hint=f"supported: {', '.join(DTYPES)}"
         )
     kv_format = kv_format_of(config.engine.kv_cache_dtype, dtype)
-    build = _build(config, dtype, kv_format, 1, gpu, 1, device=torch.device("meta"))
+    requantiser = _requantiser(config.model, gpu)
+    build = _build(config, dtype, kv_format, 1, gpu, 1, requantiser, device=torch.device("meta"))
     model = make_model(checkpoint, build)
     assert isinstance(model, Decoder)
     return Outline(model, _kv_format(kv_format), build.choices)
@@ -378,6 +388,7 @@ def _build(
     max_positions: int,
     gpu: Gpu,
     threads: int,
+    requantiser: Requantiser | None,
     device: torch.device | None = None,
 ) -> Build:
     kv, device = _kv_format(kv_format), device or torch.device(gpu.kind)
@@ -392,4 +403,5 @@ def _build(
         attention_backend=config.engine.attention_backend,
         moe_backend=config.engine.moe_backend,
         shared=Device(gpu, device, config.engine.max_batch_tokens) if gpu.kind == "cuda" else None,
+        requantise=requantiser.quantise if requantiser and requantiser.kernels else None,
     )

@@ -184,7 +184,8 @@ class StoredSlot:
     """A weight that stays in its format, for kernels that read it so. `shape`: [rows, columns], or [experts,
     rows, columns] where the checkpoint stores all experts in one tensor. `keep` takes the format's tensors by
     the last part of their names; `invent` makes some up on `device`, of about the size that training leaves
-    (`--load-format dummy`)."""
+    (`--load-format dummy`). `kept`: the format that `keep` turns it into, where that is another one
+    (--requantize)."""
 
     module: str
     format: Format
@@ -194,6 +195,7 @@ class StoredSlot:
     invent: Callable[[torch.Generator], None]
     separator: str = "."
     cut: Cut | None = None
+    kept: Format | None = None
 
     @property
     def target(self) -> torch.Tensor:
@@ -213,9 +215,10 @@ class StoredSlot:
     def stored_bytes(self) -> int:
         """Of all its tensors as they are kept: unquantised numbers in 16 bits, whatever the checkpoint's; an
         activation's optional scale is not."""
-        return sum(
-            math.prod(spec.shape) * (2 if self.format.name == "bf16" else spec.dtypes[0].itemsize)
-            for spec in self.tensors.values()
+        format = self.kept or self.format
+        return math.prod(self.shape[:-2]) * sum(
+            math.prod(spec.shape) * (2 if format.name == "bf16" else spec.dtypes[0].itemsize)
+            for spec in format.tensors(*self.shape[-2:]).values()
             if not spec.optional
         )
 

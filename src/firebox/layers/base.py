@@ -3,12 +3,14 @@ readies it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Protocol
 
 import torch
 
+from firebox.errors import ConfigError
 from firebox.formats import bf16
 from firebox.formats.base import FormatOf, OneOf, PlainSlot, Slot, Slots, StoredSlot, WeightSlot
 from firebox.formats.kv.base import ScaleSlot
@@ -28,6 +30,9 @@ __all__ = [
     "WeightSlot",
 ]  # models see slots through layers
 
+# a module's path and its weight [rows, columns] → the tensors of formats/fp8_channel.py
+Quantise = Callable[[str, torch.Tensor], Mapping[str, torch.Tensor]]
+
 
 @dataclass(frozen=True)
 class Build:
@@ -36,7 +41,10 @@ class Build:
     weight. `kv_dtype`: of the cache's elements; `kv_scaled`: its format divides by a scale, which the
     checkpoint may hold. `choices` collects one Choice per operation, for the ledger. `stored`: the names of
     the checkpoint's tensors; None where they are not known, and config.json's word counts. `requantisable`:
-    --requantize may change what is unquantised. `shared`: what layers share on an NVIDIA GPU, None elsewhere.
+    --requantize may change what is unquantised. `requantise`: on a GPU, what it does to such a weight before
+    kernels pack it; None on a CPU, where the loader changes what layers already have. `shared`: what layers
+    share on an NVIDIA GPU, None elsewhere and in a plan, for which nothing is loaded. Raises ConfigError for
+    a GPU that cannot do what `requantise` asks for.
     """
 
     gpu: Gpu
@@ -53,6 +61,16 @@ class Build:
     choices: list[Choice] = field(default_factory=list)
     stored: frozenset[str] | None = None
     shared: Device | None = None
+    requantise: Quantise | None = None
+
+    def __post_init__(self) -> None:
+        if self.requantise is not None and "fp8" not in self.gpu.facts:
+            raise ConfigError(f"--requantize fp8: {self.gpu.name} has no FP8 type", hint="--requantize none")
+
+    def requantises(self, path: str) -> bool:
+        """Does this projection become FP8 as it is loaded, if a kernel reads it so?"""
+        wanted = self.requantise is not None and self.requantisable
+        return wanted and self.format_of(path).name == "bf16"
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Uninitialised weights on the device, in the compute dtype unless another is given."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from firebox.formats import bf16
+from firebox.formats import bf16, fp8_channel
 from firebox.formats.base import Cut, Format, PlainSlot, Slots, StoredSlot, WeightSlot
 from firebox.hardware.base import Gpu
 from firebox.layers.base import Build
@@ -43,9 +43,12 @@ class Linear:
 
     On an NVIDIA GPU the weight stays as it is stored, for kernels that read it so, unless `dense` asks for
     numbers that torch can compute with, or the parts' formats are not those of one kernel. Elsewhere it is
-    dequantised as it is loaded. `residual`: calls add one; `out_dtype`: of y, by default the compute dtype,
-    for kernels only. `unit`: for kernels, a share that is cut is grown with zeros to a multiple of this: rows
-    of y that are 0, columns of x that do not count (GLM-4.5-Air at tp 8: 1,368 columns of an MLP).
+    dequantised as it is loaded. With `build.requantise` unquantised parts become FP8 while they are packed,
+    and the layer is one in FP8 from the beginning, unless no kernel would read it.
+
+    `residual`: calls add one; `out_dtype`: of y, by default the compute dtype, for kernels only. `unit`: for
+    kernels, a share that is cut is grown with zeros to a multiple of this: rows of y that are 0, columns of x
+    that do not count (GLM-4.5-Air at tp 8: 1,368 columns of an MLP).
     """
 
     def __init__(
@@ -66,13 +69,14 @@ class Linear:
         self.parts, self._unit = parts, unit
         self.cuts = tuple(cuts) or (None,) * len(parts)
         self._build, self._columns = build, in_features
-        self._formats = [build.format_of(path) for path in parts]
+        self._of_checkpoint = [build.format_of(path) for path in parts]
         self._requantisable = requantisable and build.requantisable
         self._residual, self._out_dtype = residual, out_dtype
         rows = sum(parts.values())
         self.bias = build.empty(rows) if bias else None
         self._has_bias = bias
         self._dense = dense
+        self._formats = self._kept_formats()
         self.refusal = (
             "kernels of whole blocks pack dequantised weights"
             if build.shared is None
@@ -89,10 +93,9 @@ class Linear:
             zip(self.parts.items(), self._formats, self.cuts, strict=True)
         ):
             if self.refusal is None:
-                keep, invent = partial(self._keep, i, rows, format), partial(self._invent, i, format)
-                yield StoredSlot(
-                    path, format, (rows, self._columns), self._build.device, keep, invent, cut=cut
-                )
+                stored, shape, device = self._of_checkpoint[i], (rows, self._columns), self._build.device
+                keep, invent = partial(self._keep, i, path), partial(self._invent, i, path)
+                yield StoredSlot(path, stored, shape, device, keep, invent, cut=cut, kept=format)
             else:
                 target = self.weight[first : first + rows]
                 yield WeightSlot(path, format, target, requantisable=self._requantisable, cut=cut)
@@ -202,20 +205,40 @@ class Linear:
         across = next((cut for cut in self.cuts if cut is not None and cut.axis == 1), None)
         return rows, share(across, self._columns)
 
-    def _keep(self, part: int, rows: int, format: Format, tensors: Mapping[str, torch.Tensor]) -> None:
+    def _kept_formats(self) -> list[Format]:
+        """Each part's: the checkpoint's, or FP8 for what --requantize changes."""
+        self._formats = self._of_checkpoint
+        changed = [self._requantisable and self._build.requantises(path) for path in self.parts]
+        if any(changed):
+            pairs = zip(changed, self._of_checkpoint, strict=True)
+            self._formats = [fp8_channel.Format() if becomes else format for becomes, format in pairs]
+            if self.refused(self._build.gpu) is not None:
+                return self._of_checkpoint
+        return self._formats
+
+    def _keep(self, part: int, path: str, tensors: Mapping[str, torch.Tensor]) -> None:
         from firebox.layers import _pack
 
+        format, rows = self._formats[part], self.parts[path]
+        if format != self._of_checkpoint[part]:
+            assert self._build.requantise is not None
+            tensors = self._build.requantise(path, tensors["weight"])
         packed = _pack.pack(format, tensors, rows, self._columns, self._build.dtype)
         grown_rows, columns = self._share(1)
         self._stored[part] = _pack.padded(packed, grown_rows[part], columns)
 
-    def _invent(self, part: int, format: Format, generator: torch.Generator) -> None:
+    def _invent(self, part: int, path: str, generator: torch.Generator) -> None:
         from firebox.kernels._linear import Weights
         from firebox.layers import _pack
         from firebox.layers._invented import invented
 
+        if self._formats[part] != self._of_checkpoint[part]:  # as a checkpoint's, so that the error is said
+            lead, columns = (self.parts[path],), self._columns
+            weight, *_ = invented("bf16", 0, lead, columns, generator, self._build.dtype)
+            self._keep(part, path, {"weight": weight})
+            return
         all_rows, columns = self._share(1)
-        rows, (name, group) = all_rows[part], _pack.kind(format, columns)
+        rows, (name, group) = all_rows[part], _pack.kind(self._formats[part], columns)
         made = invented(name, group, (rows,), columns, generator, self._build.dtype)
         self._stored[part] = _pack.Packed(rows, columns, name, group, Weights(*made))
 

@@ -53,6 +53,7 @@ class MoeBlock:
         self.norm, self.names = norm, names
         self._rows, self._columns = (Cut(axis, p.inter, inter_key) for axis in (0, 1))
         self.format_of, self.kept_groups, self._interleaved = build.format_of, kept_groups, interleaved
+        self.requantises: Callable[[str], bool] = build.requantises
         self._kernels = self._of_a_gpu(build)
         self.router = build.empty(p.experts, p.hidden)
         self.router_bias = build.empty(p.experts if p.biases else 0)
@@ -141,7 +142,7 @@ class MoeBlock:
             yield PlainSlot(f"{names.router}.bias", self.router_bias)
         if p.scoring == "sigmoid":
             yield PlainSlot(names.correction_bias, self.correction_bias)
-        yield from self.expert_slots()
+        yield from self._kernels.slots(self._interleaved) if self._kernels else self.expert_slots()
         if p.shared_experts and not (self._kernels and self._kernels.fused):
             yield from self.shared_gate_up.slots()
             yield from self.shared_down.slots()
@@ -151,7 +152,7 @@ class MoeBlock:
     def expert_slots(self) -> Slots:
         """The routed experts' tensors: of these a token reads top_k in `experts`."""
         if self._kernels is not None:
-            yield from self._kernels.slots(self._interleaved)
+            yield from self._kernels.routed_slots(self._interleaved)
         elif self._interleaved:
             yield from self._gpt_oss()
         else:

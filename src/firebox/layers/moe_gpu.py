@@ -9,7 +9,7 @@ otherwise two linear layers and silu_mul. Weights stay in their format.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -38,6 +38,7 @@ class Layer(Protocol):
     problem: Problem
     names: MoeNames
     format_of: FormatOf
+    requantises: Callable[[str], bool]
     kept_groups: int
     shared_gate_up: Linear
     shared_down: Linear
@@ -103,7 +104,9 @@ def _share(p: Problem, setting: Setting) -> Problem:
 
 def _fused_in(layer: Layer, setting: Setting) -> int:
     """`fused_experts`; none with the routed ones divided: every GPU has its share of a shared expert."""
-    return fused_experts(layer.problem, layer.names, layer.format_of) if setting.ep == 1 else 0
+    if setting.ep > 1:
+        return 0
+    return fused_experts(layer.problem, layer.names, layer.format_of, layer.requantises)
 
 
 def inner_widths(layer: Layer, setting: Setting) -> tuple[int, int]:
@@ -127,11 +130,14 @@ def _shared_operations(layer: Layer, setting: Setting) -> Iterator[Operation]:
     yield layer.shared_down.operation("shared_down", setting)
 
 
-def fused_experts(p: Problem, names: MoeNames, format_of: FormatOf) -> int:
+def fused_experts(
+    p: Problem, names: MoeNames, format_of: FormatOf, requantises: Callable[[str], bool]
+) -> int:
     """How many shared experts are further experts to the kernels: one, if it has the routed ones'
-    format."""
-    shared = {format_of(f"{names.shared}.{part}") for part in (names.gate, names.up, names.down)}
-    return int(p.shared_experts == 1 and shared == {format_of(names.down_of(0))})
+    format and keeps it: --requantize changes shared experts, not routed ones."""
+    paths = [f"{names.shared}.{part}" for part in (names.gate, names.up, names.down)]
+    alike = {format_of(path) for path in paths} == {format_of(names.down_of(0))}
+    return int(p.shared_experts == 1 and alike and not any(map(requantises, paths)))
 
 
 def router_problem(p: Problem) -> Any:
@@ -188,7 +194,7 @@ class MoeKernels:
 
         self._build, self._p, self._names, self._cuts = build, p, names, cuts
         self._format = build.format_of(names.down_of(0))
-        self.fused = fused_experts(p, names, build.format_of)
+        self.fused = fused_experts(p, names, build.format_of, build.requantises)
         self.problem = _experts_problem(p, self._format, build.gpu, self.fused)
         self._route = _route_problem(p, self.fused, kept_groups)
         self._store: Any = ExpertStore(self.problem, build.device)
@@ -196,15 +202,19 @@ class MoeKernels:
     # ---- filling
 
     def slots(self, interleaved: bool) -> Slots:
-        """The routed experts' tensors, one by one or all in one, and a fused shared expert's."""
+        """The routed experts' tensors and a fused shared expert's."""
+        yield from self.routed_slots(interleaved)
+        if self.fused:
+            yield from self._of(self._p.experts, self._names.shared)
+
+    def routed_slots(self, interleaved: bool) -> Slots:
+        """One by one or all in one."""
         if interleaved:
             yield from self._all_stored()
         elif self._names.fused and self._format.name == "bf16":
             yield OneOf((tuple(self._one_by_one()), tuple(self._all_plain())))
         else:
             yield from self._one_by_one()
-        if self.fused:
-            yield from self._of(self._p.experts, self._names.shared)
 
     def _one_by_one(self) -> Iterator[Slot]:
         for e in range(self._p.experts):

@@ -38,13 +38,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 @dataclass(frozen=True)
 class Source:
     """What planning needs of a model folder. `config`: the language model's section of config.json; `dtype`:
-    what it computes in; `stored`: the names of its tensors, None where there is only a config.json."""
+    what it computes in; `stored`: the names of its tensors, None where there is only a config.json;
+    `requantise`: as --requantize fp8 leaves it."""
 
     name: str
     model_type: str
     config: Mapping[str, Any]
     dtype: str
     stored: frozenset[str] | None = None
+    requantise: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def kv_dtype(source: Source, asked: str) -> torch.dtype:
 
 def open_source(source: Source, gpu: Gpu) -> Opened:
     """Builds the model on the meta device. The few bytes of an FP8 cache's scales are not among its parts.
-    Raises UnsupportedModel, UnsupportedFormat."""
+    Raises UnsupportedModel, UnsupportedFormat; ConfigError for a GPU that cannot `requantise`."""
     if source.model_type not in names("models"):
         raise UnsupportedModel(
             f"{source.name} is a {source.model_type!r}", hint=f"supported: {', '.join(names('models'))}"
@@ -120,10 +122,15 @@ def open_source(source: Source, gpu: Gpu) -> Opened:
         max_positions=1,
         format_of=functools.cache(formats_of(source.config)),  # slots are walked more than once
         stored=source.stored,
+        requantise=_not_called if source.requantise else None,
     )
     module = load("models", source.model_type)
     model: Decoder = module.Model(module.Config.from_hf(source.config), build)
     return Opened(source, model, build, parts_of(model))
+
+
+def _not_called(module: str, weight: torch.Tensor) -> Mapping[str, torch.Tensor]:
+    raise AssertionError(f"{module} of a plan was loaded")
 
 
 def parts_of(model: Decoder) -> tuple[Part, ...]:

@@ -115,6 +115,7 @@ class Fit:
             "ep": self.setting.ep,
             "gpus": self.setting.gpus,
             "num_drafts": self.setting.drafts,
+            "requantize": "fp8" if self.source.requantise else "none",
             "planned_only": list(self.planned_only),
             "checked": list(self.checked),
             "problems": list(self.problems),

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 
+from firebox.find import load
 from firebox.hardware.base import find_gpu
 from firebox.kernels.compile import CompileRequest
-from firebox.kernels.plan import Setting
+from firebox.kernels.plan import Operation, Setting
+from firebox.layers import dense_gpu
 from firebox.layers.launches import layers_of, rows
+from firebox.planning.fit import Source, open_source
 from tests.support.dry import MAX_TOKENS, PAGE_TOKENS, model_of, nothing_runs, random_traffic
 
 MXFP4 = {
@@ -82,3 +85,37 @@ def test_every_launch_is_in_the_plan(case: str, gpu_name: str, monkeypatch: pyte
         (case, gpu_name) in BLOCK_SCALED
     )
     assert kernels == {request.kernel.__name__ for request in plan}, "all kinds of launches were made"
+
+
+@pytest.mark.parametrize("gpu_name", ["gb10", "h200"])
+@pytest.mark.parametrize("case", ["gpt_oss", "glm4_moe", "qwen3_5_moe_text"])
+def test_with_requantize_the_plan_has_fp8(case: str, gpu_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the engine launches is in the plan that `firebox fit --requantize fp8` makes without weights, and
+    that of few and of many tokens with FP8 weights is among it."""
+    gpu = find_gpu(gpu_name)
+    model_type, sizes = CASES[case]
+    model = model_of(model_type, gpu, requantize=True, **COMMON, **sizes)
+    config = load("models", model_type).TINY | COMMON | sizes
+    planned = open_source(Source("tiny", model_type, config, "bfloat16", requantise=True), gpu).model
+    setting = Setting(gpu, page_tokens=PAGE_TOKENS)
+    layers = layers_of(planned, setting)
+    assert layers == layers_of(model, setting)
+    plan = [row.request for _, row in rows(layers, gpu, MAX_TOKENS) if row.request is not None]
+    in_fp8 = [
+        (operation.name, operation.format)
+        for alike in layers
+        for operation in alike.operations
+        if operation.source is dense_gpu and type(operation) is Operation
+    ]
+    attention = {"qkv", "o"} if case != "qwen3_5_moe_text" else {"qkv", "z", "o", "out"}
+    shared = set() if case == "gpt_oss" else {"shared_gate_up", "shared_down"}
+    dense = {"gate_up", "down"} if case == "glm4_moe" else set()
+    wanted = attention | shared | dense | {"head"}
+    assert {name for name, format in in_fp8 if format == "fp8_channel"} == wanted
+    assert {name for name, format in in_fp8 if format == "bf16"} == {"router"}
+    seen = nothing_runs(monkeypatch, gpu)
+    random_traffic(model, gpu, seed=7)
+    assert missing(seen, plan) == []
+    of_fp8 = {r.kernel.__name__ for r in seen if r.constexprs.get("FORMAT") == "fp8_channel"}
+    assert of_fp8 == {r.kernel.__name__ for r in plan if r.constexprs.get("FORMAT") == "fp8_channel"}
+    assert len(of_fp8) == 2 and "quantise_rows" in {r.kernel.__name__ for r in seen}
