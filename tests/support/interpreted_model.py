@@ -103,7 +103,13 @@ class Recorded:
         requests = [Request(i, list(prompt), params) for i, prompt in enumerate(prompts)]
         kept: list[list[torch.Tensor]] = [[] for _ in requests]
         last, call = [], self.model.logits
-        self.model.logits = lambda x, out=None: last.append(call(x, out)) or last[-1]
+
+        def seen(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+            logits: torch.Tensor = call(x, out)
+            last.append(logits.clone())  # graphs write to one place
+            return logits
+
+        self.model.logits = seen
         for request in requests:
             self.scheduler.add(request)
         while (plan := self.scheduler.plan()) is not None:

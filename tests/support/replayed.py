@@ -38,8 +38,7 @@ class Replayed(DecodeGraph):
         self._graph = SimpleNamespace(replay=self._again)  # type: ignore[assignment]
 
     def _again(self) -> None:
-        for kept, found in zip((self.logits, self.token_ids), self._forward(), strict=True):
-            kept.copy_(found)
+        self.token_ids.copy_(self._forward())
 
 
 class Greedy:

@@ -41,7 +41,8 @@ class GatedDeltaBlock:
     cut into chunks. `name`: the module's path; `layer`: the index of its state in `step.caches`.
 
     `ins` are the four projections qkv, z, b and a, in this order: on a GPU one product for those that stand
-    together and share a format (and are whole blocks, if it has any), elsewhere one for each.
+    together and share a format, behind --requantize too (and are whole blocks, if it has any), elsewhere one
+    for each.
     """
 
     backend = None  # no attention backend plans for it
@@ -76,9 +77,11 @@ class GatedDeltaBlock:
         """`parts`: rows of each projection."""
 
         def alike(part: str) -> object:
-            format = build.format_of(f"{self.name}.{part}")
+            path = f"{self.name}.{part}"
+            format = build.format_of(path)
             broken = isinstance(format, fp8_block.Format) and parts[part] % format.block[0] > 0
-            return part if broken or build.gpu.kind != "cuda" else format
+            changes = part not in GATES and build.requantises(path)
+            return part if broken or build.gpu.kind != "cuda" else (format, changes)
 
         for _, found in itertools.groupby(parts, alike):
             together = list(found)
