@@ -274,8 +274,7 @@ def test_real_compiles_of_a_small_model(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def forget_paths() -> Iterator[None]:
     """What a test makes of tuned files does not outlive it."""
     yield
-    for cached in (experts._path_of, dense_gpu._path_of):
-        cached.cache_clear()
+    _tuned.use()
 
 
 def test_an_emulated_launch_is_a_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,9 +289,12 @@ def test_an_emulated_launch_is_a_fallback(monkeypatch: pytest.MonkeyPatch) -> No
     assert found.document()["fallbacks"] == list(found.fallbacks)
 
 
-def test_default_tiles_are_a_fallback_until_a_file_has_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_tiles_are_a_fallback_until_a_file_has_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """One sentence an operation. Norms, attention and sampling have one way, or choose by rule; products that
     cuBLAS does alone are not ours."""
+    _tuned.use(tmp_path)
     found = outcome(monkeypatch)
     assert [why.partition(": default tiles: ")[0] for why in found.fallbacks] == [
         *("attention_block, qkv", "attention_block, o"),
