@@ -24,9 +24,7 @@ LATENT = {"latent_attention_gpu", "dense_gpu", "head_gpu", "moe_gpu"}
         ("glm4_moe", "nvfp4", KERNELS | {"dense_gpu"}),
         ("gpt_oss", "mxfp4", KERNELS),
         ("qwen3_moe", "awq", KERNELS | {"dense_gpu"}),
-        ("deepseek_v3", "bf16", LATENT),
-        ("deepseek_v3", "nvfp4", LATENT),
-        ("qwen3_5_moe", "bf16", KERNELS | {"gated_delta_gpu"}),
+        ("deepseek_v3", "nvfp4", LATENT),  # in bf16 with graphs, below
         ("qwen3_5_moe", "nvfp4", KERNELS | {"gated_delta_gpu"}),
         ("qwen3_5_moe", "fp8_channel", KERNELS | {"gated_delta_gpu"}),  # b and a are a product of their own
     ],
