@@ -72,6 +72,8 @@ def token_bytes(model: Decoder, layers: Sequence[Layers]) -> int:
 def _made_bytes(operation: Any) -> int:
     """What an operation writes of a token and does not keep in a workspace."""
     p = operation.problem
+    if hasattr(p, "key_dim"):  # of a gated delta net; its states and scratch are counted elsewhere
+        return int(p.heads * p.value_dim * 2)
     if hasattr(p, "value_dim"):
         return int(p.heads * (p.head_dim + p.value_dim) * p.dtype.itemsize)
     if hasattr(p, "out_dtype") and not p.residual:

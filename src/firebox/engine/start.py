@@ -326,11 +326,10 @@ def _further(outline: Outline, engine: EngineConfig, gpu: Gpu, slots: Sequence[i
     from firebox.layers.launches import layers_of
 
     setting = Setting(gpu, kv_dtype=outline.kv.DTYPE, page_tokens=engine.page_tokens)
-    recurrent = any(isinstance(spec, RecurrentSpec) for spec in outline.model.cache_specs)
     return needs(
         outline.model, layers_of(outline.model, setting), gpu, slots,
         tokens=engine.max_batch_tokens, rows=min(engine.max_running_requests, engine.max_batch_tokens),
-        graphs=engine.cuda_graph != "off" and not recurrent and not outline.model.not_capturable,
+        graphs=engine.cuda_graph != "off" and not outline.model.not_capturable,
     )  # fmt: skip
 
 

@@ -37,11 +37,6 @@ class Surrogate:
         self._points: list[Array] = []
         self._errors: list[float] = []
 
-    @property
-    def empty(self) -> bool:
-        """Nothing has been learned yet."""
-        return not self._points
-
     def learn(self, point: Array, error: float) -> None:
         """`error`: ln(measured / estimated)."""
         self._points.append(point)
@@ -50,7 +45,7 @@ class Surrogate:
     def predict(self, points: Sequence[Array]) -> tuple[Array, Array]:
         """Expected errors and their standard deviations."""
         at, spread = np.stack(points), OF_TILES**2 + OF_ALL**2
-        if self.empty:
+        if not self._points:
             return np.zeros(len(at)), np.full(len(at), math.sqrt(spread))
         known = np.stack(self._points)
         own = _alike(known, known) + NOISE**2 * np.eye(len(known))

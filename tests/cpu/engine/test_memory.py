@@ -8,16 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from firebox.config import MemoryLine, Resolved
+from firebox.config import Config, EngineConfig, MemoryLine, ModelConfig, Resolved
 from firebox.engine import memory
 from firebox.engine.memory import Meter, graph_nodes_bytes, needs, token_bytes
+from firebox.engine.start import facts
 from firebox.find import load
 from firebox.hardware.base import find_gpu
 from firebox.hardware.probe import GpuMemory, probe_cpu
 from firebox.kernels.plan import Setting
 from firebox.layers.launches import layers_of, workspace_bytes
+from firebox.weights.checkpoint import open_checkpoint
 from tests.support.engine import InProcessEngine
 from tests.support.planning import opened
+from tests.support.small_models import small_config
 
 H200 = find_gpu("h200")
 
@@ -104,3 +107,17 @@ def test_a_cpu_is_measured_in_all(tmp_path: Path) -> None:
     measured = lines["all"].measured_bytes
     assert measured is not None and 0.9 * ready.weights_bytes < measured < 4 * ready.weights_bytes
     assert lines["reserve"].why.startswith("1 - mem_fraction 0.85 of") and probe_cpu().kind == "cpu"
+
+
+def test_graphs_of_recurrent_models_are_budgeted_too(tmp_path: Path) -> None:
+    """Their decode steps are captured like others."""
+    config = small_config("qwen3_5_moe")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = ModelConfig(model=str(tmp_path), load_format="dummy", dtype="bfloat16")
+    gpu, checkpoint = find_gpu("gb10"), open_checkpoint(tmp_path)
+    with_graphs, without = (
+        facts(checkpoint, Config(model=model, engine=EngineConfig(cuda_graph=graphs)), gpu)
+        for graphs in ("decode", "off")
+    )
+    assert with_graphs.state_bytes > 0, "the case is about recurrent layers"
+    assert with_graphs.graphs_bytes > without.graphs_bytes == 0
