@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import firebox
 from firebox.config import Config, EngineConfig, MemoryLine, ModelConfig, Resolved
 from firebox.engine import memory
 from firebox.engine.memory import Meter, graph_nodes_bytes, needs, token_bytes
@@ -17,12 +18,14 @@ from firebox.hardware.base import find_gpu
 from firebox.hardware.probe import GpuMemory, probe_cpu
 from firebox.kernels.plan import Setting
 from firebox.layers.launches import layers_of, workspace_bytes
+from firebox.text.folder import resolve_folder
 from firebox.weights.checkpoint import open_checkpoint
 from tests.support.engine import InProcessEngine
 from tests.support.planning import opened
 from tests.support.small_models import small_config
 
 H200 = find_gpu("h200")
+CARDS = sorted(path.parent.name for path in Path(firebox.__file__).parent.glob("assets/cards/*/config.json"))
 
 
 def test_what_gpt_oss_needs_beside_its_weights() -> None:
@@ -121,3 +124,12 @@ def test_graphs_of_recurrent_models_are_budgeted_too(tmp_path: Path) -> None:
     )
     assert with_graphs.state_bytes > 0, "the case is about recurrent layers"
     assert with_graphs.graphs_bytes > without.graphs_bytes == 0
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_every_card_can_be_budgeted_for_a_gpu(card: str) -> None:
+    """Whatever its layers are made of: each line of the budget is counted before anything is loaded."""
+    folder = resolve_folder(card)
+    model = ModelConfig(model=str(folder), load_format="dummy", dtype="bfloat16")
+    found = facts(open_checkpoint(folder), Config(model=model, engine=EngineConfig()), H200)
+    assert min(found.weights_bytes, found.workspace_bytes, found.graphs_bytes, found.loader_bytes) > 0
