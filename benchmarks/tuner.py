@@ -13,6 +13,7 @@ seconds. `regret`: what the estimate alone would have chosen; needs no GPU.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import json
 import math
@@ -37,6 +38,7 @@ from firebox.kernels._experts import Problem
 from firebox.kernels.compile import Compiled, compile_all
 from firebox.layers.experts import SORTED
 from firebox.tuning import estimate, experts
+from firebox.tuning._launchers import launcher
 from firebox.tuning.base import Candidate, Task
 from firebox.tuning.clock import Effort, Graph, interleaved_us
 from firebox.tuning.journal import Journal
@@ -76,9 +78,10 @@ def exhaustive(
             if time.monotonic() - began > limit_s:
                 print(f"{name}: out of time before {task.tokens} tokens", flush=True)
                 break
+            fitting = [c for c in found if compiled[id(c.request)].fits]
+            _load(fitting)
             start = time.monotonic()
             bench = make(task.tokens)
-            fitting = [c for c in found if compiled[id(c.request)].fits]
             for group in _groups(fitting):
                 for candidate, us in _timed(bench, group):
                     lines += 1
@@ -92,6 +95,14 @@ def exhaustive(
     print(
         f"{name}: {len(compiled)} compiles {compile_s:.0f} s, {lines} tiles timed {gpu_s:.0f} s", flush=True
     )
+
+
+def _load(candidates: Sequence[Candidate]) -> None:
+    """Outside the clock, as the tuner does it."""
+    for candidate in candidates:
+        if candidate.request is not None:
+            with contextlib.suppress(RuntimeError, FireboxError, triton.runtime.errors.OutOfResources):
+                launcher(candidate.request).load()
 
 
 def _groups(candidates: Sequence[Candidate]) -> Iterator[list[Candidate]]:

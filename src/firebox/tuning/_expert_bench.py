@@ -25,12 +25,12 @@ from firebox.kernels import (
     quantise_fp8,
 )
 from firebox.kernels._experts import FP8, Problem
-from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
 from firebox.layers._expert_store import ExpertStore
 from firebox.layers._invented import relative_error, vary
 from firebox.layers.experts import FEW, SORTED, Experts, Path, Workspace, default_path, requests
-from firebox.tuning.base import Candidate, code_of
+from firebox.tuning._launchers import launcher
+from firebox.tuning.base import Candidate
 from firebox.tuning.clock import Call
 from firebox.tuning.estimate import GATE_UP
 
@@ -62,7 +62,6 @@ class Weighted:
         self.x, self.ids, self.weights = self.routed(CHECKED_TOKENS)
         shape = (CHECKED_TOKENS * problem.top_k, problem.inter)
         self._h = torch.randn(shape, generator=self.generator, device=device)
-        self._launchers: dict[str, Launcher] = {}
         self._sums: dict[str, torch.Tensor] = {}
 
     def routed(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -72,10 +71,6 @@ class Weighted:
         ids = torch.rand(tokens, p.experts, generator=generator, device="cuda").topk(p.top_k, dim=1).indices
         weights = torch.rand(tokens, p.top_k, generator=generator, device="cuda") + 0.1
         return x, ids.int(), weights / weights.sum(1, keepdim=True)
-
-    def launcher(self, request: CompileRequest) -> Launcher:
-        """One for the same code at any number of tokens."""
-        return self._launchers.setdefault(code_of(request), Launcher(request))
 
     def bench(self, tokens: int) -> ExpertBench:
         """For so many tokens."""
@@ -130,7 +125,8 @@ class ExpertBench:
 
     def __init__(self, layer: Weighted, tokens: int) -> None:
         self._layer, self._tokens, self.problem = layer, tokens, layer.problem
-        calls = 8 if tokens <= 8 else 4 if tokens <= 64 else 2
+        # Together they read more than any L2 holds; many tokens do so at once.
+        calls = 8 if tokens <= 8 else 4 if tokens <= 64 else 2 if tokens <= 256 else 1
         self._data = [self._make() for _ in range(calls)]
         checked, self._first = self._data[0], min(tokens, CHECKED_TOKENS)
         for mine, fixed in ((checked.x, layer.x), (checked.ids, layer.ids), (checked.weights, layer.weights)):
@@ -149,21 +145,21 @@ class ExpertBench:
 
     def _call(self, candidate: Candidate, data: _Data) -> Call:
         assert candidate.request is not None
-        launcher = self._layer.launcher(candidate.request)
+        chosen = launcher(candidate.request)
         if candidate.path == FEW:
-            return self._few(candidate, launcher, data)
+            return self._few(candidate, chosen, data)
         assert candidate.path == SORTED, f"no bench for {candidate.path}"
-        return self._sorted(candidate, launcher, data)
+        return self._sorted(candidate, chosen, data)
 
-    def _few(self, candidate: Candidate, launcher: Launcher, data: _Data) -> Call:
+    def _few(self, candidate: Candidate, chosen: Launcher, data: _Data) -> Call:
         p, space, layer = self.problem, data.space, self._layer
         if candidate.part == GATE_UP:
             return lambda: moe_gate_up_few.run(
-                launcher, p, data.x, layer.gate_up, data.ids, space.h_few, space.table
+                chosen, p, data.x, layer.gate_up, data.ids, space.h_few, space.table
             )
         self._prepare_few(data)
         return lambda: moe_down_few.run(
-            launcher, p, space.h_few, layer.down, data.ids, data.weights, space.table, space.partial,
+            chosen, p, space.h_few, layer.down, data.ids, data.weights, space.table, space.partial,
             data.out, space.counters,
         )  # fmt: skip
 
@@ -173,22 +169,22 @@ class ExpertBench:
             return
         p, space, gpu = self.problem, data.space, self._layer.gpu
         request = requests(p, self._tokens, default_path(p, FEW, self._tokens, gpu), gpu)["moe_gate_up"]
-        launcher = self._layer.launcher(request)
-        moe_gate_up_few.run(launcher, p, data.x, self._layer.gate_up, data.ids, space.h_few, space.table)
+        gate_up = self._layer.gate_up
+        moe_gate_up_few.run(launcher(request), p, data.x, gate_up, data.ids, space.h_few, space.table)
         space.h_few.normal_(generator=self._layer.generator)
         data.few_ready = True
 
-    def _sorted(self, candidate: Candidate, launcher: Launcher, data: _Data) -> Call:
+    def _sorted(self, candidate: Candidate, chosen: Launcher, data: _Data) -> Call:
         p, space, layer = self.problem, data.space, self._layer
         self._prepare_sorted(data)
         blocks = self._blocks(data, candidate.config.tokens)
         if candidate.part == GATE_UP:
             x = data.x if space.x is None else space.x
             return lambda: moe_gate_up.run(
-                launcher, p, x, space.x_scale, layer.gate_up, space.order, blocks, space.h, space.h_scale
+                chosen, p, x, space.x_scale, layer.gate_up, space.order, blocks, space.h, space.h_scale
             )
         return lambda: moe_down.run(
-            launcher, p, space.h, space.h_scale, layer.down, space.order, blocks, data.weights, space.y
+            chosen, p, space.h, space.h_scale, layer.down, space.order, blocks, data.weights, space.y
         )
 
     def _prepare_sorted(self, data: _Data) -> None:
@@ -249,7 +245,7 @@ class ExpertBench:
     def _further_launchers(self, path: Path) -> dict[str, Launcher]:
         found = requests(self.problem, self._tokens, path, self._layer.gpu)
         further = {op: request for op, request in found.items() if op not in ("moe_gate_up", "moe_down")}
-        return {op: self._layer.launcher(request) for op, request in further.items()}
+        return {op: launcher(request) for op, request in further.items()}
 
     def _sort(self, launchers: dict[str, Launcher], block: int, data: _Data) -> None:
         space, sort = data.space, moe_sort.Problem(self.problem.experts, block)

@@ -12,9 +12,9 @@ import torch
 from firebox.hardware.base import Gpu
 from firebox.kernels import _linear, linear, linear_few, quantise_fp8
 from firebox.kernels._linear import Problem, Weights
-from firebox.kernels.launch import Launcher
 from firebox.layers._invented import invented, relative_error, vary
 from firebox.layers.dense_gpu import DTYPES, MANY, LinearKernels, Path, Workspace, requests
+from firebox.tuning._launchers import launcher
 from firebox.tuning.base import Candidate
 from firebox.tuning.clock import Call
 
@@ -97,10 +97,10 @@ class LinearBench:
             return self._layers(candidate)
         x, x_scale = self._rounded(candidate)
         assert candidate.request is not None
-        launcher = Launcher(candidate.request)
+        chosen = launcher(candidate.request)
         return [
             functools.partial(
-                linear.run, launcher, self.problem, x, x_scale, weights, self._residual, self._out
+                linear.run, chosen, self.problem, x, x_scale, weights, self._residual, self._out
             )
             for weights in self._layer.copies
         ]
@@ -138,7 +138,7 @@ class LinearBench:
 
     def _rounding(self, candidate: Candidate) -> Call:
         found = requests(self.problem, self._tokens, self._layer.gpu, path_of(candidate))
-        return functools.partial(quantise_fp8.run, Launcher(found[quantise_fp8.OP]), self._x, *self._codes())
+        return functools.partial(quantise_fp8.run, launcher(found[quantise_fp8.OP]), self._x, *self._codes())
 
     # ---- the oracle
 

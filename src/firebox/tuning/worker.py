@@ -37,8 +37,8 @@ class Order:
 
 
 class Worker:
-    """See search.Meter. `seconds`: for which the GPU was used, the making of weights and the building of
-    Triton's launchers aside. `serve`: what runs in the process."""
+    """See search.Meter. `seconds`: for which the GPU was used to check, capture and time; making weights and
+    loading kernels aside. `serve`: what runs in the process."""
 
     def __init__(self, gpu: Gpu, limit_s: float = LIMIT_S, serve: Serve | None = None) -> None:
         self._gpu, self._limit_s, self._serve = gpu, limit_s, serve or measure_forever
@@ -121,7 +121,7 @@ def measure_forever(pipe: Connection, gpu: Gpu) -> None:
         while True:
             order = pipe.recv()
             desk.make_weights(order.task)
-            desk.build_launchers(order)
+            desk.load_kernels(order)
             began = now()
             (desk.further if order.further else desk.samples)(order, pipe)
             pipe.send((SECONDS, "", now() - began))
@@ -139,7 +139,6 @@ class _Desk:
         self._named: dict[str, Candidate] = {}
         self._graphs: dict[str, Any] = {}
         self._right: set[str] = set()
-        self._launched: set[Any] = set()
 
     def samples(self, order: Order, pipe: Connection) -> None:
         """Checks, captures, then times in turn."""
@@ -186,31 +185,28 @@ class _Desk:
         torch.cuda.empty_cache()
         self._make, self._problem = load("tuning", task.op).bench(task.problem, self._gpu), task.problem
 
-    def build_launchers(self, order: Order) -> None:
-        """Of kernels that come for the first time: Triton has a C function compiled for each signature."""
-        from firebox.kernels.launch import Launcher
+    def load_kernels(self, order: Order) -> None:
+        """Of the candidates, and with a new task of what is launched beside them. Triton reads each from disk
+        and, for a signature that comes for the first time, has a C function compiled."""
+        from firebox.tuning._launchers import launcher
 
         tunable = load("tuning", order.task.op)
-        mine = [c.request for c in tunable.candidates(order.task, self._gpu) if c.name in order.names]
-        if not self._launched:
-            mine += tunable.further_requests(order.task, self._gpu)
-        for request in mine:
-            if request is None:
-                continue
-            launched = (request.kernel.__name__, *request.signature.items(), *sorted(request.constexprs))
-            if launched not in self._launched:
-                self._launched.add(launched)
+        wanted: list[Any] = []
+        if order.task != self._task:
+            self._named = {c.name: c for c in tunable.candidates(order.task, self._gpu)}
+            wanted += tunable.further_requests(order.task, self._gpu)
+        wanted += [self._named[name].request for name in order.names]
+        for request in wanted:
+            if request is not None:
                 with contextlib.suppress(Exception):  # the candidate's own turn says what is wrong
-                    Launcher(request).load()
+                    launcher(request).load()
 
     def _turn_to(self, task: Task) -> None:
         if task == self._task:
             return
         self._bench = None
         self._graphs.clear()
-        tunable = load("tuning", task.op)
         self._bench, self._task = self._make(task.tokens), task
-        self._named = {c.name: c for c in tunable.candidates(task, self._gpu)}
 
     def _ready(self, name: str) -> str | None:
         """Why the candidate cannot be timed, or None. What has been found right once is not checked again
