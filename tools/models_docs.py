@@ -18,7 +18,7 @@ import torch
 
 from firebox.attention.base import CacheSpec
 from firebox.cache.specs import LatentSpec, PagedSpec, RecurrentSpec, WindowSpec, cache_needs
-from firebox.engine.start import make_model
+from firebox.engine.outline import make_model
 from firebox.find import load, names
 from firebox.formats import fp8_block
 from firebox.formats.base import Format, WeightSlot

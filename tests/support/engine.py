@@ -9,10 +9,11 @@ from pathlib import Path
 
 from firebox.config import Config, EngineConfig, ModelConfig, Resolved, resolve
 from firebox.engine.messages import Delta, SamplingParams
+from firebox.engine.outline import facts
 from firebox.engine.pipeline import Pipeline
 from firebox.engine.request import Request
 from firebox.engine.scheduler import Scheduler
-from firebox.engine.start import facts, make_scheduler, start
+from firebox.engine.start import make_scheduler, start
 from firebox.hardware.probe import probe_cpu
 from firebox.weights.checkpoint import open_checkpoint
 

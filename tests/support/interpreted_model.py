@@ -24,10 +24,10 @@ from firebox.cache.kv_cache import CacheSizes, KVCache
 from firebox.cache.pool import PoolSizes, StateCache, allocate_pool
 from firebox.cache.specs import RecurrentSpec
 from firebox.engine.messages import SamplingParams
+from firebox.engine.outline import make_model
 from firebox.engine.request import Request
 from firebox.engine.runner import Runner
 from firebox.engine.scheduler import Scheduler
-from firebox.engine.start import make_model
 from firebox.find import load
 from firebox.hardware.base import Gpu, find_gpu
 from firebox.hardware.probe import probe_cpu

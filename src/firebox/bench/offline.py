@@ -22,11 +22,12 @@ from firebox.bench.timer import now
 from firebox.cache.pool import LayerCache
 from firebox.config import Config, EngineConfig
 from firebox.engine.messages import Ready, SamplingParams
+from firebox.engine.outline import device_of
 from firebox.engine.pipeline import Pipeline
 from firebox.engine.request import Request
 from firebox.engine.runner import Runner
 from firebox.engine.scheduler import Scheduler
-from firebox.engine.start import device_of, start
+from firebox.engine.start import start
 from firebox.errors import ConfigError
 from firebox.hardware.base import Gpu
 from firebox.planning._parts import Part, Source, kv_dtype, open_source

@@ -59,6 +59,15 @@ __all__ = [
 ]
 
 
+LONGEST_PLACE = 70  # characters of the folder in which the sockets' own lies; a socket's path may have 107
+
+
+def _folder() -> str:
+    """Where the sockets lie: in TMPDIR, unless its path is too long for one."""
+    place = tempfile.gettempdir()
+    return tempfile.mkdtemp(prefix="firebox-", dir=place if len(place) <= LONGEST_PLACE else "/tmp")
+
+
 class EngineProcess:
     """One engine process and the sockets to it. `start` returns at once; loading goes on in the process."""
 
@@ -71,7 +80,7 @@ class EngineProcess:
     def start(cls, config: Config) -> EngineProcess:
         """Starts `python -m firebox.engine`. It ends by itself when this process does: it watches a pipe held
         here."""
-        folder = tempfile.mkdtemp(prefix="firebox-")
+        folder = _folder()
         with open(os.path.join(folder, "config.json"), "wb") as file:
             file.write(msgspec.json.encode(config))
         watch_fd, alive_fd = os.pipe()

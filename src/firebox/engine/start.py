@@ -2,60 +2,59 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from msgspec import structs
 
 from firebox.cache.kv_cache import CacheSizes, KVCache
 from firebox.cache.pool import PoolSizes, allocate_pool
-from firebox.cache.specs import CacheSpec, RecurrentSpec, cache_needs
+from firebox.cache.specs import CacheSpec, RecurrentSpec
 from firebox.config import (
-    CheckpointFacts,
     Config,
     EngineConfig,
     ModelConfig,
     Resolved,
     check_choice,
-    kv_format_of,
     resolve,
 )
 from firebox.engine.launch_plan import compile_plan
 from firebox.engine.launch_plan import summary as plan_summary
 from firebox.engine.ledger import launch_rows, ledger_rows, refuse_fallbacks, refuse_untuned
-from firebox.engine.memory import Meter, Needs, needs
+from firebox.engine.memory import Meter
 from firebox.engine.messages import Ready, SamplingParams
+from firebox.engine.outline import (
+    build_of,
+    device_of,
+    facts,
+    kv_module,
+    make_model,
+    make_outline,
+    requantiser_of,
+)
 from firebox.engine.request import Request
 from firebox.engine.runner import Runner
 from firebox.engine.scheduler import Scheduler
-from firebox.errors import ConfigError, UnsupportedFormat, UnsupportedModel
-from firebox.find import load, names
-from firebox.formats.base import Slot
-from firebox.formats.kv.base import NO_SCALES, KvFormat, require_fp8_scales
-from firebox.formats.select import formats_of
+from firebox.errors import ConfigError
+from firebox.formats.kv.base import NO_SCALES
 from firebox.hardware.base import Gpu
-from firebox.hardware.probe import probe_cpu, probe_gpu
 from firebox.kernels._cpu import set_threads
-from firebox.kernels.select import Choice
 from firebox.layers.base import Build
 from firebox.layers.decoder import Decoder
-from firebox.layers.device import Device
-from firebox.models.base import Model, decode_bytes, need
+from firebox.models.base import Model, decode_bytes
 from firebox.weights.checkpoint import Checkpoint, first_layers, open_checkpoint
 from firebox.weights.dummy import load_dummy
-from firebox.weights.load import chosen_slots, load_weights
+from firebox.weights.load import load_weights
 from firebox.weights.requantise import Requantiser, stored_bytes
 
 if TYPE_CHECKING:  # Triton is imported where there is a GPU, and not before
     from firebox.layers.launches import Launch
 
 log = logging.getLogger(__name__)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def start(
@@ -83,9 +82,9 @@ def start(
     torch.set_num_threads(settings.threads)
     set_threads(settings.threads)
 
-    requantiser = _requantiser(config.model, gpu)
+    requantiser = requantiser_of(config.model, gpu)
     context, threads = settings.context_tokens, settings.threads
-    build = _build(config, settings.dtype, settings.kv_format, context, gpu, threads, requantiser)
+    build = build_of(config, settings.dtype, settings.kv_format, context, gpu, threads, requantiser)
     meter = Meter(gpu)
     model = make_model(checkpoint, build)
     loaded = _load(model, checkpoint, config.model, requantiser, on_progress)
@@ -129,7 +128,7 @@ def _make_runner(
 ) -> Runner:
     """With its caches, for the device that the model was built on."""
     sizes = PoolSizes(settings.kv_pages, settings.page_tokens, settings.window_pages, settings.states)
-    kv = _kv_format(settings.kv_format)
+    kv = kv_module(settings.kv_format)
     caches = allocate_pool(model.cache_specs, sizes, kv, build.device, model.kv_scales)
     common = (model, caches, settings.page_tokens, checkpoint.eos_token_ids, build.device)
     if build.gpu.kind != "cuda":
@@ -170,7 +169,7 @@ def _launches(
     from firebox.engine.trials import Setup
     from firebox.kernels.plan import Planned, Setting
 
-    kv = _kv_format(settings.kv_format).DTYPE
+    kv = kv_module(settings.kv_format).DTYPE
     setting = Setting(gpu, kv_dtype=kv, page_tokens=settings.page_tokens)
     tokens, strict = settings.max_batch_tokens, engine.strict
     found: list[tuple[Launch, ...]] = []
@@ -186,46 +185,6 @@ def _launches(
     if not found:
         plan()
     return found[-1], [plan_summary(found[-1]), *tested]
-
-
-def device_of(wanted: str, dtype: str) -> tuple[Gpu, str]:
-    """The device that `--device` asks for, and why. auto: an NVIDIA GPU if there is one and a model for its
-    kernels, which do not compute in float32. Raises ConfigError."""
-    check_choice(EngineConfig, "device", wanted)
-    if wanted == "cpu":
-        return probe_cpu(), "asked for"
-    if wanted == "auto" and dtype == "float32":
-        return probe_cpu(), "kernels of GPUs do not compute in float32"
-    gpu = probe_gpu()
-    if gpu is not None:
-        return gpu, "asked for" if wanted == "cuda" else "there is an NVIDIA GPU"
-    if wanted == "cuda":
-        raise ConfigError("this machine has no NVIDIA GPU that torch can use", hint="--device cpu")
-    return probe_cpu(), "there is no NVIDIA GPU that torch can use"
-
-
-def make_model(checkpoint: Checkpoint, build: Build) -> Model:
-    """The architecture's model with uninitialised weights. Raises UnsupportedModel."""
-    if checkpoint.model_type not in names("models"):
-        raise UnsupportedModel(
-            f"{checkpoint.folder} is a {checkpoint.model_type!r}",
-            hint=f"supported: {', '.join(names('models'))}",
-        )
-    module = load("models", checkpoint.model_type)
-    if build.kv_scaled:
-        require_fp8_scales(checkpoint.text_config)
-    stored = frozenset(checkpoint.names()) if checkpoint.shards else None
-    build = dataclasses.replace(build, format_of=formats_of(checkpoint.text_config), stored=stored)
-    model: Model = module.Model(module.Config.from_hf(checkpoint.text_config), build)
-    return model
-
-
-def _requantiser(config: ModelConfig, gpu: Gpu) -> Requantiser | None:
-    """What --requantize asks for. Raises ConfigError."""
-    check_choice(ModelConfig, "requantize", config.requantize)
-    if config.requantize == "none":
-        return None
-    return Requantiser(config.requantize_limit, kernels=gpu.kind == "cuda")
 
 
 def _load(
@@ -252,7 +211,7 @@ def _load(
 
 def _scales(model: Model, kv_format: str) -> list[str]:
     """Which scales an FP8 cache has, in a line of text."""
-    if not _kv_format(kv_format).SCALED:
+    if not kv_module(kv_format).SCALED:
         return []
     kept = [pair for spec, pair in zip(model.cache_specs, model.kv_scales, strict=True) if _keeps_rows(spec)]
     found = [scale for pair in kept if pair != NO_SCALES for scale in pair]
@@ -267,76 +226,6 @@ def _scales(model: Model, kv_format: str) -> list[str]:
 
 def _keeps_rows(spec: CacheSpec | None) -> bool:
     return spec is not None and not isinstance(spec, RecurrentSpec)
-
-
-@dataclasses.dataclass(frozen=True)
-class Outline:
-    """A model on the meta device: shapes, choices and launches without memory."""
-
-    model: Decoder
-    kv: KvFormat
-    choices: list[Choice]
-
-
-def make_outline(checkpoint: Checkpoint, config: Config, gpu: Gpu) -> Outline:
-    """Raises UnsupportedFormat, UnsupportedModel, ConfigError."""
-    dtype = checkpoint.dtype if config.model.dtype == "auto" else config.model.dtype
-    if dtype not in DTYPES:
-        raise UnsupportedFormat(
-            f"{checkpoint.folder} computes in {dtype}", hint=f"supported: {', '.join(DTYPES)}"
-        )
-    kv_format = kv_format_of(config.engine.kv_cache_dtype, dtype)
-    requantiser = _requantiser(config.model, gpu)
-    build = _build(config, dtype, kv_format, 1, gpu, 1, requantiser, device=torch.device("meta"))
-    model = make_model(checkpoint, build)
-    assert isinstance(model, Decoder)
-    return Outline(model, _kv_format(kv_format), build.choices)
-
-
-def facts(
-    checkpoint: Checkpoint, config: Config, gpu: Gpu, outline: Outline | None = None
-) -> CheckpointFacts:
-    """What `resolve` needs, counted on the outline; it is made if it is not given."""
-    outline = outline or make_outline(checkpoint, config, gpu)
-    model = outline.model
-    cache = cache_needs(model.cache_specs, outline.kv.DTYPE.itemsize)
-    present = checkpoint.names() if checkpoint.shards else None
-    slots = [_bytes(slot) for slot in chosen_slots(model, present)]
-    further = _further(outline, config.engine, gpu, slots)
-    return CheckpointFacts(
-        model_type=checkpoint.model_type,
-        dtype=checkpoint.dtype,
-        context_tokens=need(checkpoint.text_config, "max_position_embeddings"),
-        weights_bytes=sum(slots),
-        kv_bytes_per_token=cache.full_bytes_per_token,
-        window_tokens=cache.window_tokens,
-        window_bytes_per_token=cache.window_bytes_per_token,
-        state_bytes=cache.state_bytes,
-        workspace_bytes=further.workspace,
-        graphs_bytes=further.graphs,
-        loader_bytes=further.loader,
-    )
-
-
-def _further(outline: Outline, engine: EngineConfig, gpu: Gpu, slots: Sequence[int]) -> Needs:
-    """What a GPU's memory holds besides; on a CPU that is little, and not counted."""
-    if gpu.kind != "cuda":
-        return Needs()
-    from firebox.kernels.plan import Setting
-    from firebox.layers.launches import layers_of
-
-    setting = Setting(gpu, kv_dtype=outline.kv.DTYPE, page_tokens=engine.page_tokens)
-    return needs(
-        outline.model, layers_of(outline.model, setting), gpu, slots,
-        tokens=engine.max_batch_tokens, rows=min(engine.max_running_requests, engine.max_batch_tokens),
-        graphs=engine.cuda_graph != "off" and not outline.model.not_capturable,
-    )  # fmt: skip
-
-
-def _bytes(slot: Slot) -> int:
-    """What a slot's weights take where they are computed with."""
-    stored = getattr(slot, "stored_bytes", None)
-    return slot.target.nbytes if stored is None else int(stored)
 
 
 def make_scheduler(
@@ -374,33 +263,3 @@ def _run_all(runner: Runner, scheduler: Scheduler, requests: Sequence[Request]) 
         scheduler.add(request)
     while (plan := scheduler.plan()) is not None:
         scheduler.apply(plan, runner.run(plan))
-
-
-def _kv_format(name: str) -> KvFormat:
-    return cast(KvFormat, load("formats.kv", name))
-
-
-def _build(
-    config: Config,
-    dtype: str,
-    kv_format: str,
-    max_positions: int,
-    gpu: Gpu,
-    threads: int,
-    requantiser: Requantiser | None,
-    device: torch.device | None = None,
-) -> Build:
-    kv, device = _kv_format(kv_format), device or torch.device(gpu.kind)
-    return Build(
-        gpu=gpu,
-        device=device,
-        dtype=DTYPES[dtype],
-        kv_dtype=kv.DTYPE,
-        kv_scaled=kv.SCALED,
-        max_positions=max_positions,
-        threads=threads,
-        attention_backend=config.engine.attention_backend,
-        moe_backend=config.engine.moe_backend,
-        shared=Device(gpu, device, config.engine.max_batch_tokens) if gpu.kind == "cuda" else None,
-        requantise=requantiser.quantise if requantiser and requantiser.kernels else None,
-    )

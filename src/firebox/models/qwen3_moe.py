@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from firebox.cache.specs import PagedSpec
+from firebox.errors import UnsupportedModel
 from firebox.layers.attention import AttentionBlock
 from firebox.layers.base import Build
 from firebox.layers.decoder import Decoder
@@ -56,6 +57,8 @@ class Config:
         require(config, "use_sliding_window", False, None)
         heads, hidden = need(config, "num_attention_heads"), need(config, "hidden_size")
         layers, sparse_step = need(config, "num_hidden_layers"), int(config.get("decoder_sparse_step", 1))
+        if sparse_step < 1:
+            raise UnsupportedModel(f"config.json has decoder_sparse_step = {sparse_step}; it is at least 1")
         mlp_only = set(config.get("mlp_only_layers") or ())
         return cls(
             vocab_size=need(config, "vocab_size"),

@@ -17,7 +17,7 @@ import torch
 
 from firebox.cache.pool import LayerCache
 from firebox.config import Config, EngineConfig
-from firebox.engine.start import facts
+from firebox.engine.outline import facts
 from firebox.errors import ConfigError, UnknownTensor, UnsupportedFormat
 from firebox.find import load, names
 from firebox.formats.kv import fp8

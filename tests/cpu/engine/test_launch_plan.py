@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from firebox.config import Config, EngineConfig, ModelConfig
+from firebox.engine import outline as engine_outline
 from firebox.engine import self_test
 from firebox.engine import start as engine_start
 from firebox.engine.launch_plan import compile_plan, refuse, summary
 from firebox.engine.ledger import launch_rows
 from firebox.engine.messages import LedgerRow
+from firebox.engine.outline import make_model
 from firebox.engine.self_test import Findings
-from firebox.engine.start import make_model
 from firebox.engine.trials import Result, Setup
 from firebox.errors import ConfigError, LaunchRefused
 from firebox.hardware.base import find_gpu
@@ -137,7 +138,8 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[
     (tmp_path / "config.json").write_text(json.dumps(qwen3_moe.TINY | SMALL))
     monkeypatch.setenv("FIREBOX_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(engine_start, "device_of", lambda wanted, dtype: (GB10, "asked for"))
-    monkeypatch.setattr(engine_start, "make_model", cpu_model)
+    for module in (engine_outline, engine_start):
+        monkeypatch.setattr(module, "make_model", cpu_model)
     monkeypatch.setattr(engine_start, "_load", load)
     monkeypatch.setattr(engine_start, "Meter", lambda gpu: None)
 

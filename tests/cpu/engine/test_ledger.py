@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 
 from firebox.config import Config, EngineConfig, ModelConfig
+from firebox.engine import outline as engine_outline
 from firebox.engine import start as engine_start
 from firebox.engine.ledger import ledger_rows, refuse_fallbacks, refuse_untuned
 from firebox.engine.messages import LedgerRow
@@ -189,7 +190,7 @@ def test_the_engine_asks_before_it_loads(monkeypatch: pytest.MonkeyPatch, folder
     gb10 = find_gpu("gb10")
     model = model_of("qwen3_moe", gb10, **SMALL)
     monkeypatch.setattr(engine_start, "device_of", lambda wanted, dtype: (gb10, "asked for"))
-    monkeypatch.setattr(engine_start, "make_model", lambda checkpoint, build: model)
+    monkeypatch.setattr(engine_outline, "make_model", lambda checkpoint, build: model)
     engine = EngineConfig(kv_pages=32, context_length=64, strict=True)
     config = Config(
         model=ModelConfig(model=str(folder), dtype="bfloat16", load_format="dummy"), engine=engine

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -481,8 +482,12 @@ def test_an_error_waits_for_a_server_that_is_slow_to_start(
     in_time(work)
 
 
-def test_a_whole_life(tmp_path: Path) -> None:
-    """Load progress, requests together, a full queue, aborts, and a clean end."""
+def test_a_whole_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Load progress, requests together, a full queue, aborts, and a clean end; under a TMPDIR too long for
+    sockets."""
+    far = tmp_path / ("long" * 25)
+    far.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(far))
     folder = write_checkpoint(tmp_path / "checkpoint", TINY | {"max_position_embeddings": 4096})
     expected = InProcessEngine(folder, kv_pages=PAGES).generate([PROMPT, PROMPT[:2]])
     pages = 600

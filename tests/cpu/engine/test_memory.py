@@ -12,7 +12,7 @@ import firebox
 from firebox.config import Config, EngineConfig, MemoryLine, ModelConfig, Resolved
 from firebox.engine import memory
 from firebox.engine.memory import Meter, graph_nodes_bytes, needs, token_bytes
-from firebox.engine.start import facts
+from firebox.engine.outline import facts
 from firebox.find import load
 from firebox.hardware.base import find_gpu
 from firebox.hardware.probe import GpuMemory, probe_cpu

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from firebox.config import Config, EngineConfig, ModelConfig
-from firebox.engine.start import facts
+from firebox.engine.outline import facts
 from firebox.formats import awq, bf16, fp8_block, fp8_channel, fp8_tensor, gptq, mxfp4, nvfp4
 from firebox.formats.base import Format, PlainSlot, Slot, StoredSlot, WeightSlot
 from firebox.hardware.base import Gpu, find_gpu

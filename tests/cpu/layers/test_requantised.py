@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from firebox.config import Config, EngineConfig, ModelConfig
-from firebox.engine.start import facts, make_model
+from firebox.engine.outline import facts, make_model
 from firebox.errors import ConfigError
 from firebox.formats import awq, bf16, fp8_channel
 from firebox.formats.base import Cut, Format, PlainSlot, StoredSlot, WeightSlot

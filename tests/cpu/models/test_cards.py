@@ -13,13 +13,15 @@ import pytest
 import torch
 
 from firebox.cache.specs import PagedSpec, cache_needs
-from firebox.engine.start import make_model
+from firebox.engine.outline import make_model
+from firebox.errors import UnsupportedModel
 from firebox.find import names
 from firebox.formats.base import FLOATS, OneOf, Slot, WeightSlot
 from firebox.hardware.probe import probe_cpu
 from firebox.layers.base import Build
 from firebox.layers.decoder import Decoder
 from firebox.layers.moe import MoeBlock
+from firebox.models import qwen3_moe
 from firebox.models.base import parameters
 from firebox.weights.checkpoint import Checkpoint, open_checkpoint
 
@@ -288,3 +290,9 @@ def test_facts_that_the_engine_reads(name: str) -> None:
     assert checkpoint.eos_token_ids and checkpoint.shards == ()
     assert max(checkpoint.eos_token_ids) < checkpoint.text_config["vocab_size"]
     assert checkpoint.text_config["max_position_embeddings"] >= 40_960
+
+
+def test_a_sparse_step_of_zero_is_refused() -> None:
+    config = dict(card("qwen3-30b-a3b").checkpoint.text_config) | {"decoder_sparse_step": 0}
+    with pytest.raises(UnsupportedModel, match="decoder_sparse_step = 0"):
+        qwen3_moe.Config.from_hf(config)

@@ -20,7 +20,7 @@ from transformers.modeling_layers import MtpModel
 
 from firebox.cache.pool import PoolSizes, StateCache, allocate_pool
 from firebox.config import Config
-from firebox.engine.start import facts, make_model
+from firebox.engine.outline import facts, make_model
 from firebox.errors import MissingTensor, UnsupportedModel, WrongShape
 from firebox.find import load
 from firebox.formats.base import OneOf, Slot, WeightSlot

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, FineGrainedFP8Config, Mxfp4Config
 
-from firebox.engine.start import make_model
+from firebox.engine.outline import make_model
 from firebox.find import load, names
 from firebox.formats.base import WeightSlot
 from firebox.formats.select import formats_of

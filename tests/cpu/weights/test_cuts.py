@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from firebox.engine.start import make_model
+from firebox.engine.outline import make_model
 from firebox.errors import ConfigError, UnsupportedFormat
 from firebox.find import load, names
 from firebox.formats import (

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from firebox.engine.messages import SamplingParams
-from firebox.engine.start import make_model
+from firebox.engine.outline import make_model
 from firebox.find import load, names
 from firebox.formats.base import WeightSlot
 from firebox.hardware.probe import probe_cpu

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from firebox.config import Config, EngineConfig, ModelConfig
-from firebox.engine.start import facts, make_model
+from firebox.engine.outline import facts, make_model
 from firebox.errors import (
     CheckpointError,
     CorruptShard,

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from firebox.cli._explanation import explanation
-from firebox.engine.start import make_model
+from firebox.engine.outline import make_model
 from firebox.errors import ConfigError
 from firebox.find import load, names
 from firebox.formats import bf16, mxfp4
