@@ -3,11 +3,13 @@
     PYTHONPATH=src:. python benchmarks/tuner.py exhaustive --out DIR [--models …] [--tokens …]
     PYTHONPATH=src:. python benchmarks/tuner.py compare --out DIR
     PYTHONPATH=src:. python benchmarks/tuner.py regret --out DIR
+    PYTHONPATH=src:. python benchmarks/tuner.py install --out DIR
 
 `exhaustive` compiles and times every tile of both halves of a model's expert layer, each half on its own,
 and keeps it all in DIR/<model>.jsonl.gz, one line a tile: what the compiler made of it and microseconds.
 `compare` runs the tuner on the same problems and holds what it chose against the best lines: speed and GPU
-seconds. `regret`: what the estimate alone would have chosen; needs no GPU.
+seconds. `regret`: what the estimate alone would have chosen; needs no GPU. `install`: DIR/<gpu>/experts.json
+with the fastest tiles of the lines; needs no GPU, but the Triton that they were measured with.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gzip
+import itertools
 import json
 import math
 import statistics
@@ -39,11 +42,12 @@ from firebox.kernels.compile import Compiled, compile_all
 from firebox.layers.experts import SORTED
 from firebox.tuning import estimate, experts
 from firebox.tuning._launchers import launcher
-from firebox.tuning.base import Candidate, Task
+from firebox.tuning.base import Candidate, Option, Task
 from firebox.tuning.clock import Effort, Graph, interleaved_us
 from firebox.tuning.journal import Journal
-from firebox.tuning.search import KEYS, Entry, Search, interleave_keys
+from firebox.tuning.search import KEYS, MEASURED, Entry, Search, interleave_keys
 from firebox.tuning.worker import Worker
+from firebox.tuning.write import folder_of, merge
 
 # A rank's share of the cards' expert layers; further shapes are there to fit the estimate.
 MODELS = {
@@ -229,6 +233,35 @@ def _least_further(found: Lines, tokens: int, path: str) -> float:
     return min((row["us"] for row in found.get((tokens, path, "further"), ())), default=0.0)
 
 
+# ---- the lines as a file in tuned/
+
+
+def install(name: str, gpu: Gpu, folder: Path) -> None:
+    """Entries for every number of tokens that was looked at."""
+    found = _lines(folder, name)
+    entries = [_entry(found, experts.task(MODELS[name], tokens), gpu) for tokens in {t for t, _, _ in found}]
+    merge(folder_of(folder, gpu.name) / experts.FILE, experts, entries)
+
+
+def _entry(found: Lines, task: Task, gpu: Gpu) -> Entry:
+    """The fastest pair of tiles, with what is launched for blocks of their size."""
+    by_config = {(c.path, c.part, repr(c.numbers)): c for c in experts.candidates(task, gpu)}
+    best: tuple[float, str, dict[str, dict[str, Any]]] = (math.inf, "", {})
+    for path in {path for tokens, path, part in found if tokens == task.tokens and part == experts.DOWN}:
+        rows = [found[task.tokens, path, part] for part in experts.PARTS]
+        further = {row["block"]: row["us"] for row in found.get((task.tokens, path, "further"), ())}
+        for pair in itertools.product(*rows):
+            block = max(row["config"]["tokens"] for row in pair)
+            us = sum(row["us"] for row in pair) + (further[block] if further else 0.0)
+            if us < best[0]:
+                best = us, path, dict(zip(experts.PARTS, pair, strict=True))
+    us, path, parts = best
+    chosen = {part: by_config[path, part, repr(row["config"])] for part, row in parts.items()}
+    shared_bytes = {part: row["shared"] for part, row in parts.items()}
+    roof_us = experts.roof_us(task, path, gpu)
+    return Entry(task, Option(path, chosen, us), MEASURED, roof_us=roof_us, shared_bytes=shared_bytes)
+
+
 # ---- the estimate alone
 
 
@@ -265,7 +298,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("exhaustive", "compare", "regret"))
+    parser.add_argument("what", choices=("exhaustive", "compare", "regret", "install"))
     parser.add_argument("--models", default=",".join(list(MODELS)[:3]))
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--out", type=Path, required=True)
@@ -275,6 +308,10 @@ def main() -> int:
     if arguments.what == "regret":
         rows = [regret(name, find_gpu("h200"), arguments.out) for name in arguments.models.split(",")]
         print("\n".join(map(json.dumps, rows)))
+        return 0
+    if arguments.what == "install":
+        for name in arguments.models.split(","):
+            install(name, find_gpu("h200"), arguments.out)
         return 0
     gpu = probe_gpu()
     if gpu is None:
