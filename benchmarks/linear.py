@@ -1,13 +1,14 @@
 """Dense linear layers on one NVIDIA GPU, as shares of the copy rate.
 
-    PYTHONPATH=src:. python benchmarks/linear.py [--shapes glm_o_tp4,…] [--tokens 1,16] [--sweep DIR] [--json]
+    PYTHONPATH=src:. python benchmarks/linear.py [--shapes glm_o_tp4,…] [--tokens 1,16] [--path cublas]
+                                                 [--sweep DIR] [--json]
 
 First the output is compared with float32 on dequantised weights; a configuration that fails has no time. One
 call is timed as it runs in the engine: in a CUDA graph with others like it, each with its own copy of the
 weights, together several times the L2; median of seven. of_copy = (weights with their scales, x and y once) /
 time / copy rate of the GPU's file; tflop_s = 2 · tokens · rows · columns / time. `--sweep` compiles and times
-every tile of the search spaces and writes the fastest to DIR/linear.json; the file of this GPU in tuned/ is
-used otherwise.
+every tile of the search spaces and the library, and writes the fastest to DIR/linear.json; the file of this
+GPU in tuned/ is used otherwise, or with `--path` the default tile of that path.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from firebox.kernels import _linear, _triton, linear, linear_few
 from firebox.kernels._experts import INT4_ZERO
 from firebox.kernels._linear import Problem, Weights
 from firebox.kernels.compile import PINNED_OPTIONS, limit_bytes
+from firebox.layers import _dense_library
 from firebox.layers.dense_gpu import (
     CUBLAS,
     FEW,
@@ -45,6 +47,7 @@ from firebox.layers.dense_gpu import (
     like,
     path_of,
     requests,
+    rounds,
 )
 from tests.support.experts import relative_error
 from tests.support.linear import DTYPES, random_weights
@@ -121,7 +124,7 @@ class Bench:
         return relative_error(out[few], wanted) if torch.isfinite(out).all() else float("inf")
 
     def limit(self, path: Path) -> float:
-        return FP8_LIMIT if path.name == MANY and linear.quantised(self.problem) else LIMIT
+        return FP8_LIMIT if rounds(self.problem, path.name) else LIMIT
 
     def time_us(self, tokens: int, path: Path, samples: int = 7) -> float:
         """The median time of one call in a graph with one call for each copy of the weights."""
@@ -148,11 +151,12 @@ def candidates(problem: Problem, tokens: int, gpu: Gpu) -> list[Path]:
     if tokens <= linear_few.MAX_TOKENS:
         few = (linear_few.default(problem, tokens, gpu), *linear_few.search_space(problem, tokens, gpu))
         found += [Path(FEW, config, "sweep") for config in dict.fromkeys(few)]
-    if linear.accepts(problem, gpu) is not None:
-        found.append(Path(CUBLAS, None, "sweep"))
-    elif tokens >= MANY_FROM:
+    ours = linear.accepts(problem, gpu) is None
+    if ours and tokens >= MANY_FROM:
         many = (linear.default(problem, tokens, gpu), *linear.search_space(problem, tokens, gpu))
         found += [Path(MANY, config, "sweep") for config in dict.fromkeys(many)]
+    if not ours or (tokens >= MANY_FROM and _dense_library.accepts(problem, gpu) is None):
+        found.append(Path(CUBLAS, None, "sweep"))
     return found
 
 
@@ -232,14 +236,22 @@ def _best(bench: Bench, tokens: int, paths: list[Path]) -> tuple[float, Path] | 
 # ---- the table
 
 
-def table(names: list[str], all_tokens: list[int], gpu: Gpu) -> list[dict[str, Any]]:
+def asked_for(name: str, problem: Problem, tokens: int, gpu: Gpu) -> Path:
+    """The path called `name`, with its default tile."""
+    if name == CUBLAS:
+        return Path(CUBLAS, None, "--path")
+    kernel = linear_few if name == FEW else linear
+    return Path(name, kernel.default(problem, tokens, gpu), "--path")
+
+
+def table(names: list[str], all_tokens: list[int], gpu: Gpu, name_of_path: str = "") -> list[dict[str, Any]]:
     """One row per shape and number of tokens, printed as it is found."""
     rows = []
     for name in names:
         bench = Bench(name, gpu, max(all_tokens))
         p = bench.problem
         for tokens in all_tokens:
-            path = path_of(p, tokens, gpu)
+            path = asked_for(name_of_path, p, tokens, gpu) if name_of_path else path_of(p, tokens, gpu)
             error = bench.error(tokens, path)
             row: dict[str, Any] = {"shape": name, "format": p.format, "rows": p.rows, "columns": p.columns}
             row |= {"tokens": tokens, "path": path.name, "tiles": path.why, "error": error, "us": None}
@@ -263,6 +275,7 @@ def main() -> int:
     )
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--path", choices=(FEW, MANY, CUBLAS), default="")
     parser.add_argument("--sweep", type=FilePath)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -279,7 +292,7 @@ def main() -> int:
     if arguments.sweep:
         sweep(names, all_tokens, gpu, arguments.sweep)
         return 0
-    rows = table(names, all_tokens, gpu)
+    rows = table(names, all_tokens, gpu, arguments.path)
     if arguments.json:
         print(json.dumps(rows))
     return 0 if all(row["us"] for row in rows) else 1

@@ -1,5 +1,6 @@
 """Dense linear layers on a real GPU: every format, every number of few tokens, many tokens, odd sizes,
-against float32 on dequantised weights. Needs torch, Triton and pytest, nothing of the engine."""
+against float32 on dequantised weights, and FP8 products of a library. Needs torch, Triton and pytest, nothing
+of the engine but its tuner."""
 
 from __future__ import annotations
 
@@ -14,7 +15,10 @@ from firebox.hardware.probe import probe_gpu
 from firebox.kernels import _linear, linear, linear_few
 from firebox.kernels._experts import INT4_ZERO
 from firebox.kernels._linear import FORMATS, GROUPS, Problem
-from firebox.layers.dense_gpu import CUBLAS, FEW, MANY, LinearKernels, Path, Workspace, path_of
+from firebox.layers import _dense_library
+from firebox.layers.dense_gpu import CUBLAS, FEW, MANY, LinearKernels, Path, Workspace, path_of, rounds
+from firebox.tuning import linear as tuner
+from firebox.tuning._linear_bench import Weighted
 from tests.support.experts import relative_error
 from tests.support.linear import DTYPES, random_weights
 
@@ -29,6 +33,10 @@ FEW_LIMIT, INTEGER_LIMIT, FP8_LIMIT = 2.5e-3, 4e-3, 4e-2
 # H200's 0.0027 is what one rounding more makes, of the product or its parts before the residual is added:
 # variances 1, 2 and 2 of a result of 2, √2.5 · 0.0017. Without the bias the error would be 0.07.
 CUBLAS_LIMIT = 3e-3
+# A library's FP8 product against float32 on the activations as they were rounded: the output's rounding, the
+# residual's, and what Hopper's sums lose. The limit of engine/trials.py; a scale left out would be far off.
+ROUNDED_LIMIT = 1.5e-2
+LIBRARY = Path(CUBLAS, None, "test")
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +57,13 @@ class Layer:
         self.workspace = Workspace([problem], max_tokens, gpu, "cuda")
         self.workspace.partial = torch.empty(64 * 64 * problem.rows, device="cuda")  # enough for any tile
         self.workspace.counters = torch.zeros(problem.rows, dtype=torch.int32, device="cuda")
+        self.workspace.y = torch.empty(max_tokens * problem.rows, dtype=torch.bfloat16, device="cuda")
 
     def error(self, tokens: int, path: Path | None = None, *, in_place: bool = False) -> float:
         """Of one run with fresh inputs, a NaN-filled workspace and guarded output rows."""
         p, space = self.problem, self.workspace
-        space.partial.fill_(float("nan"))
-        space.x_scale.fill_(float("nan"))
+        for tensor in (space.partial, space.x_scale, space.y):
+            tensor.fill_(float("nan"))
         layer = LinearKernels(p, self.weights, self.gpu, space, {tokens: path} if path else None)
         x = torch.randn(tokens, p.columns, generator=self.generator, device="cuda").bfloat16()
         out = torch.full((tokens + 2, p.rows), float("nan"), dtype=DTYPES[p.out_dtype], device="cuda")
@@ -74,7 +83,7 @@ class Layer:
         return relative_error(out[:tokens], wanted)
 
     def limit(self, path: Path) -> float:
-        if path.name == MANY and linear.quantised(self.problem):
+        if rounds(self.problem, path.name):
             return FP8_LIMIT
         if path.name == CUBLAS and self.problem.bias and self.problem.residual:
             return CUBLAS_LIMIT
@@ -240,6 +249,134 @@ def test_no_tokens(gpu: Gpu) -> None:
 def test_unquantised_products_of_many_tokens_are_cublas_s(gpu: Gpu) -> None:
     path = path_of(Problem(640, 512, "bf16"), 1000, gpu)
     assert path.name in (CUBLAS, FEW) and (path.why == "measured" or "cuBLAS" in path.why)
+
+
+# ---- FP8 products of a library
+
+
+def rounded_x(layer: Layer, tokens: int) -> torch.Tensor:
+    """The activations of the last run, as they were rounded."""
+    space, columns = layer.workspace, layer.problem.columns
+    codes = space.x[: tokens * columns].view(tokens, columns)
+    return codes.float() * space.x_scale[:tokens, None]
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 256, 300, 2048])
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(3584, 5120), (5120, 3072), (4096, 12_288), (14_336, 4096), (112, 272), (208, 1040)]
+)
+def test_fp8_products_of_a_library(rows: int, columns: int, tokens: int, gpu: Gpu) -> None:
+    """Bias and residual, apart and in place, with scales behind the last token that are NaN."""
+    for bias, residual in ((False, False), (True, False), (False, True), (True, True)):
+        problem = Problem(rows, columns, "fp8_channel", bias=bias, residual=residual)
+        assert _dense_library.accepts(problem, gpu) is None
+        layer = Layer(problem, gpu, 2560)
+        layer.check(tokens, LIBRARY)
+        if residual:
+            layer.check(tokens, LIBRARY, in_place=True)
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 256, 300, 2048])
+def test_a_library_s_product_is_that_of_the_rounded_activations(tokens: int, gpu: Gpu) -> None:
+    """Within what sums and outputs lose, and as near as our kernel's is."""
+    for rows, columns in ((3584, 5120), (4096, 12_288)):
+        problem = Problem(rows, columns, "fp8_channel", bias=True, residual=True)
+        layer = Layer(problem, gpu, tokens)
+        x = torch.randn(tokens, columns, generator=layer.generator, device="cuda").bfloat16()
+        residual = torch.randn(tokens, rows, generator=layer.generator, device="cuda").bfloat16()
+        errors = {}
+        for path in (LIBRARY, Path(MANY, linear.default(problem, tokens, gpu), "test")):
+            out = torch.full((tokens, rows), float("nan"), dtype=torch.bfloat16, device="cuda")
+            LinearKernels(problem, layer.weights, gpu, layer.workspace, {tokens: path})(x, out, residual)
+            wanted = _linear.reference(problem, rounded_x(layer, tokens), layer.weights, residual)
+            errors[path.name] = relative_error(out, wanted)
+        print(rows, columns, tokens, errors)
+        assert max(errors.values()) < ROUNDED_LIMIT, errors
+
+
+def test_a_library_s_fp8_product_is_the_same_at_every_run(gpu: Gpu) -> None:
+    layer = Layer(Problem(1536, 5120, "fp8_channel", bias=True), gpu, 300)
+    for tokens in (17, 256, 300):
+        kernels = LinearKernels(layer.problem, layer.weights, gpu, layer.workspace, {tokens: LIBRARY})
+        x = torch.randn(tokens, 5120, generator=layer.generator, device="cuda").bfloat16()
+        outs = [torch.empty(tokens, 1536, dtype=torch.bfloat16, device="cuda") for _ in range(8)]
+        for out in outs:
+            kernels(x, out)
+        assert all(torch.equal(outs[0], out) for out in outs[1:]), tokens
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 256, 300, 2048])
+def test_a_graph_of_a_library_s_products(tokens: int, gpu: Gpu) -> None:
+    """Two layers in turn that share a workspace, the second into its residual; other inputs at every replay,
+    and other things in the memory that is free."""
+    up = Layer(Problem(2048, 512, "fp8_channel", bias=True), gpu, tokens)
+    down = Layer(Problem(512, 2048, "fp8_channel", bias=True, residual=True), gpu, tokens)
+    space, paths = up.workspace, {tokens: LIBRARY}
+    space.grow(down.workspace)
+    layers = [LinearKernels(one.problem, one.weights, gpu, space, paths) for one in (up, down)]
+    x = torch.zeros(tokens, 512, dtype=torch.bfloat16, device="cuda")
+    inner = torch.empty(tokens, 2048, dtype=torch.bfloat16, device="cuda")
+
+    def turns() -> None:
+        for _ in range(4):
+            layers[0](x, inner)
+            layers[1](inner, x, x)
+
+    turns()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        turns()
+    for _ in range(5):
+        start = torch.randn(tokens, 512, generator=up.generator, device="cuda").bfloat16()
+        x.copy_(start)
+        turns()
+        eager = x.clone()
+        x.copy_(start)
+        garbage = [torch.full((4 << 20,), float("nan"), device="cuda") for _ in range(8)]
+        graph.replay()
+        torch.cuda.synchronize()
+        del garbage
+        assert relative_error(x, eager.float()) < 1e-2, "the algorithm may be another one, the sums are not"
+        replayed = x.clone()
+        x.copy_(start)
+        graph.replay()
+        assert torch.equal(x, replayed)
+    layers[0](start, inner)
+    assert relative_error(inner, start.float() @ up.matrix.T + up.weights.bias) < FP8_LIMIT
+
+
+def test_the_tuner_s_bench_times_what_the_engine_launches(gpu: Gpu) -> None:
+    """The product alone for the search, with the rounding as a whole."""
+    problem = Problem(2048, 1024, "fp8_channel", bias=True, residual=True)
+    task = tuner.task(problem, 300)
+    (library,) = (c for c in tuner.candidates(task, gpu) if c.path == CUBLAS)
+    bench, parts = Weighted(problem, gpu).bench(300), {tuner.WHOLE: library}
+    error, limit = bench.error(library)
+    assert error < limit == FP8_LIMIT
+    calls, further, whole = bench.calls(library), bench.further(CUBLAS, parts), bench.whole(CUBLAS, parts)
+    assert len(calls) == len(further) == len(whole) > 1
+    outs = []
+    for launch in (calls[0], whole[0]):
+        bench._out.fill_(float("nan"))
+        launch()
+        outs.append(bench._out.clone())
+    assert torch.equal(*outs)
+    bench._space.x_scale.fill_(float("nan"))
+    calls[0]()
+    assert not torch.isfinite(bench._out).any(), "a call rounds nothing itself"
+
+
+@pytest.mark.parametrize("tokens", [17, 300])
+def test_a_broken_row_scale_is_seen_by_the_library_s_limits(tokens: int, gpu: Gpu) -> None:
+    """One row scale in ten that is 1.5 times what it should be, which is off by 0.16."""
+    layer = Layer(Problem(512, 2048, "fp8_channel"), gpu)
+    good = layer.error(tokens, LIBRARY)
+    assert layer.weights.row_scale is not None
+    broken = layer.weights.row_scale.clone()
+    broken[::10] *= 1.5
+    layer.weights = replace(layer.weights, row_scale=broken)
+    assert good < FP8_LIMIT < layer.error(tokens, LIBRARY)
 
 
 @pytest.mark.parametrize(("format", "group"), [k for k in KINDS if k[1] or k[0] == "fp8_block"])

@@ -96,10 +96,11 @@ class LinearTrial:
         self._residual = setup.normal(generator, setup.max_tokens, p.rows).to(dtype) if p.residual else None
 
     def __call__(self, tokens: int) -> list[Result]:
-        """One result; none where cuBLAS computes."""
+        """One result; none where a library computes alone, without a launch of ours before it."""
         p, setup = self._p, self._setup
         path = dense_gpu.path_of(p, tokens, setup.gpu)
-        if path.name == dense_gpu.CUBLAS:
+        rounds = dense_gpu.rounds(p, path.name)
+        if path.name == dense_gpu.CUBLAS and not rounds:
             return []
         space = dense_gpu.Workspace([p], tokens, setup.gpu, setup.device)
         space.partial.fill_(torch.nan)
@@ -108,7 +109,6 @@ class LinearTrial:
         layer = dense_gpu.LinearKernels(p, self._weights, setup.gpu, space)
         setup.settle()
         layer(self._x[:tokens], out, residual)
-        rounds = path.name == dense_gpu.MANY and linear.quantised(p)
         at = _checked(tokens)
         wanted = _linear.reference(
             p, self._rounded(self._x[at], rounds), self._weights, None if residual is None else residual[at]
@@ -131,7 +131,8 @@ def _as_fp8(x: torch.Tensor, group: int, dtype: str) -> torch.Tensor:
 
 
 def _tile(path: str, *configs: Any) -> str:
-    return f"{path} with {' and '.join(map(str, configs))}"
+    chosen = [str(config) for config in configs if config is not None]
+    return f"{path} with {' and '.join(chosen)}" if chosen else path
 
 
 class ExpertsTrial:

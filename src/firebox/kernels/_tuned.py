@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -53,10 +53,10 @@ def nearest(gpu_name: str, problem: Problem, tokens: int, path: str | None = Non
 
 
 def measured(
-    gpu_name: str, file: str, key: str, tokens: int, but: str | None = None
+    gpu_name: str, file: str, key: str, tokens: int, but: Sequence[str] = ()
 ) -> dict[str, Any] | None:
-    """The same of another `file`, under `key`; of any path but one."""
-    return _nearest(_file(gpu_name, file).get(key, {}), tokens, lambda found: found != but)
+    """The same of another `file`, under `key`; of any path `but` these."""
+    return _nearest(_file(gpu_name, file).get(key, {}), tokens, lambda found: found not in but)
 
 
 def how(entry: dict[str, Any]) -> str:

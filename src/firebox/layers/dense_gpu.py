@@ -1,12 +1,13 @@
 """A dense linear layer on an NVIDIA GPU: y = x · Wᵀ (+ bias) (+ residual) in every weight format, over the
-kernel of few tokens, that of many, and cuBLAS.
+kernel of few tokens, that of many, and torch's own products.
 
     few      one launch: linear_few, up to 64 tokens
     many     with FP8 weights quantise_fp8 first, then linear
-    cublas   unquantised weights and many tokens
+    cublas   a library (_dense_library.py): unquantised weights; fp8_channel behind quantise_fp8
 
 Which path and which tiles a number of tokens takes is measured (kernels/_tuned.py, linear.json); without a
-measurement it is few up to 64 tokens, and tiles that fit everywhere.
+measurement it is few up to 64 tokens, and tiles that fit everywhere. FP8 goes to the library only by a
+measurement: whether torch can depends on its build and on the GPU.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from firebox.kernels._linear import Problem, Weights
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import INTERPRETED, Launcher
 from firebox.kernels.plan import Compile, Made
+from firebox.layers import _dense_library
 
 FEW, MANY, CUBLAS = "few", "many", "cublas"
 TUNED = "linear"  # the file in tuned/<gpu>/
@@ -32,7 +34,7 @@ DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 @dataclass(frozen=True)
 class Path:
-    """How a number of tokens is computed. `config`: the tile, None for cuBLAS. `why`: "measured",
+    """How a number of tokens is computed. `config`: the tile, None for a library. `why`: "measured",
     "predicted", "default" for want of both, or why no kernel here runs it."""
 
     name: str
@@ -69,9 +71,10 @@ def _candidates(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Path]:
 
 
 def _chosen(problem: Problem, tokens: int, gpu: Gpu) -> Path:
-    entry = _tuned.measured(gpu.name, TUNED, key(problem), tokens)
-    if entry is not None and entry["path"] == FEW and tokens > linear_few.MAX_TOKENS:
-        entry = _tuned.measured(gpu.name, TUNED, key(problem), tokens, but=FEW)
+    barred = [FEW] if tokens > linear_few.MAX_TOKENS else []
+    if linear.quantised(problem) and _dense_library.accepts(problem, gpu) is not None:
+        barred.append(CUBLAS)  # measured for a layer of the same key with another type of output
+    entry = _tuned.measured(gpu.name, TUNED, key(problem), tokens, but=barred)
     if entry is not None:
         return Path(entry["path"], _config(entry), _tuned.how(entry))
     return stock_path(problem, tokens, gpu)
@@ -94,19 +97,24 @@ def _config(entry: dict[str, Any]) -> Any:
 
 
 def requests(problem: Problem, tokens: int, gpu: Gpu, path: Path | None = None) -> dict[str, CompileRequest]:
-    """Every compile that so many tokens launch, by the name of its operation; none for cuBLAS. `path`:
-    instead of the one that `path_of` names."""
+    """Every compile that so many tokens launch, by the name of its operation; a library's product is none.
+    `path`: instead of the one that `path_of` names."""
     path = path or _path_of(problem, tokens, gpu)
     if path.name == FEW:
         request = linear_few.request(problem, tokens, path.config, gpu, interpreted=INTERPRETED)
         return {linear_few.OP: request}
-    if path.name == CUBLAS:
-        return {}
     found = {}
-    if linear.quantised(problem):
+    if rounds(problem, path.name):
         rows = quantise_fp8.Problem(problem.columns, linear.x_group(problem), problem.dtype)
         found[quantise_fp8.OP] = quantise_fp8.request(rows, gpu, interpreted=INTERPRETED)
-    return found | {linear.OP: linear.request(problem, path.config, gpu, interpreted=INTERPRETED)}
+    if path.name == MANY:
+        found[linear.OP] = linear.request(problem, path.config, gpu, interpreted=INTERPRETED)
+    return found
+
+
+def rounds(problem: Problem, path: str) -> bool:
+    """Does this path round the activations to FP8?"""
+    return path != FEW and linear.quantised(problem)
 
 
 def made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
@@ -117,11 +125,12 @@ def made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
 
 @functools.cache
 def _made(problem: Problem, tokens: int, path: Path, gpu: Gpu) -> Made:
-    if path.name == CUBLAS:
-        return Made(CUBLAS, path.why, (Compile(linear.OP, None),))
-    found = requests(problem, tokens, gpu, path)
     configs = {linear.OP: path.config}
-    return Made(path.name, path.why, tuple(Compile(op, r, configs.get(op)) for op, r in found.items()))
+    found = requests(problem, tokens, gpu, path)
+    compiles = [Compile(op, request, configs.get(op)) for op, request in found.items()]
+    if path.name == CUBLAS:
+        compiles.append(Compile(linear.OP, None))
+    return Made(path.name, path.why, tuple(compiles))
 
 
 def like(tokens: int, path: Path) -> int:
@@ -131,12 +140,13 @@ def like(tokens: int, path: Path) -> int:
 
 class Workspace:
     """The memory between the launches of all of `problems` for up to `max_tokens`; layers that run one after
-    the other share it. `partial` and `counters` are linear_few's, `x` and `x_scale` linear's in FP8."""
+    the other share it. `partial` and `counters` are linear_few's, `x` and `x_scale` FP8 activations; `y` a
+    library's FP8 product, before the residual whose place it takes is added."""
 
     def __init__(
         self, problems: Iterable[Problem], max_tokens: int, gpu: Gpu, device: torch.device | str
     ) -> None:
-        sums = tiles = codes = scales = 1
+        sums = tiles = codes = scales = products = 1
         few = min(max_tokens, linear_few.MAX_TOKENS)
         for p in dict.fromkeys(problems):
             for tokens in range(1, few + 1):
@@ -147,10 +157,13 @@ class Workspace:
             if linear.quantised(p):
                 groups = p.columns // (linear.x_group(p) or p.columns)
                 codes, scales = max(codes, max_tokens * p.columns), max(scales, max_tokens * groups)
+                if p.residual:
+                    products = max(products, _most_in_library(p, max_tokens, gpu) * p.rows)
         self.partial = torch.empty(sums, dtype=torch.float32, device=device)
         self.counters = torch.zeros(tiles, dtype=torch.int32, device=device)
         self.x = torch.empty(codes, dtype=torch.float8_e4m3fn, device=device)
         self.x_scale = torch.empty(scales, dtype=torch.float32, device=device)
+        self.y = torch.empty(products, dtype=torch.bfloat16, device=device)
 
     def grow(self, other: Workspace) -> None:
         """Becomes as large as `other`, part by part."""
@@ -184,17 +197,22 @@ class LinearKernels:
             return
         assert (residual is not None) == self.problem.residual, f"a residual, or none: {self.problem}"
         path = self.paths.get(tokens) or _path_of(self.problem, tokens, self.gpu)
-        if path.name == CUBLAS:
-            self._cublas(x, out, residual)
-            return
         launchers = _launchers(self.problem, like(tokens, path), path, self.gpu)
-        run = self._few if path.name == FEW else self._many
-        run(path, launchers, x, out, residual)
+        if path.name == FEW:
+            self._few(path, launchers[linear_few.OP], x, out, residual)
+            return
+        x_scale = None
+        if rounds(self.problem, path.name):
+            x, x_scale = self._rounded(launchers[quantise_fp8.OP], x)
+        if path.name == CUBLAS:
+            self._cublas(x, x_scale, out, residual)
+        else:
+            linear.run(launchers[linear.OP], self.problem, x, x_scale, self.weights, residual, out)
 
     def _few(
         self,
         path: Path,
-        launchers: dict[str, Launcher],
+        launcher: Launcher,
         x: torch.Tensor,
         out: torch.Tensor,
         residual: torch.Tensor | None,
@@ -202,45 +220,37 @@ class LinearKernels:
         p, space = self.problem, self.workspace
         sums, tiles = linear_few.scratch(p, x.shape[0], path.config)
         assert sums <= space.partial.numel() and tiles <= space.counters.numel(), (p, path)
-        linear_few.run(
-            launchers[linear_few.OP], p, x, self.weights, residual, space.partial, out, space.counters
-        )
+        linear_few.run(launcher, p, x, self.weights, residual, space.partial, out, space.counters)
 
-    def _many(
+    def _rounded(self, launcher: Launcher, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`x` as FP8 codes, and their scales."""
+        p, space = self.problem, self.workspace
+        groups = p.columns // (linear.x_group(p) or p.columns)
+        codes = space.x[: x.numel()].view(x.shape)
+        x_scale = space.x_scale[: x.shape[0] * groups]
+        quantise_fp8.run(launcher, x, codes, x_scale)
+        return codes, x_scale
+
+    def _cublas(
         self,
-        path: Path,
-        launchers: dict[str, Launcher],
         x: torch.Tensor,
+        x_scale: torch.Tensor | None,
         out: torch.Tensor,
         residual: torch.Tensor | None,
     ) -> None:
-        p, space, x_scale = self.problem, self.workspace, None
-        if linear.quantised(p):
-            groups = p.columns // (linear.x_group(p) or p.columns)
-            codes = space.x[: x.numel()].view(x.shape)
-            x_scale = space.x_scale[: x.shape[0] * groups]
-            quantise_fp8.run(launchers[quantise_fp8.OP], x, codes, x_scale)
-            x = codes
-        linear.run(launchers[linear.OP], p, x, x_scale, self.weights, residual, out)
-
-    def _cublas(self, x: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None) -> None:
-        """Bias and residual in the product's own rounding where there is one of them."""
-        matrix = self.weights.w.T
-        if out.dtype == torch.float32:
-            torch.mm(x, matrix, out_dtype=torch.float32, out=out)
-            added = [self.weights.bias, residual]
-        elif residual is not None:
-            torch.addmm(residual, x, matrix, out=out)
-            added = [self._bias]
-        elif self._bias is not None:
-            torch.addmm(self._bias, x, matrix, out=out)
-            added = []
+        if x_scale is None:
+            _dense_library.plain(x, self.weights, self._bias, out, residual)
         else:
-            torch.mm(x, matrix, out=out)
-            added = []
-        for term in added:
-            if term is not None:
-                out.add_(term)
+            y = self.workspace.y
+            _dense_library.row_wise(x, x_scale, self.weights, self._bias, out, residual, y)
+
+
+def _most_in_library(problem: Problem, max_tokens: int, gpu: Gpu) -> int:
+    """The most tokens, of 1 … `max_tokens`, that go to a library; 0 if none do."""
+    if _dense_library.accepts(problem, gpu) is not None:
+        return 0
+    downwards = range(max_tokens, 0, -1)
+    return next((n for n in downwards if _path_of(problem, n, gpu).name == CUBLAS), 0)
 
 
 @_tuned.cached

@@ -12,8 +12,9 @@ import torch
 from firebox.hardware.base import Gpu
 from firebox.kernels import _linear, linear, linear_few, quantise_fp8
 from firebox.kernels._linear import Problem, Weights
+from firebox.layers import _dense_library
 from firebox.layers._invented import invented, relative_error, vary
-from firebox.layers.dense_gpu import DTYPES, MANY, LinearKernels, Path, Workspace, requests
+from firebox.layers.dense_gpu import CUBLAS, DTYPES, MANY, LinearKernels, Path, Workspace, requests, rounds
 from firebox.tuning._launchers import launcher
 from firebox.tuning.base import Candidate
 from firebox.tuning.clock import Call
@@ -92,7 +93,9 @@ class LinearBench:
     # ---- calls
 
     def calls(self, candidate: Candidate) -> list[Call]:
-        """One launch for each copy of the weights."""
+        """What is launched for each copy of the weights, but rounding the activations."""
+        if candidate.path == CUBLAS and linear.quantised(self.problem):
+            return self._products(candidate)
         if candidate.path != MANY:
             return self._layers(candidate)
         x, x_scale = self._rounded(candidate)
@@ -105,6 +108,18 @@ class LinearBench:
             for weights in self._layer.copies
         ]
 
+    def _products(self, candidate: Candidate) -> list[Call]:
+        """A library's, of rounded activations."""
+        self._rounding(candidate)()
+        x, x_scale = self._codes()
+        out, residual, y, found = self._out, self._residual, self._space.y, list[Call]()
+        for weights in self._layer.copies:
+            bias = None if weights.bias is None else weights.bias.to(out.dtype)
+            found.append(
+                functools.partial(_dense_library.row_wise, x, x_scale, weights, bias, out, residual, y)
+            )
+        return found
+
     def whole(self, path: str, parts: Mapping[str, Candidate]) -> list[Call]:
         """The layer as the engine runs it."""
         (candidate,) = parts.values()
@@ -113,7 +128,7 @@ class LinearBench:
     def further(self, path: str, parts: Mapping[str, Candidate]) -> list[Call]:
         """Rounding the activations, once for each copy of the weights."""
         (candidate,) = parts.values()
-        if path != MANY or not linear.quantised(self.problem):
+        if not rounds(self.problem, path):
             return []
         return [self._rounding(candidate)] * len(self._layer.copies)
 
@@ -124,7 +139,7 @@ class LinearBench:
         return [functools.partial(layer, self._x, self._out, self._residual) for layer in layers]
 
     def _rounded(self, candidate: Candidate) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What kernels/linear.py multiplies: the activations, rounded where the weights are FP8."""
+        """What is multiplied: the activations, rounded where the weights are FP8."""
         if not linear.quantised(self.problem):
             return self._x, None
         self._rounding(candidate)()
@@ -148,8 +163,7 @@ class LinearBench:
         for tensor in (self._out, space.partial, space.x_scale):
             tensor.fill_(torch.nan)
         self._layers(candidate)[0]()
-        rounds = candidate.path == MANY and linear.quantised(self.problem)
-        limit = FP8_LIMIT if rounds else PLAIN_LIMIT
+        limit = FP8_LIMIT if rounds(self.problem, candidate.path) else PLAIN_LIMIT
         if not torch.isfinite(self._out).all() or space.counters.any():
             return float("inf"), limit
         return relative_error(self._out[self._checked].float(), self._wanted), limit

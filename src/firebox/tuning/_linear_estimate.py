@@ -2,7 +2,7 @@
 
     few      its program, one expert, whose columns are divided too; what the slices cost is added
     many     the tiles of a product in which no tile is emptier than it must be
-    cublas   a launch, and a fixed share of the roof
+    cublas   a launch, and a fixed share of the roof, of an FP8 product the same one: no such was measured
 
 The numbers in RATES were fitted to the 36 entries of tuned/nvidia_h200/linear.json, within 28 % of each. They
 are winners: of a tile that is far from the best they say little.
@@ -88,9 +88,12 @@ def many_us(
 
 
 def cublas_us(p: Problem, tokens: int, gpu: Gpu, rates: Rates = RATES) -> float:
-    """Of torch.mm or addmm, which adds one of bias and residual at no cost; what is left is a launch."""
+    """Of torch.mm or addmm, which adds one of bias and residual at no cost, or of torch._scaled_mm, which
+    adds a bias; what is left is a launch. Without the rounding to FP8."""
     terms = p.bias + p.residual - (p.out_dtype != "f32" and p.bias + p.residual > 0)
-    return rates.own + roof_us(p, tokens, gpu, few=True) / rates.roof + rates.term * terms
+    if linear.quantised(p):
+        terms = int(p.residual)
+    return rates.own + roof_us(p, tokens, gpu, few=False) / rates.roof + rates.term * terms
 
 
 def roof_us(p: Problem, tokens: int, gpu: Gpu, *, few: bool) -> float:

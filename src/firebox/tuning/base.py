@@ -31,12 +31,15 @@ class Task:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One tile of one part of one path. `config` is the kernel's; `request` None: a library's kernel."""
+    """One tile of one part of one path. `config` is the kernel's; `request` None: a library's kernel.
+    `unproven`: whether it runs, and how its estimate is, shows only where it has run; it is never predicted,
+    and never a reason to leave another path out."""
 
     path: str
     part: str
     config: Any
     request: CompileRequest | None = field(compare=False)
+    unproven: bool = field(default=False, compare=False)
 
     @property
     def name(self) -> str:

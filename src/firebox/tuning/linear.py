@@ -1,5 +1,5 @@
-"""Tuning of dense linear layers: one part, on the paths of layers/dense_gpu.py. cuBLAS is a candidate without
-a config; how it divides its work is its own affair."""
+"""Tuning of dense linear layers: one part, on the paths of layers/dense_gpu.py. A library's product is a
+candidate without a config; how it divides its work is its own affair."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from firebox.hardware.base import Gpu
 from firebox.kernels import linear, linear_few
 from firebox.kernels._linear import Problem
 from firebox.kernels.compile import Compiled, CompileRequest
-from firebox.layers.dense_gpu import CUBLAS, FEW, MANY, Path, key, requests, stock_path
+from firebox.layers import _dense_library
+from firebox.layers.dense_gpu import CUBLAS, FEW, MANY, Path, key, requests, rounds, stock_path
 from firebox.tuning import _linear_estimate
 from firebox.tuning._linear_bench import Weighted
 from firebox.tuning.base import Bench, Candidate, Option, Task
@@ -37,7 +38,7 @@ def candidates(task: Task, gpu: Gpu) -> Iterator[Candidate]:
 
 
 def _spaces(task: Task, gpu: Gpu) -> Iterator[tuple[str, Iterator[Any]]]:
-    """(path, configs). Where kernels/linear.py declines, cuBLAS has what is too many for linear_few."""
+    """(path, configs). Where kernels/linear.py declines, a library has what is too many for linear_few."""
     problem, tokens = task.problem, task.tokens
     if tokens <= linear_few.MAX_TOKENS:
         yield FEW, linear_few.search_space(problem, tokens, gpu)
@@ -45,11 +46,14 @@ def _spaces(task: Task, gpu: Gpu) -> Iterator[tuple[str, Iterator[Any]]]:
         yield CUBLAS, iter([None])
     elif tokens >= MANY_FROM:
         yield MANY, linear.search_space(problem, tokens, gpu)
+        if _dense_library.accepts(problem, gpu) is None:
+            yield CUBLAS, iter([None])
 
 
 def _candidate(task: Task, path: str, config: Any, gpu: Gpu) -> Candidate:
     made = requests(task.problem, task.tokens, gpu, Path(path, config, "tuning"))
-    return Candidate(path, WHOLE, config, made.get(linear.OP))
+    unproven = path == CUBLAS and linear.quantised(task.problem)
+    return Candidate(path, WHOLE, config, made.get(linear.OP), unproven)
 
 
 def stock(task: Task, gpu: Gpu) -> Option:
@@ -69,14 +73,14 @@ def estimate_us(task: Task, candidate: Candidate, compiled: Compiled | None, gpu
 
 def further_us(task: Task, path: str, parts: Mapping[str, Candidate], gpu: Gpu) -> float:
     """Rounding the activations to FP8."""
-    if path != MANY or not linear.quantised(task.problem):
+    if not rounds(task.problem, path):
         return 0.0
     return _linear_estimate.rounding_us(task.problem, task.tokens, gpu)
 
 
 def roof_us(task: Task, path: str, gpu: Gpu) -> float:
     """See tuning/_linear_estimate.py."""
-    return _linear_estimate.roof_us(task.problem, task.tokens, gpu, few=path != MANY)
+    return _linear_estimate.roof_us(task.problem, task.tokens, gpu, few=path == FEW)
 
 
 def options(task: Task, ranked: Mapping[tuple[str, str], Sequence[Candidate]]) -> Iterator[Option]:

@@ -180,6 +180,9 @@ class Search:
         self.report.compiled = len(self._compiled)
 
     def _judge(self, task: Task, candidate: Candidate) -> None:
+        if candidate.unproven and self._meter is None:
+            self.report.dropped["is not chosen before it has run"] += 1
+            return
         compiled = self._compiled.get(candidate.code)
         if candidate.request is not None:
             if compiled is None:
@@ -231,7 +234,9 @@ class Search:
         for path in best:
             some = {part: found[0] for (of, part), found in parts.items() if of == path}
             best[path] += self._tunable.further_us(task, path, some, self._gpu)
-        return [key for key in parts if best[key[0]] <= WORTH * min(best.values())]
+        known = {path for (path, _), found in parts.items() if not any(c.unproven for c in found)}
+        least = min(us for path, us in best.items() if path in (known or best))
+        return [key for key in parts if best[key[0]] <= WORTH * least]
 
     def _expected(self, task: Task, key: tuple[str, str]) -> list[tuple[float, float]]:
         """For each candidate the expected time, and the one hoped for."""

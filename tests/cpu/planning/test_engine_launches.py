@@ -9,6 +9,7 @@ import pytest
 
 from firebox.find import load
 from firebox.hardware.base import find_gpu
+from firebox.kernels import _tuned, _veto
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.plan import Operation, Setting
 from firebox.layers import dense_gpu
@@ -85,6 +86,33 @@ def test_every_launch_is_in_the_plan(case: str, gpu_name: str, monkeypatch: pyte
         (case, gpu_name) in BLOCK_SCALED
     )
     assert kernels == {request.kernel.__name__ for request in plan}, "all kinds of launches were made"
+
+
+def test_activations_of_a_library_s_product_are_rounded_as_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where FP8 products of more than some tokens are measured to be the library's, quantise_fp8 is planned
+    and launched before each, and our kernel of many tokens is not: no step has as many rows of logits."""
+    gpu = find_gpu("h200")
+    few = {"path": "few", "config": {}}
+
+    class File(dict[str, Any]):
+        def get(self, key: str, default: Any = None) -> Any:
+            return {"1": few, "300": {"path": "cublas", "config": None}} if "fp8" in key else default
+
+    monkeypatch.setattr(_tuned, "_file", lambda gpu_name, name="experts": File() if name == "linear" else {})
+    _veto.lift()
+    try:
+        model = model_of("glm4_moe", gpu, requantize=True, **COMMON, **SIZES["glm4_moe"])
+        layers = layers_of(model, Setting(gpu, page_tokens=PAGE_TOKENS))
+        planned = [row for _, row in rows(layers, gpu, MAX_TOKENS)]
+        seen = nothing_runs(monkeypatch, gpu)
+        random_traffic(model, gpu, seed=7)
+    finally:
+        _veto.lift()
+    assert missing(seen, [row.request for row in planned if row.request is not None]) == []
+    library = {row.operation.name for row in planned if row.path == "cublas" and row.request is None}
+    assert library >= {"qkv", "o", "gate_up", "down"} and "head" not in library
+    kernels = {r.kernel.__name__ for r in seen}
+    assert "quantise_rows" in kernels and "linear_rows" in kernels and "linear_tiles" not in kernels
 
 
 @pytest.mark.parametrize("gpu_name", ["gb10", "h200"])

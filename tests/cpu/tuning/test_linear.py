@@ -3,21 +3,27 @@ the engine launches, and how far the estimate is from what was measured."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from firebox.hardware.base import find_gpu
+from firebox.hardware.base import Gpu, find_gpu
 from firebox.kernels import linear as many
 from firebox.kernels import linear_few as few
 from firebox.kernels._experts import INT4_ZERO
 from firebox.kernels._linear import Problem
-from firebox.kernels.compile import compile_all
+from firebox.kernels.compile import Compiled, CompileRequest, compile_all
 from firebox.layers import dense_gpu
 from firebox.layers.dense_gpu import CUBLAS, FEW, MANY
 from firebox.tuning import linear
-from firebox.tuning._linear_estimate import cublas_us, few_us, many_us
-from firebox.tuning.base import Candidate, Option
+from firebox.tuning._linear_estimate import RATES, cublas_us, few_us, many_us
+from firebox.tuning.base import Candidate, Option, Task
+from firebox.tuning.clock import Effort
+from firebox.tuning.journal import Journal
+from firebox.tuning.search import Search
 from tests.support.tuned import TunedFolder, tuned_folder
 
 __all__ = ["tuned_folder"]
@@ -38,9 +44,11 @@ def candidates(problem: Problem, tokens: int, gpu: str = "h200") -> list[Candida
     [
         (FP8, 1, {FEW}),
         (FP8, 31, {FEW}),
-        (FP8, 32, {FEW, MANY}),
-        (FP8, 64, {FEW, MANY}),
-        (FP8, 65, {MANY}),
+        (FP8, 32, {FEW, MANY, CUBLAS}),
+        (FP8, 64, {FEW, MANY, CUBLAS}),
+        (FP8, 65, {MANY, CUBLAS}),
+        (replace(FP8, out_dtype="f32"), 65, {MANY}),
+        (replace(FP8, format="fp8_block"), 65, {MANY}),
         (INT4, 512, {MANY}),
         (BF16, 1, {FEW, CUBLAS}),
         (BF16, 65, {CUBLAS}),
@@ -81,7 +89,8 @@ def test_what_is_written_is_what_the_engine_launches(gpu: object, tuned_folder: 
     """Every path, through the file: the same path, tile and compile."""
     for problem, tokens in ((FP8, 3), (FP8, 64), (FP8, 300), (BF16, 16), (BF16, 300), (INT4, 100)):
         task = linear.task(problem, tokens)
-        for candidate in list(linear.candidates(task, gpu))[::5]:
+        found = list(linear.candidates(task, gpu))
+        for candidate in [*found[::5], *(c for c in found if c.path == CUBLAS)]:
             option = Option(candidate.path, {linear.WHOLE: candidate}, 12.5)
             entry = linear.entry(option) | {"us": option.us}
             tuned_folder.write(gpu, linear.FILE, {task.key: {str(tokens): entry}})
@@ -90,8 +99,8 @@ def test_what_is_written_is_what_the_engine_launches(gpu: object, tuned_folder: 
             launched = {c.op: c.request for c in dense_gpu.made(problem, tokens, gpu).compiles}
             assert launched["linear"] == candidate.request
             others = [r for op, r in launched.items() if op != "linear"]
-            many = candidate.path == dense_gpu.MANY
-            assert others == (list(linear.further_requests(task, gpu)) if many else [])
+            alone = candidate.path == dense_gpu.FEW
+            assert others == ([] if alone else list(linear.further_requests(task, gpu)))
 
 
 def test_some_candidates_compile_and_the_stock_ones_fit() -> None:
@@ -113,7 +122,7 @@ def test_every_candidate_is_an_option() -> None:
         ranked.setdefault((candidate.path, candidate.part), []).append(candidate)
     options = list(linear.options(task, ranked))
     assert [o.parts[linear.WHOLE] for o in options] == [c for found in ranked.values() for c in found]
-    assert {o.path for o in options} == {FEW, MANY}
+    assert {o.path for o in options} == {FEW, MANY, CUBLAS}
 
 
 # ---- the estimate
@@ -169,6 +178,60 @@ def test_more_bytes_take_longer(tokens: int, gpu: object) -> None:
     library = [cublas_us(Problem(n, 4096, "bf16"), tokens, gpu) for n in (1024, 4096, 16_384, 65_536)]
     assert wide == sorted(wide) and wide[-1] > 2 * wide[0]
     assert library == sorted(library) and library[-1] > 2 * library[0]
+
+
+def test_a_library_s_fp8_product_is_estimated_at_fp8_s_rates() -> None:
+    """Half the time of bf16 where arithmetic decides; a bias is part of the call, a residual a launch."""
+    wide = Problem(16_384, 8192, "bf16")
+    plain, fp8 = (cublas_us(p, 4096, H200) for p in (wide, replace(wide, format="fp8_channel")))
+    assert 0.45 * plain < fp8 < 0.55 * plain
+    times = [cublas_us(replace(FP8, bias=bias), 256, H200) for bias in (False, True)]
+    assert times[0] == times[1]
+    assert cublas_us(replace(FP8, residual=True), 256, H200) > times[0] + RATES.term
+    task, tile = linear.task(FP8, 256), many.Config()
+    both = [Candidate(CUBLAS, linear.WHOLE, None, None), Candidate(MANY, linear.WHOLE, tile, None)]
+    further = [linear.further_us(task, c.path, {linear.WHOLE: c}, H200) for c in both]
+    assert further[0] == further[1] > 0, "activations are rounded on either path"
+    assert linear.roof_us(task, CUBLAS, H200) == linear.roof_us(task, MANY, H200)
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+def test_a_library_s_fp8_product_is_measured_or_not_chosen(gpu: Gpu) -> None:
+    """By its estimate it would win; where torch's build lacks it there is still our kernel's entry, and so
+    where it is slower. Unquantised products run anywhere."""
+
+    class Instant:
+        """Knows times by path."""
+
+        def __init__(self, library: list[float] | str) -> None:
+            self.us = {CUBLAS: library, MANY: [500.0]}
+
+        def samples(self, task: Task, candidates: Sequence[Candidate], effort: Effort) -> list[Any]:
+            return [self.us[c.path] for c in candidates]
+
+        def further(self, task: Task, option: Option, effort: Effort) -> list[float] | str:
+            return [2.0]
+
+    def chosen(problem: Problem, meter: Instant | None) -> tuple[set[str], int]:
+        journal = Journal(None, gpu.name, "3.9.0")
+        make = functools.partial(linear.task, problem)
+        search = Search(linear, make, gpu, journal, meter, compile=all_well, keys=(2048,))
+        paths = {entry.option.path for entry in search.entries()}
+        return paths, search.report.dropped["is not chosen before it has run"]
+
+    assert chosen(FP8, None) == ({MANY}, 1)
+    assert chosen(FP8, Instant([50.0])) == ({CUBLAS}, 0)
+    assert chosen(FP8, Instant("RuntimeError: CUBLAS_STATUS_NOT_SUPPORTED")) == ({MANY}, 0)
+    assert chosen(FP8, Instant([5000.0])) == ({MANY}, 0)
+    assert chosen(BF16, None) == ({CUBLAS}, 0)
+
+
+def all_well(requests: Sequence[CompileRequest], keep: bool) -> list[Compiled]:
+    """As if every tile compiled and fitted."""
+    return [
+        Compiled(r.kernel.__name__, 90, 100_000, True, True, None, 0.0, "3.9.0", "", 1000, 128)
+        for r in requests
+    ]
 
 
 def test_slices_that_fill_the_gpu_are_better_than_one_and_than_many() -> None:
