@@ -6,6 +6,7 @@ PYTHON = $(VENV)/bin/python
 MODEL =
 SERVE_FLAGS =
 BENCH_FLAGS =
+SANITIZE_FLAGS =
 
 help:
 	@echo 'make demo       set up, then complete a prompt with the bundled model'
@@ -14,6 +15,7 @@ help:
 	@echo 'make check      lint, format, types, generated documents'
 	@echo 'make compile    compile the CPU kernels ahead of time (Triton kernels compile when they are asked for)'
 	@echo 'make test-gpu   run tests/gpu on a machine with a GPU; PYTHON=python3 uses its own Python'
+	@echo 'make test-gpu-sanitize   the smallest of them under compute-sanitizer; SANITIZE_FLAGS=--tools memcheck'
 	@echo 'make bench      benchmarks/cpu_engine.py against transformers; BENCH_FLAGS=--json'
 	@echo 'make serve      the server on 127.0.0.1:30000; MODEL=... SERVE_FLAGS=...'
 
@@ -50,10 +52,16 @@ test-gpu:
 	@if [ '$(PYTHON)' = '$(VENV)/bin/python' ]; then $(MAKE) setup; fi
 	$(PYTHON) -m pytest tests/gpu -m gpu -n 8
 
+test-gpu-sanitize:
+	@if [ '$(PYTHON)' = '$(VENV)/bin/python' ]; then \
+	  $(MAKE) setup && \
+	  $(PYTHON) -m pip install --quiet --constraint constraints-cuda.txt --editable '.[sanitize]'; fi
+	$(PYTHON) tools/sanitize.py $(SANITIZE_FLAGS)
+
 bench: setup
 	$(PYTHON) benchmarks/cpu_engine.py $(BENCH_FLAGS)
 
 serve: setup
 	$(VENV)/bin/firebox serve $(MODEL) $(SERVE_FLAGS)
 
-.PHONY: help setup demo test check compile test-gpu bench serve
+.PHONY: help setup demo test check compile test-gpu test-gpu-sanitize bench serve

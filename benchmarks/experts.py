@@ -1,14 +1,17 @@
 """Whole expert layers on one NVIDIA GPU against their floor and the best peer we know: from hidden states and
 the router's choices to the summed output.
 
-    PYTHONPATH=src:. python benchmarks/experts.py [--shapes A,E] [--tokens 1,16] [--sweep DIR] [--json]
+    PYTHONPATH=src:. python benchmarks/experts.py [--shapes A,E] [--tokens 1,16] [--json]
+        [--sweep DIR | --grid | --smem-limit 101376]
 
 First the output is compared with float32 on dequantised weights; a configuration that fails has no time. One
 call is timed as it runs in the engine: in a CUDA graph with others like it, each with its own routing,
 weights far larger than the L2; median of seven. floor = max(bytes / 4.60 TB/s, operations / rate), the
 definition and the peers of docs/log/2026-11-21-gpu-kernels.md. `--sweep` compiles and times every tile of
 the search spaces and writes the fastest to DIR/experts.json; the file of this GPU in tuned/ is used
-otherwise.
+otherwise. `--grid`: 40 numbers of tokens from 1 to 4096, and which are slower than the next larger one.
+`--smem-limit`: the paths chosen under that many bytes a block against those without it. Both, with exit
+status 1 where there is a dip or a shape loses more than 8 %, are benchmarks/_expert_tables.py.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
+import _expert_tables
 import torch
 import triton
 
@@ -380,21 +384,54 @@ def table(names: list[str], all_tokens: list[int], gpu: Gpu) -> list[dict[str, A
     return rows
 
 
+def compare(names: list[str], all_tokens: list[int], gpu: Gpu, arguments: argparse.Namespace) -> int:
+    """--grid or --smem-limit; the exit status."""
+    stored = {
+        name: dataclasses.replace(problem, format=stored_as(problem.format, gpu))
+        for name, (_, problem) in SHAPES.items()
+    }
+    if arguments.grid:
+        numbers = _expert_tables.grid()
+        found = _expert_tables.run_grid(
+            names, stored, lambda name: Bench(name, gpu, numbers[-1]), gpu, numbers
+        )
+        good = all(_expert_tables.smooth(rows) for rows in found)
+    else:
+        found = _expert_tables.run_limit(
+            names,
+            stored,
+            lambda name: Bench(name, gpu, max(all_tokens)),
+            gpu,
+            all_tokens,
+            arguments.smem_limit,
+        )
+        good = all(_expert_tables.acceptable(rows) for rows in found)
+    if arguments.json:
+        print(json.dumps([row for rows in found for row in rows]))
+    return 0 if good else 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
-    parser.add_argument("--sweep", type=FilePath)
     parser.add_argument("--paths", default=f"{FEW},{SORTED},{SCALED}", help="which the sweep looks at")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--grid", action="store_true", help="40 numbers of tokens, and the dips among them")
+    only.add_argument("--smem-limit", type=int, metavar="BYTES", help="with so much a block against without")
+    only.add_argument("--sweep", type=FilePath, metavar="DIR")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    names, all_tokens = arguments.shapes.split(","), [int(n) for n in arguments.tokens.split(",")]
+    unknown = [name for name in names if name not in SHAPES]
+    if unknown:
+        parser.error(f"no shape is called {unknown[0]!r}; there are: {', '.join(SHAPES)}")
     gpu = probe_gpu()
     if gpu is None:
         print("this benchmark needs an NVIDIA GPU", file=sys.stderr)
         return 2
-    names, all_tokens = arguments.shapes.split(","), [int(n) for n in arguments.tokens.split(",")]
     print(
         f"{gpu.name}, torch {torch.__version__}, Triton {triton.__version__}, "
         f"{limit_bytes(gpu)} bytes a block",
@@ -403,6 +440,8 @@ def main() -> int:
     if arguments.sweep:
         sweep(names, all_tokens, gpu, arguments.sweep, arguments.paths.split(","))
         return 0
+    if arguments.grid or arguments.smem_limit:
+        return compare(names, all_tokens, gpu, arguments)
     rows = table(names, all_tokens, gpu)
     with_goal = [row for row in rows if row.get("goal_us") and row["us"]]
     reached = sum(row["us"] <= row["goal_us"] for row in with_goal)

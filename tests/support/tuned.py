@@ -32,7 +32,7 @@ class TunedFolder:
 
 def forget() -> None:
     """What was read of files before."""
-    for cached in (_tuned._file, dense_gpu._path_of, triton_paged._measured):
+    for cached in (_tuned._file, dense_gpu._path_of, dense_gpu._fitted, triton_paged._measured):
         cached.cache_clear()
 
 

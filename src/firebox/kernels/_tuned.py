@@ -52,6 +52,11 @@ def nearest(gpu_name: str, problem: Problem, tokens: int, path: str | None = Non
     return _nearest(entries, tokens, lambda found: path in (None, found))
 
 
+def entries(gpu_name: str, file: str, key: str) -> tuple[dict[str, Any], ...]:
+    """Those of a problem, for any number of tokens and of any path."""
+    return tuple(_file(gpu_name, file).get(key, {}).values())
+
+
 def measured(
     gpu_name: str, file: str, key: str, tokens: int, but: Sequence[str] = ()
 ) -> dict[str, Any] | None:

@@ -21,14 +21,15 @@ import torch
 
 from firebox.hardware.base import Gpu
 from firebox.kernels import _tuned, _veto, linear, linear_few, quantise_fp8
-from firebox.kernels._linear import Problem, Weights
-from firebox.kernels.compile import CompileRequest
+from firebox.kernels._linear import Problem, Weights, weight_bytes
+from firebox.kernels.compile import CompileRequest, limit_bytes
 from firebox.kernels.launch import INTERPRETED, Launcher
 from firebox.kernels.plan import Compile, Made
-from firebox.layers import _dense_library
+from firebox.layers import _dense_library, _fitting
 
 FEW, MANY, CUBLAS = "few", "many", "cublas"
 TUNED = "linear"  # the file in tuned/<gpu>/
+WIDEST_TILE = 256  # tokens of a tile of linear.py
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 
@@ -54,8 +55,9 @@ def choice_of(problem: Problem, path: Path) -> _veto.Choice:
 
 
 def path_of(problem: Problem, tokens: int, gpu: Gpu) -> Path:
-    """The path and tiles for so many tokens; not those whose results were wrong."""
-    candidates = _candidates(problem, tokens, gpu)
+    """The path and tiles for so many tokens; not those whose results were wrong, nor, under a limit to shared
+    memory, those that need more."""
+    candidates = (_within_limit(problem, tokens, path, gpu) for path in _candidates(problem, tokens, gpu))
     path, failed = _veto.first_allowed(candidates, lambda path: choice_of(problem, path), key(problem))
     return replace(path, why=path.why + failed) if failed else path
 
@@ -78,6 +80,35 @@ def _chosen(problem: Problem, tokens: int, gpu: Gpu) -> Path:
     if entry is not None:
         return Path(entry["path"], _config(entry), _tuned.how(entry))
     return stock_path(problem, tokens, gpu)
+
+
+def _within_limit(problem: Problem, tokens: int, path: Path, gpu: Gpu) -> Path:
+    """`path`, or the nearest tile to its own that needs no more shared memory than it may."""
+    if path.config is None or not _fitting.is_limited(gpu):
+        return path
+    alike = like(tokens, path) if path.name == FEW else min(tokens, WIDEST_TILE)
+    return _fitted(problem, alike, path, gpu, limit_bytes(gpu))
+
+
+@_tuned.cached
+def _fitted(problem: Problem, tokens: int, path: Path, gpu: Gpu, limit_bytes: int) -> Path:
+    module = linear_few if path.name == FEW else linear
+    small = replace(gpu, smem_per_block_bytes=limit_bytes)
+    entries = [e for e in _tuned.entries(gpu.name, TUNED, key(problem)) if e["path"] == path.name]
+
+    def request(config: Any) -> CompileRequest:
+        return requests(problem, tokens, gpu, replace(path, config=config))[module.OP]
+
+    def pipeline_bytes(config: Any) -> float:
+        wide = linear_few.padded(tokens) if path.name == FEW else config.tokens
+        inner_bytes = 1 if path.name == MANY and linear.quantised(problem) else 2
+        step_bytes = config.rows * weight_bytes(problem) + wide * inner_bytes
+        return float(step_bytes * config.depth * config.stages)
+
+    space = module.search_space(problem, tokens, small)
+    measured = [_config(entry) for entry in entries]
+    config, too_much = _fitting.nearest_that_fits(path.config, space, measured, request, pipeline_bytes)
+    return replace(path, config=config, why=f"{path.why}; another tile, {too_much}") if too_much else path
 
 
 def stock_path(problem: Problem, tokens: int, gpu: Gpu) -> Path:

@@ -39,10 +39,11 @@ from firebox.kernels import (
     quantise_fp8,
     quantise_groups,
 )
-from firebox.kernels._experts import NIBBLES, Problem, Weights, operand
-from firebox.kernels.compile import CompileRequest
+from firebox.kernels._experts import NIBBLES, Problem, Weights, operand, weight_bytes
+from firebox.kernels.compile import CompileRequest, limit_bytes
 from firebox.kernels.launch import INTERPRETED, Launcher
 from firebox.kernels.plan import Compile, Made
+from firebox.layers import _fitting
 
 FEW, SORTED, SCALED = "few", "sorted", "block-scaled"
 TUNED = "experts"  # the file in tuned/<gpu>/
@@ -52,6 +53,7 @@ MODULES = {
     SCALED: (moe_gate_up_scaled, moe_down_scaled),
 }
 FEW_UNMEASURED = 16
+SMALLEST_BLOCK = 16  # choices of a sorted tile
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 
 
@@ -82,8 +84,9 @@ def choice_of(problem: Problem, path: Path) -> _veto.Choice:
 
 
 def path_of(problem: Problem, tokens: int, gpu: Gpu) -> Path:
-    """The path and tiles for so many tokens; not those whose results were wrong."""
-    candidates = _candidates(problem, tokens, gpu)
+    """The path and tiles for so many tokens; not those whose results were wrong, nor, under a limit to shared
+    memory, those that need more."""
+    candidates = (_within_limit(problem, tokens, path, gpu) for path in _candidates(problem, tokens, gpu))
     path, failed = _veto.first_allowed(candidates, lambda path: choice_of(problem, path), key(problem))
     return replace(path, why=path.why + failed) if failed else path
 
@@ -111,6 +114,48 @@ def _chosen(problem: Problem, tokens: int, gpu: Gpu) -> Path:
             down = moe_down_few.default(problem, tokens, gpu)
         return Path(entry["path"], gate_up, down, _tuned.how(entry) + _multiplied(problem, entry["path"]))
     return stock_path(problem, tokens, gpu)
+
+
+def _within_limit(problem: Problem, tokens: int, path: Path, gpu: Gpu) -> Path:
+    """`path`, or the nearest tiles to its own that need no more shared memory than they may."""
+    if not _fitting.is_limited(gpu):
+        return path
+    return _fitted(problem, like(problem, tokens, path), path, gpu, limit_bytes(gpu))
+
+
+@_tuned.cached
+def _fitted(problem: Problem, tokens: int, path: Path, gpu: Gpu, limit_bytes: int) -> Path:
+    small = replace(gpu, smem_per_block_bytes=limit_bytes)
+    for part in ("gate_up", "down"):
+        path = _fitted_part(problem, tokens, path, part, small)
+    return path
+
+
+def _fitted_part(problem: Problem, tokens: int, path: Path, part: str, gpu: Gpu) -> Path:
+    module, tile = MODULES[path.name][part == "down"], getattr(path, part)
+    sizes = (tokens,) if path.name == FEW else (tile.tokens, max(tile.tokens // 2, SMALLEST_BLOCK))
+    entries = [e for e in _tuned.entries(gpu.name, TUNED, key(problem)) if e["path"] == path.name]
+
+    def request(config: Any) -> CompileRequest:
+        return requests(problem, tokens, replace(path, **{part: config}), gpu)[f"moe_{part}"]
+
+    config, too_much = _fitting.nearest_that_fits(
+        tile,
+        [config for size in sizes for config in module.search_space(problem, size, gpu)],
+        [module.Config(**entry[part]) for entry in entries],
+        request,
+        functools.partial(_pipeline_bytes, problem),
+    )
+    if not too_much:
+        return path
+    return replace(path, **{part: config}, why=f"{path.why}; another {part}, {too_much}")
+
+
+def _pipeline_bytes(problem: Problem, tile: Any) -> float:
+    """Roughly what the steps of a tile hold."""
+    inner_bytes = 1 if moe_gate_up.quantised(problem) else 2
+    step_bytes = tile.rows * weight_bytes(problem) + tile.tokens * inner_bytes
+    return float(step_bytes * max(tile.depth, 1) * tile.stages)
 
 
 def stock_path(problem: Problem, tokens: int, gpu: Gpu) -> Path:
