@@ -33,9 +33,10 @@ demo: setup
 	@$(VENV)/bin/firebox generate --prompt 'def fibonacci(' --max-tokens 64 --temperature 0
 	@$(PYTHON) tools/setup_venv.py
 
+# One thread a process: torch's own would stand in each other's way.
 test: setup
-	$(PYTHON) -m pytest tests/cpu tests/e2e -m timing
-	$(PYTHON) -m pytest tests/cpu tests/e2e -m 'not timing' --numprocesses 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/cpu tests/e2e -m timing
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/cpu tests/e2e -m 'not timing' --numprocesses 2 --dist worksteal
 
 check: setup
 	$(PYTHON) -m ruff check

@@ -25,6 +25,7 @@ from firebox.hardware.base import find_gpu
 from firebox.kernels import attention_decode, attention_extend
 from firebox.kernels._attention import FP8, Problem
 from firebox.kernels._attention_cases import Case, make
+from tests.support import quick_interpreter
 from tests.support.attention_run import cache_of, error, run
 
 F16, F32 = torch.float16, torch.float32
@@ -108,6 +109,7 @@ def rows_left_alone() -> float:
 
 def main() -> int:
     """Everything above."""
+    quick_interpreter.begin()
     warnings.simplefilter("ignore", RuntimeWarning)  # numpy on log2 of zero, which is meant
     triton_paged.gpu_of = lambda device: find_gpu("h200")  # type: ignore[assignment]
     found = {}

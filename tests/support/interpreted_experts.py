@@ -29,7 +29,8 @@ from firebox.kernels import (
 )
 from firebox.kernels._block_scaled import KINDS, Rounded
 from firebox.kernels._experts import MXFP4, Problem, Weights, operand
-from firebox.kernels.launch import INTERPRETED, Launcher
+from firebox.kernels.launch import Launcher
+from tests.support import quick_interpreter
 from tests.support.experts import random_routing, random_weights, relative_error
 
 GPU = find_gpu("gb10")
@@ -170,7 +171,7 @@ def scaled(
 
 
 def main(format: str) -> None:
-    assert INTERPRETED, "set TRITON_INTERPRET=1"
+    quick_interpreter.begin()
     unit = 128 if format == "fp8_block" else max(64, GROUP)
     generator, found = torch.Generator().manual_seed(0), {}
     # one, columns and pairs; then, with fewer experts, experts; odd numbers of tiles either way

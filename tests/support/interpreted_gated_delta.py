@@ -15,7 +15,8 @@ import torch
 from firebox.hardware.base import find_gpu
 from firebox.kernels import gated_delta_chunk, gated_delta_decode
 from firebox.kernels._gated_delta import Problem, reference
-from firebox.kernels.launch import INTERPRETED, Launcher
+from firebox.kernels.launch import Launcher
+from tests.support import quick_interpreter
 from tests.support.experts import relative_error
 from tests.support.gated_delta import (
     DTYPES,
@@ -92,7 +93,7 @@ def chunk(
 
 
 def main() -> None:
-    assert INTERPRETED, "set TRITON_INTERPRET=1"
+    quick_interpreter.begin()
     generator, found = torch.Generator().manual_seed(0), {}
     for name, p in {
         "grouped": Problem(2, 4, 16, 32, 3, 1e-6, "f16"),

@@ -14,7 +14,8 @@ import torch
 from firebox.hardware.base import find_gpu
 from firebox.kernels import quantise_groups
 from firebox.kernels._block_scaled import GROUPS, Rounded
-from firebox.kernels.launch import INTERPRETED, Launcher
+from firebox.kernels.launch import Launcher
+from tests.support import quick_interpreter
 
 GPU = find_gpu("gb10")
 COLUMNS = 96  # three groups of 32 or six of 16: not a power of two
@@ -72,7 +73,7 @@ def judged(kind: str, x: torch.Tensor) -> dict[str, Any]:
 
 
 def main() -> None:
-    assert INTERPRETED, "set TRITON_INTERPRET=1"
+    quick_interpreter.begin()
     print(json.dumps({kind: judged(kind, rows()) for kind in GROUPS}))
 
 

@@ -15,7 +15,8 @@ import torch
 from firebox.hardware.base import find_gpu
 from firebox.kernels import linear, linear_few, quantise_fp8
 from firebox.kernels._linear import Problem
-from firebox.kernels.launch import INTERPRETED, Launcher
+from firebox.kernels.launch import Launcher
+from tests.support import quick_interpreter
 from tests.support.experts import relative_error
 from tests.support.linear import DTYPES, random_weights
 
@@ -68,7 +69,7 @@ class Case:
 
 
 def main(format: str, group: int) -> None:
-    assert INTERPRETED, "set TRITON_INTERPRET=1"
+    quick_interpreter.begin()
     generator, found = torch.Generator().manual_seed(0), {}
     unit = 128 if format == "fp8_block" else max(group, 16)
     deep = max(linear_few.depths(Problem(64, 4096, format, group))[0], 128)

@@ -13,7 +13,8 @@ import torch
 
 from firebox.hardware.base import find_gpu
 from firebox.kernels import moe_route
-from firebox.kernels.launch import INTERPRETED, Launcher
+from firebox.kernels.launch import Launcher
+from tests.support import quick_interpreter
 from tests.support.route import ROUTINGS, decided, random_logits
 
 GPU = find_gpu("gb10")
@@ -57,7 +58,7 @@ def route(problem: moe_route.Problem, tokens: int, generator: torch.Generator) -
 
 
 def main() -> None:
-    assert INTERPRETED, "set TRITON_INTERPRET=1"
+    quick_interpreter.begin()
     generator = torch.Generator().manual_seed(0)
     found = {name: route(problem, 5, generator) for name, problem in ROUTINGS.items()}
     print(json.dumps(found))

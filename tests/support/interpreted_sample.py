@@ -16,7 +16,8 @@ import triton.language as tl
 
 from firebox.hardware.base import find_gpu
 from firebox.kernels import logprobs, sample
-from firebox.kernels.launch import INTERPRETED, Launcher
+from firebox.kernels.launch import Launcher
+from tests.support import quick_interpreter
 from tests.support.sampling import MIX, mixed_parameters, random_logits
 
 GPU = find_gpu("gb10")
@@ -111,7 +112,7 @@ def log_probabilities(problem: logprobs.Problem, rows: int, generator: torch.Gen
 
 
 def main() -> None:
-    assert INTERPRETED, "set TRITON_INTERPRET=1"
+    quick_interpreter.begin()
     generator = torch.Generator().manual_seed(0)
     rows = len(MIX)
     drawn = {

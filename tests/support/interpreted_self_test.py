@@ -24,11 +24,11 @@ from firebox.find import load
 from firebox.formats.select import formats_of
 from firebox.hardware.base import find_gpu
 from firebox.kernels import linear_few, moe_combine, rms_norm
-from firebox.kernels.launch import INTERPRETED
 from firebox.kernels.plan import Planned, Setting
 from firebox.layers.base import Build
 from firebox.layers.device import Device
 from firebox.layers.launches import layers_of, rows
+from tests.support import quick_interpreter
 from tests.support.small_models import small_config
 
 META, MAX_TOKENS = torch.device("meta"), 70
@@ -78,7 +78,7 @@ def break_(kernel: Any, name: str) -> None:
 
 
 def main(model: str, format: str, fault: str, *strict: str) -> None:
-    assert INTERPRETED, "set TRITON_INTERPRET=1"
+    quick_interpreter.begin()
     plan = planned(model, format)
     if fault != "none":
         kernel, name, operations = FAULTS[fault]

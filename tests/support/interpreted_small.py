@@ -11,14 +11,14 @@ import json
 import sys
 
 from firebox.hardware.base import find_gpu
-from firebox.kernels.launch import INTERPRETED
+from tests.support import quick_interpreter
 from tests.support.small import beyond, cases, fused, run_case
 
 TOKENS = (0, 1, 3)
 
 
 def main(op: str) -> None:
-    assert INTERPRETED, "set TRITON_INTERPRET=1"
+    quick_interpreter.begin()
     gpu, found = find_gpu("gb10"), {}
     for name, problem in cases(op, "f16"):
         found |= {f"{tokens} × {name}": run_case(op, problem, tokens, "cpu", gpu) for tokens in TOKENS}

@@ -19,7 +19,6 @@ from firebox.formats.base import Cut, Format, OneOf
 from firebox.hardware.base import Gpu, find_gpu
 from firebox.kernels._experts import NIBBLES
 from firebox.kernels.cpu_moe_block import Problem as LayerProblem
-from firebox.kernels.launch import INTERPRETED
 from firebox.layers.base import Build
 from firebox.layers.dense import DenseBlock
 from firebox.layers.device import Device
@@ -27,7 +26,7 @@ from firebox.layers.experts import FEW, SCALED, SORTED, Experts, default_path
 from firebox.layers.moe_gpu import MoeKernels
 from firebox.layers.moe_names import MoeNames
 from firebox.layers.norm import RMSNorm
-from tests.support import quantise
+from tests.support import quantise, quick_interpreter
 from tests.support.experts import random_routing, relative_error
 from tests.support.small_models import mxfp4_groups
 
@@ -193,7 +192,7 @@ class Dense:
 
 
 def main() -> None:
-    assert INTERPRETED, "set TRITON_INTERPRET=1"
+    quick_interpreter.begin()
     found = {}
     for case in CASES:
         layer = Layer(case)

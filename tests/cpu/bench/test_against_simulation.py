@@ -51,9 +51,11 @@ def phase(concurrency: int, requests: int, tokens: int = TOKENS, **ask: Any) -> 
     return Phase(workload="test", concurrency=concurrency, sessions=(session,) * requests)
 
 
-def run(behaviour: Behaviour, phase: Phase, limit_s: float | None = None, **target: Any) -> tuple[Run, Any]:
+def run(
+    behaviour: Behaviour, phase: Phase, limit_s: float | None = None, silence_s: float = 5, **target: Any
+) -> tuple[Run, Any]:
     async def main(url: str) -> Run:
-        async with Client(Target(url=url, model="simulated", **target), silence_s=5) as client:
+        async with Client(Target(url=url, model="simulated", **target), silence_s=silence_s) as client:
             return await drive(client, phase, limit_s=limit_s)
 
     with simulated(behaviour) as url:
@@ -150,8 +152,8 @@ def test_a_refusal_says_what_the_server_said() -> None:
 
 
 def test_silence_and_limits_end_a_request() -> None:
-    silent, _ = run(steady(stall_after=3, stall_s=60.0), phase(1, 1))
-    assert silent.answers[0].error == "silent for 5 s"
+    silent, _ = run(steady(stall_after=3, stall_s=60.0), phase(1, 1), silence_s=1)
+    assert silent.answers[0].error == "silent for 1 s"
     began = time.perf_counter()
     cut, _ = run(steady(), phase(2, 6), limit_s=1.5)
     assert time.perf_counter() - began < 10

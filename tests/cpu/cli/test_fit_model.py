@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from firebox.text.folder import bundled
 from tests.support.planning import FP8_BLOCK
+from tests.support.run_cache import run_cache
 
 LAUNCH = {
     *("op", "kernel", "format", "tokens", "config", "shared_bytes", "limit_bytes", "registers"),
@@ -22,12 +24,14 @@ LAUNCH = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("fit")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FIREBOX_CACHE_DIR", str(run_cache(tmp_path_factory)))
+        yield tmp_path_factory.mktemp("fit")
 
 
 def fit(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "FIREBOX_CACHE_DIR": str(folder / "cache"), "COLUMNS": "300"}
+    environment = {**os.environ, "COLUMNS": "300"}
     environment.pop("FIREBOX_SMEM_LIMIT", None)
     command = [sys.executable, "-m", "firebox", "fit", *arguments]
     return subprocess.run(
