@@ -19,9 +19,9 @@ from firebox.engine.trials import LinearTrial, Setup
 from firebox.hardware.base import find_gpu
 from firebox.kernels import _linear, _tuned
 from firebox.kernels._linear import Problem
-from firebox.kernels.launch import INTERPRETED
 from firebox.layers import _dense_library, dense_gpu
 from firebox.layers.dense_gpu import CUBLAS, LinearKernels, Workspace
+from tests.support import quick_interpreter
 from tests.support.experts import relative_error
 from tests.support.linear import random_weights
 
@@ -84,7 +84,7 @@ def trials() -> dict[str, Any]:
 
 
 def main() -> None:
-    assert INTERPRETED, "set TRITON_INTERPRET=1"
+    quick_interpreter.begin()
 
     class File(dict[str, Any]):
         def get(self, key: str, default: Any = None) -> Any:

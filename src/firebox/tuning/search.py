@@ -41,7 +41,7 @@ WORTH = 1.1  # a path is looked at if its estimate is within this of the best pa
 LARGE, TOLERATED = 512, 1.02  # from so many tokens on the stock tile stays unless beaten by this
 BATCH = 8  # compiles for each core at a time
 SPILL_BYTES = 512  # of a thread; some of the fastest tiles spill half of that
-ROUGH, FINE = Effort(samples=1, sample_ms=1.0), Effort(samples=2, sample_ms=1.0)
+ROUGH, FINE = Effort(samples=1, sample_ms=0.5), Effort(samples=2, sample_ms=1.0)
 PREDICTED, MEASURED = "predicted", "measured"
 
 

@@ -108,6 +108,7 @@ def test_the_canaries_compile_and_the_race_is_in_shared_memory() -> None:
     [
         (f"{MARK} COMPUTE-SANITIZER\n12 passed in 3.20s\n{MARK} ERROR SUMMARY: 0 errors\n", 0),
         (f"{MARK} Invalid __global__ write of size 4 bytes\n{MARK} ERROR SUMMARY: 1 error\n", 1),
+        (f"{MARK} ERROR SUMMARY: 128 errors\n{MARK} ERROR SUMMARY: 28 errors were not printed.\n", 128),
         (f"{MARK} RACECHECK SUMMARY: 3 hazards displayed (1 error, 2 warnings)\n", 3),
         (f"{MARK} RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", 0),
         (f"{MARK} Target application terminated before first instrumented API call\n", None),
