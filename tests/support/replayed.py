@@ -7,18 +7,23 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from firebox.cache.pool import StateCache
 from firebox.engine import gpu_runner
-from firebox.engine.graphs import DecodeGraph
+from firebox.engine.graphs import DecodeGraph, Launched
+from firebox.engine.scheduler import Plan
 from firebox.hardware.base import Gpu
 
 
 class Replayed(DecodeGraph):
-    """A replay runs the step and writes its results where the capture left them."""
+    """A replay runs the step and writes its results where the capture left them. `inside`: a step of a graph
+    runs, perhaps to be captured; `replays`: takes the logits of each replay."""
+
+    inside = False
+    replays: ClassVar[list[torch.Tensor]] = []
 
     def __init__(self, *arguments: Any) -> None:
         caches = arguments[3]
@@ -37,8 +42,16 @@ class Replayed(DecodeGraph):
         super().__init__(*arguments)
         self._graph = SimpleNamespace(replay=self._again)  # type: ignore[assignment]
 
+    def _forward(self) -> torch.Tensor:
+        Replayed.inside = True
+        try:
+            return super()._forward()
+        finally:
+            Replayed.inside = False
+
     def _again(self) -> None:
         self.token_ids.copy_(self._forward())
+        Replayed.replays.append(self.logits.clone())  # the next step's will lie there
 
 
 class Greedy:
@@ -54,6 +67,16 @@ class Greedy:
         return logits.argmax(-1)
 
 
+class Counted(gpu_runner.GpuRunner):
+    """`ahead`: steps that were launched before the last one's tokens were known."""
+
+    ahead = 0
+
+    def launch(self, plan: Plan, after: Launched | None = None) -> Launched:
+        self.ahead += after is not None
+        return super().launch(plan, after)
+
+
 def replayed_runner(model: Any, caches: Any, page_tokens: int, gpu: Gpu, vocab: int) -> Any:
     """A GpuRunner for up to 8 requests of up to 64 tokens."""
     nothing = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None, record=lambda: None)
@@ -64,9 +87,9 @@ def replayed_runner(model: Any, caches: Any, page_tokens: int, gpu: Gpu, vocab: 
         setattr(torch, name, _unpinned(getattr(torch, name)))
     gpu_runner.GpuSampler = Greedy  # type: ignore[misc, assignment]
     gpu_runner.DecodeGraph = Replayed  # type: ignore[misc]
-    return gpu_runner.GpuRunner(
+    return Counted(
         model, caches, page_tokens, frozenset(), torch.device("cpu"), gpu,
-        context_tokens=64, vocab=vocab, max_rows=8, graphs="decode",
+        context_tokens=64, vocab=vocab, max_rows=8, graphs="decode", overlap=True,
     )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ class Holding:
     """What one running request holds. `page_ids[i]` keeps its tokens i·page_tokens … (i+1)·page_tokens − 1,
     `window_page_ids[i]` likewise. `nodes`: the tree's nodes for its first pages. `first_window_page`: the
     window reaches no page before it. `own_snapshot`: the node whose snapshot this request took while it
-    generated, to be replaced by the next one."""
+    generated, to be replaced by the next one. `foreseen_slot`: where a copy goes for a node to come."""
 
     page_ids: list[int] = field(default_factory=list)
     window_page_ids: list[int] = field(default_factory=list)
@@ -37,6 +37,7 @@ class Holding:
     first_window_page: int = 0
     state_slot: int = 0
     own_snapshot: Node | None = None
+    foreseen_slot: int = 0
 
 
 @dataclass(frozen=True)
@@ -157,18 +158,25 @@ class KVCache:
         if self.window_tokens is not None:
             self._slide_window(holding, self._first_window_page(computed_tokens))
 
+    def foresee(self, holding: Holding, computed_tokens: int, prompt_tokens: int) -> None:
+        """Asks for the copy that `commit` will want of the state after a step, which brings the request to
+        `computed_tokens`: the next step is launched before that."""
+        if self._prefix_cache and self.has_states and computed_tokens % self.page_tokens == 0:
+            holding.foreseen_slot = self._snapshot_slot(holding, generated=computed_tokens > prompt_tokens)
+            if holding.foreseen_slot:
+                self.state_copies.append((holding.state_slot, holding.foreseen_slot))
+
     def release(self, holding: Holding) -> None:
         """The request is over or retracted: what it shares stays in the tree, unlocked; its own is freed."""
         shared = len(holding.nodes)
         self.allocator.free(holding.page_ids[shared:])
         if self.window_tokens is not None:
             self._slide_window(holding, len(holding.window_page_ids))
-        if holding.state_slot:
-            self.state_allocator.free([holding.state_slot])
+        self.state_allocator.free([slot for slot in (holding.state_slot, holding.foreseen_slot) if slot])
         if shared:
             self.tree.unlock(holding.nodes[-1])
         holding.page_ids, holding.window_page_ids, holding.nodes = [], [], []
-        holding.state_slot, holding.own_snapshot = 0, None
+        holding.state_slot, holding.own_snapshot, holding.foreseen_slot = 0, None, 0
 
     def distrust(self, copies: tuple[tuple[int, int], ...]) -> None:
         """Forgets the snapshots that these copies (source slot, target slot) were to make: the step that
@@ -217,17 +225,23 @@ class KVCache:
     def _snapshot(self, holding: Holding, *, generated: bool) -> None:
         """A copy of the state to the node it stands at. Of a request's generated tokens only the latest
         snapshot is kept."""
+        slot, holding.foreseen_slot = holding.foreseen_slot, 0
         if not holding.nodes or holding.nodes[-1].state_slot:
+            self.state_allocator.free([slot] if slot else [])
             return
-        if generated and holding.own_snapshot is not None and holding.own_snapshot.state_slot:
-            slot = self.tree.take_snapshot(holding.own_snapshot)
-        elif self.available_states:
-            slot = self._take_state_slot()
-        else:
-            return
+        if not slot:
+            slot = self._snapshot_slot(holding, generated=generated)
+            if not slot:
+                return
+            self.state_copies.append((holding.state_slot, slot))
         self.tree.give_snapshot(holding.nodes[-1], slot)
-        self.state_copies.append((holding.state_slot, slot))
         holding.own_snapshot = holding.nodes[-1] if generated else None
+
+    def _snapshot_slot(self, holding: Holding, *, generated: bool) -> int:
+        """For a snapshot; 0 where none is to be had."""
+        if generated and holding.own_snapshot is not None and holding.own_snapshot.state_slot:
+            return self.tree.take_snapshot(holding.own_snapshot)
+        return self._take_state_slot() if self.available_states else 0
 
     def _slide_window(self, holding: Holding, first_page: int) -> None:
         for index in range(holding.first_window_page, min(first_page, len(holding.window_page_ids))):

@@ -65,8 +65,11 @@ class Pipeline:
             self._ahead = plan, self.runner.launch(plan)
         (_, launched), self._ahead = self._ahead, None
         following = self.scheduler.plan_ahead(plan)
-        if following is not None and self.runner.may_overlap(following):
-            self._ahead = following, self.runner.launch(following, launched)
+        if following is not None:
+            if self.runner.may_overlap(following):
+                self._ahead = following, self.runner.launch(following, launched)
+            else:
+                self.scheduler.take_back(following)
         return [Sampled(token_id) for token_id in launched.token_ids()]
 
     def _after_failure(self, plan: Plan, error: Exception) -> list[Delta]:

@@ -86,6 +86,7 @@ class Scheduler:
         self._max_batch_tokens = max_batch_tokens
         self._prefill_chunk_tokens = prefill_chunk_tokens
         self._eos_token_ids = eos_token_ids
+        self._copies_ahead: tuple[tuple[int, int], ...] = ()  # of the last plan that was made ahead
         self._counts = dict.fromkeys(
             ("steps", "prompt_tokens", "cached_prompt_tokens", "generated_tokens", "retractions"), 0
         )
@@ -133,8 +134,8 @@ class Scheduler:
 
     def fail(self, plan: Plan, why: str) -> list[Delta]:
         """Ends a plan's requests, whose step raised, and frees their pages. Nothing of that step is kept:
-        what it may have written lies behind what counts as computed."""
-        self.cache.distrust(plan.state_copies)
+        what it may have written lies behind what counts as computed. A step planned ahead of it is void."""
+        self.cache.distrust(plan.state_copies + self._copies_ahead)
         deltas = []
         for chunk in plan.chunks:
             request = chunk.request
@@ -168,25 +169,41 @@ class Scheduler:
         if not chunks:
             assert not self._requests, f"{len(self._requests)} requests and nothing to compute"
             return None
-        copies = tuple(self.cache.state_copies)
-        self.cache.state_copies.clear()
-        return Plan(tuple(chunks.values()), copies)
+        self._copies_ahead = ()
+        return Plan(tuple(chunks.values()), self._copies())
 
     def plan_ahead(self, plan: Plan) -> Plan | None:
         """The step after `plan` while `plan`'s tokens are not known: its requests, one token on, less those
         that it brings to their max_tokens. None where the tokens decide what comes: a prompt goes on,
-        somebody could be admitted or moved up, pages run out, states are kept."""
-        could_admit = bool(self._waiting) and len(self.running) < self._max_running_requests
-        if could_admit or self.cache.has_states:
+        somebody could be admitted or moved up, pages run out. It must be launched, or taken back."""
+        self._copies_ahead = ()
+        if bool(self._waiting) and len(self.running) < self._max_running_requests:
             return None
         if any(chunk.count > 1 or not chunk.samples for chunk in plan.chunks):
             return None
         going_on = [chunk for chunk in plan.chunks if self._goes_on(chunk)]
-        for chunk in going_on:
-            assert chunk.request.holding is not None
-            if not self.cache.grow(chunk.request.holding, chunk.start + 2):
+        holdings = [chunk.request.holding for chunk in going_on]
+        for chunk, holding in zip(going_on, holdings, strict=True):
+            assert holding is not None
+            if not self.cache.grow(holding, chunk.start + 2):
                 return None
-        return Plan(tuple(Chunk(c.request, c.start + 1, 1, True) for c in going_on)) if going_on else None
+        if not going_on:
+            return None
+        for chunk, holding in zip(going_on, holdings, strict=True):
+            assert holding is not None
+            self.cache.foresee(holding, chunk.start + 1, chunk.request.prompt_tokens)
+        self._copies_ahead = self._copies()
+        return Plan(tuple(Chunk(c.request, c.start + 1, 1, True) for c in going_on), self._copies_ahead)
+
+    def take_back(self, plan: Plan) -> None:
+        """A plan made ahead that will not be launched: its copies belong to the next one."""
+        self.cache.state_copies[:0] = plan.state_copies
+        self._copies_ahead = ()
+
+    def _copies(self) -> tuple[tuple[int, int], ...]:
+        copies = tuple(self.cache.state_copies)
+        self.cache.state_copies.clear()
+        return copies
 
     def _goes_on(self, chunk: Chunk) -> bool:
         """Will this request need another token after this chunk's, as far as is known?"""

@@ -41,7 +41,8 @@ def test_decode_steps_as_graphs_capture_and_fill_them(model: str) -> None:
     """With the runner of a GPU, whose graphs are replayed by running their step again: two requests that
     decode together, and two that go on where these ended, one behind what steps from graphs wrote."""
     found = interpreted("interpreted_model", model, "bf16", "graphs")
-    assert found["steps"]["graph"] == 6 and found["cached"] == 48 + 16
+    assert found["steps"]["graph"] == 8 and found["cached"] == 48 + 16
+    assert found["ahead"] == 6, "no decode step but the first waits for tokens"
     assert found["slot 0 is zero"], "capturing advanced the state before the first token"
     check_errors(found["errors"], LIMITS["bf16"])
 
