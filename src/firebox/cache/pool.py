@@ -44,17 +44,28 @@ def _put(cache: torch.Tensor, token_slots: torch.Tensor, rows: torch.Tensor) -> 
 
 
 @dataclass(frozen=True)
-class StateCache:
-    """A recurrent layer's states by slot: `conv` [slots, channels, taps] and `matrix` [slots, heads, key_dim,
-    value_dim], float32. Slot 0 is always zero: the state before the first token."""
+class StateStack:
+    """States of all recurrent layers of one shape, side by side, so that a slot is copied in two launches
+    however many layers there are. `conv` [layers, slots, channels, taps] and `matrix` [layers, slots, heads,
+    key_dim, value_dim], float32."""
 
     conv: torch.Tensor
     matrix: torch.Tensor
 
     def copy(self, source: int, target: int) -> None:
-        """The state in slot `source` to slot `target`."""
-        self.conv[target].copy_(self.conv[source])
-        self.matrix[target].copy_(self.matrix[source])
+        """Every layer's state in slot `source` to slot `target`."""
+        self.conv[:, target].copy_(self.conv[:, source])
+        self.matrix[:, target].copy_(self.matrix[:, source])
+
+
+@dataclass(frozen=True)
+class StateCache:
+    """A recurrent layer's states by slot, views of its stack's: `conv` [slots, channels, taps] and `matrix`
+    [slots, heads, key_dim, value_dim]. Slot 0 is always zero: the state before the first token."""
+
+    conv: torch.Tensor
+    matrix: torch.Tensor
+    stack: StateStack
 
     def clear(self, slot: int) -> None:
         """Back to the state before the first token."""
@@ -103,6 +114,11 @@ def allocate_pool(
     def zeros(pages: int, row: tuple[int, ...]) -> torch.Tensor:
         return torch.zeros(pages + 1, sizes.page_tokens, *row, dtype=format.DTYPE, device=device)
 
+    recurrent = [spec for spec in specs if isinstance(spec, RecurrentSpec)]
+    states = {
+        spec: iter(_states(spec, recurrent.count(spec), sizes.states, device))
+        for spec in dict.fromkeys(recurrent)
+    }
     stores: list[LayerStore] = []
     for spec, (k_scale, v_scale) in zip(specs, scales or [NO_SCALES] * len(specs), strict=True):
         if isinstance(spec, PagedSpec | WindowSpec):
@@ -114,10 +130,14 @@ def allocate_pool(
             k = zeros(sizes.pages, row)
             stores.append(LayerCache(k, k[..., : spec.latent_dim], format, (k_scale, k_scale)))
         elif isinstance(spec, RecurrentSpec):
-            conv, matrix = (
-                torch.zeros(sizes.states + 1, *shape, device=device) for shape in spec.state_shapes
-            )
-            stores.append(StateCache(conv, matrix))
+            stores.append(next(states[spec]))
         else:
             stores.append(None)
     return tuple(stores)
+
+
+def _states(spec: RecurrentSpec, layers: int, slots: int, device: torch.device) -> list[StateCache]:
+    """Of the layers that have this spec, in order."""
+    shapes = [(layers, slots + 1, *shape) for shape in spec.state_shapes]
+    stack = StateStack(*(torch.zeros(shape, device=device) for shape in shapes))
+    return [StateCache(stack.conv[i], stack.matrix[i], stack) for i in range(layers)]

@@ -52,7 +52,7 @@ def _ranges(params: SamplingParams, vocab_size: int) -> None:
     _require(params.min_tokens >= 0, "min_tokens", "must be at least 0")
     _require(0.0 <= params.temperature <= 2.0, "temperature", "must be between 0 and 2")
     _require(0.0 < params.top_p <= 1.0, "top_p", "must be above 0 and at most 1")
-    _require(params.top_k >= 0, "top_k", "must be at least 0 (0 switches it off)")
+    _require(0 <= params.top_k < 2**31, "top_k", "must be at least 0 (0 switches it off), and fit 32 bits")
     _require(0.0 <= params.min_p <= 1.0, "min_p", "must be between 0 and 1")
     _require(0.0 < params.repetition_penalty <= 10.0, "repetition_penalty", "must be above 0 and at most 10")
     _require(-2.0 <= params.presence_penalty <= 2.0, "presence_penalty", "must be between -2 and 2")

@@ -43,6 +43,8 @@ class Runner:
         self.steps = Counter[tuple[str, str]]()
         self._has_window = any(isinstance(spec, WindowSpec) for spec in model.cache_specs)
         self._has_states = any(isinstance(spec, RecurrentSpec) for spec in model.cache_specs)
+        stacks = (cache.stack for cache in caches if isinstance(cache, StateCache))
+        self._stacks = list({id(stack): stack for stack in stacks}.values())
 
     @property
     def caches(self) -> tuple[LayerStore, ...]:
@@ -107,9 +109,8 @@ class Runner:
 
     def _copy_states(self, copies: Sequence[tuple[int, int]]) -> None:
         for source, target in copies:
-            for cache in self._caches:
-                if isinstance(cache, StateCache):
-                    cache.copy(source, target)
+            for stack in self._stacks:
+                stack.copy(source, target)
 
     def _build(self, plan: Plan) -> tuple[np.ndarray, Step]:
         chunks = plan.chunks

@@ -39,7 +39,7 @@ RANGES: list[tuple[str, list[Any], list[Any]]] = [
     ("min_tokens", [0, 1, 10**6], [-1]),
     ("temperature", [0.0, 1e-300, 2.0], [-1e-9, ABOVE(2.0, 3.0), NAN, math.inf]),
     ("top_p", [1e-9, 0.5, 1.0], [0.0, -0.1, ABOVE(1.0, 2.0), NAN]),
-    ("top_k", [0, 1, VOCAB, VOCAB + 1], [-1]),
+    ("top_k", [0, 1, VOCAB, VOCAB + 1, 2**31 - 1], [-1, 2**31]),
     ("min_p", [0.0, 0.5, 1.0], [-1e-9, ABOVE(1.0, 2.0), NAN]),
     ("repetition_penalty", [1e-3, 1.0, 10.0], [0.0, -1.0, ABOVE(10.0, 11.0), NAN]),
     ("presence_penalty", [-2.0, 0.0, 2.0], [ABOVE(-2.0, -3.0), ABOVE(2.0, 3.0), NAN]),
