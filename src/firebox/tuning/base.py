@@ -62,7 +62,8 @@ def code_of(r: CompileRequest) -> str:
     """Equal for requests, of any task, that come to the same compiled code."""
     constants = sorted((name, repr(value)) for name, value in r.constexprs.items())
     sizes = (r.num_warps, r.num_stages, sorted(r.options.items()))
-    return repr((r.kernel.cache_key, sorted(r.signature.items()), constants, sizes, r.gpu.name))
+    arguments = (sorted(r.signature.items()), sorted(r.aligned))
+    return repr((r.kernel.cache_key, arguments, constants, sizes, r.gpu.name))
 
 
 @dataclass(frozen=True)
