@@ -278,7 +278,8 @@ class LinearKernels:
 
 def _most_in_library(problem: Problem, max_tokens: int, gpu: Gpu) -> int:
     """The most tokens, of 1 … `max_tokens`, that go to a library; 0 if none do."""
-    if _dense_library.accepts(problem, gpu) is not None:
+    entries = _tuned.entries(gpu.name, TUNED, key(problem))
+    if _dense_library.accepts(problem, gpu) is not None or all(e["path"] != CUBLAS for e in entries):
         return 0
     downwards = range(max_tokens, 0, -1)
     return next((n for n in downwards if _path_of(problem, n, gpu).name == CUBLAS), 0)
