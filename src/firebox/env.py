@@ -17,6 +17,7 @@ from typing import Any
 
 from firebox.errors import ConfigError
 
+SMEM_LIMIT = "FIREBOX_SMEM_LIMIT"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -53,7 +54,7 @@ class Environment:
         "folder for what can be made again: compiled kernels and their read-back",
     )
     smem_limit_bytes: int | None = variable(
-        "FIREBOX_SMEM_LIMIT",
+        SMEM_LIMIT,
         None,
         _positive_int,
         "most bytes of shared memory a block may use; to try a small GPU's limit on a larger one",
@@ -74,6 +75,12 @@ def read(environ: Mapping[str, str] | None = None) -> Environment:
             values[field.name] = _parse(name, text, field.metadata["parse"])
     environment = Environment(**values)
     return dataclasses.replace(environment, cache_dir=environment.cache_dir.expanduser())
+
+
+def smem_limit_bytes() -> int | None:
+    """The same of one variable, which the choice of tiles asks for thousands of times. Raises ConfigError."""
+    text = os.environ.get(SMEM_LIMIT, "").strip()
+    return _parse(SMEM_LIMIT, text, _positive_int) if text else None
 
 
 def for_process(extra: Mapping[str, str]) -> dict[str, str]:

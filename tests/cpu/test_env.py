@@ -38,12 +38,14 @@ def test_empty_counts_as_not_set() -> None:
 
 
 def test_the_process_environment_is_read_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FIREBOX_SMEM_LIMIT", "1")
-    assert env.read().smem_limit_bytes == 1
-    monkeypatch.setenv("FIREBOX_SMEM_LIMIT", "2")
-    assert env.read().smem_limit_bytes == 2
+    for text, value in (("1", 1), (" 2 ", 2), ("", None)):
+        monkeypatch.setenv("FIREBOX_SMEM_LIMIT", text)
+        assert env.read().smem_limit_bytes == env.smem_limit_bytes() == value
     monkeypatch.delenv("FIREBOX_SMEM_LIMIT")
-    assert env.read().smem_limit_bytes is None
+    assert env.read().smem_limit_bytes is env.smem_limit_bytes() is None
+    monkeypatch.setenv("FIREBOX_SMEM_LIMIT", "99 KiB")
+    with pytest.raises(ConfigError, match="FIREBOX_SMEM_LIMIT"):
+        env.smem_limit_bytes()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
-from firebox.env import read
+from firebox.env import smem_limit_bytes
 from firebox.hardware.base import Gpu, known_gpus
 from firebox.kernels.compile import CompileRequest, compile_all
 from firebox.kernels.launch import INTERPRETED
@@ -36,7 +36,7 @@ def is_limited(gpu: Gpu) -> bool:
     """May a block ask for less than the hardware gives?"""
     if INTERPRETED:  # there is no shared memory
         return False
-    return read().smem_limit_bytes is not None or gpu.smem_per_block_bytes < _own_bytes(gpu.name)
+    return smem_limit_bytes() is not None or gpu.smem_per_block_bytes < _own_bytes(gpu.name)
 
 
 def nearest_that_fits(

@@ -132,10 +132,13 @@ class LinearBench:
             return []
         return [self._rounding(candidate)] * len(self._layer.copies)
 
-    def _layers(self, candidate: Candidate) -> list[Call]:
+    def _layers(self, candidate: Candidate, copies: int | None = None) -> list[Call]:
+        """Over each copy of the weights, or the first so many."""
         paths = {self._tokens: path_of(candidate)}
         p, gpu = self.problem, self._layer.gpu
-        layers = [LinearKernels(p, weights, gpu, self._space, paths) for weights in self._layer.copies]
+        layers = [
+            LinearKernels(p, weights, gpu, self._space, paths) for weights in self._layer.copies[:copies]
+        ]
         return [functools.partial(layer, self._x, self._out, self._residual) for layer in layers]
 
     def _rounded(self, candidate: Candidate) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -162,7 +165,8 @@ class LinearBench:
         space = self._space
         for tensor in (self._out, space.partial, space.x_scale):
             tensor.fill_(torch.nan)
-        self._layers(candidate)[0]()
+        (call,) = self._layers(candidate, copies=1)
+        call()
         limit = FP8_LIMIT if rounds(self.problem, candidate.path) else PLAIN_LIMIT
         if not torch.isfinite(self._out).all() or space.counters.any():
             return float("inf"), limit

@@ -13,6 +13,7 @@ import random
 import pytest
 
 from firebox.cache.kv_cache import CacheSizes, KVCache
+from firebox.cache.radix import Node
 from firebox.engine.messages import SamplingParams
 from firebox.engine.request import Request
 from firebox.engine.scheduler import Plan, Sampled, Scheduler
@@ -29,6 +30,11 @@ def next_token(seen: State) -> int:
     for token_id in seen:
         value = (value * 31 + token_id + 7) % 1000003
     return value % 900
+
+
+def tokens_to(node: Node) -> State:
+    """What a state at the end of this node's page has seen."""
+    return () if node.parent is None else tokens_to(node.parent) + node.key
 
 
 def expected_output(prompt: list[int], max_tokens: int) -> list[int]:
@@ -60,12 +66,7 @@ class StateRunner:
     def check_snapshots(self) -> None:
         for node in self.tree.nodes():
             if node.state_slot:
-                path: State = ()
-                above = node
-                while above is not self.tree.root:
-                    assert above.parent is not None
-                    path, above = above.key + path, above.parent
-                assert self.states[node.state_slot] == path, "a snapshot that saw other tokens"
+                assert self.states[node.state_slot] == tokens_to(node), "a snapshot that saw other tokens"
                 self.snapshots += 1
 
     def advance(self, request: Request, start: int, count: int) -> int | None:
