@@ -35,13 +35,13 @@ KEYS = (64, 1, 1024, 8, 4096, 256, 16, 4, 2048)
 COMPILED_SHARE, COMPILED_LEAST = 1 / 3, 20  # of a part's candidates, by the first guess
 AT_FIRST, THEN, TRIED_BETWEEN = 7, 4, 2  # candidates of a part that are measured
 NEARBY = 16  # times as many tokens, or as few: so far a measurement tells about another
-FINAL, CLOSE = 4, 1.03  # the best are measured once more, in turn, if so little lies between them
+FINAL, CLOSE = 4, 1.01  # the best are measured once more, in turn, if so little lies between them
 OPTIMISM = 0.8  # standard deviations that an unknown candidate is given credit for
 WORTH = 1.1  # a path is looked at if its estimate is within this of the best path's
 LARGE, TOLERATED = 512, 1.02  # from so many tokens on the stock tile stays unless beaten by this
 BATCH = 8  # compiles for each core at a time
 SPILL_BYTES = 512  # of a thread; some of the fastest tiles spill half of that
-ROUGH, FINE = Effort(samples=1, sample_ms=0.5), Effort(samples=2, sample_ms=1.0)
+ROUGH, FINE = Effort(samples=1, sample_ms=0.5), Effort(samples=2, sample_ms=0.5)
 PREDICTED, MEASURED = "predicted", "measured"
 
 

@@ -222,7 +222,7 @@ class _Desk:
             if not error <= limit:
                 return f"wrong: relative error {error:.3g}, at most {limit:.3g}"
             self._right.add(code)
-        self._graphs[name] = Graph(self._bench.calls(candidate))
+        self._graphs[name] = Graph(self._bench.calls(candidate), ready=candidate.request is not None)
         return None
 
 
