@@ -46,7 +46,8 @@ class Problem:
     where no tile divides that. `format`: of the experts' weights. `activation` and its numbers as in
     kernels/cpu_moe_block.py; `biases`: gpt-oss's. `dtype`: of hidden states, "bf16" or "f16". `residual`:
     the sum is added to what the output holds. `int4_columns`: that share a scale in 4-bit integers, one
-    of INT4_GROUPS."""
+    of INT4_GROUPS. `shared`: so many experts, the last ones, are every token's: the same to the kernels, but
+    not to who measures them."""
 
     hidden: int
     inter: int
@@ -60,6 +61,7 @@ class Problem:
     dtype: str = "bf16"
     residual: bool = False
     int4_columns: int = 32
+    shared: int = 0
 
     @property
     def group(self) -> int:

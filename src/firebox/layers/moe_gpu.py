@@ -171,7 +171,7 @@ def _experts_problem(p: Problem, format: Format, gpu: Gpu, shared: int = 0) -> A
         further |= {"limit": p.limit, "alpha": p.alpha}
     return _experts.widened(_experts.Problem(
         p.hidden, p.inter, p.experts + shared, p.top_k + shared, experts.stored_as(name, gpu), p.activation,
-        biases=p.biases, dtype=KERNEL_DTYPES[p.dtype], residual=True, **further,
+        biases=p.biases, dtype=KERNEL_DTYPES[p.dtype], residual=True, shared=shared, **further,
     ))  # fmt: skip
 
 

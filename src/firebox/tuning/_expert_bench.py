@@ -65,10 +65,15 @@ class Weighted:
         self._sums: dict[str, torch.Tensor] = {}
 
     def routed(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Random x [tokens, hidden] bf16, and [tokens, top_k] different experts int32 with their weights."""
+        """Random x [tokens, hidden] bf16, and [tokens, top_k] different experts int32 with their weights;
+        shared experts are every token's."""
         p, generator = self.problem, self.generator
         x = torch.randn(tokens, p.hidden, generator=generator, device="cuda").bfloat16()
-        ids = torch.rand(tokens, p.experts, generator=generator, device="cuda").topk(p.top_k, dim=1).indices
+        routed = p.experts - p.shared
+        chances = torch.rand(tokens, routed, generator=generator, device="cuda")
+        chosen = chances.topk(p.top_k - p.shared, dim=1).indices
+        shared = torch.arange(routed, p.experts, device="cuda").expand(tokens, -1)
+        ids = torch.cat((chosen, shared), dim=1)
         weights = torch.rand(tokens, p.top_k, generator=generator, device="cuda") + 0.1
         return x, ids.int(), weights / weights.sum(1, keepdim=True)
 

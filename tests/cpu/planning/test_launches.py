@@ -28,7 +28,7 @@ GB10 = find_gpu("gb10")
 INTEGERS = {"quant_method": "awq", "bits": 4, "group_size": 128}
 GPTQ = INTEGERS | {"quant_method": "gptq"}
 OSS = Problem(2880, 2880, 32, 4, "mxfp4", "clamped_swiglu", 7.0, 1.702, True, "bf16", residual=True)
-GLM = Problem(5120, 384, 161, 9, "fp8_channel", residual=True)
+GLM = Problem(5120, 384, 161, 9, "fp8_channel", residual=True, shared=1)
 FP8 = _linear.Problem(3584, 5120, "fp8_channel")
 BF16 = _linear.Problem(160, 5120, "bf16", out_dtype="f32")
 GQA = _attention.Problem(24, 2, 128, 128, 16)
