@@ -67,7 +67,7 @@ def expert_layer(format: str, gpu: Gpu, experts: int = 6, **changes: int) -> tes
     return test_experts.Layer(p, gpu, 80)
 
 
-@pytest.mark.sanitize("moe_gate_up_few", "moe_down_few")
+@pytest.mark.sanitize("moe_gate_up_few", "moe_down_few", "moe_combine")
 @pytest.mark.parametrize("format", FORMATS)
 def test_few_tokens_of_experts(format: str, gpu: Gpu) -> None:
     """One token, columns, pairs, and experts that more chose than a tile holds."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import torch
 
@@ -60,15 +61,24 @@ def few(
     found = {f"few {tokens} gate_up": relative_error(h, wanted)}
     wanted = moe_down_few.reference(p, h, down, ids, weights)
     config = moe_down_few.default(p, tokens, GPU)
-    whole = moe_down_few.Config(rows=config.rows, depth=0, warps=config.warps)
-    for name, tile in {"": config, " whole": whole}.items() if tokens <= 8 else {"": config}.items():
-        partial = torch.full((tokens * p.top_k, p.hidden), NAN)
+    tiles = {"": config}
+    if tokens <= moe_gate_up_few.COLUMNS_UP_TO:
+        whole = moe_down_few.Config(rows=config.rows, depth=0, warps=config.warps)
+        tiles |= {" whole": whole, " apart": replace(config, apart=True)}
+    for name, tile in tiles.items():
         out = torch.full((tokens + 1, p.hidden), NAN, dtype=torch.float16)
         out[-1] = 7.0
-        counters = torch.zeros(p.hidden // tile.rows, dtype=torch.int32)
         launcher = Launcher(moe_down_few.request(p, tokens, tile, GPU, interpreted=True))
-        moe_down_few.run(launcher, p, h, down, ids, weights, table, partial, out[:-1], counters)
-        assert (out[-1] == 7.0).all() and not counters.any()
+        half = (launcher, p, h, down, ids, weights, table)
+        if moe_down_few.adds_apart(tile, tokens):
+            products = torch.full((tokens * p.top_k, p.hidden), NAN, dtype=torch.float16)
+            moe_down_few.run(*half, products)
+            out[:-1] = products.float().unflatten(0, (tokens, p.top_k)).sum(1)
+        else:
+            counters = torch.zeros(p.hidden // tile.rows, dtype=torch.int32)
+            moe_down_few.run(*half, torch.full((tokens * p.top_k, p.hidden), NAN), out[:-1], counters)
+            assert not counters.any()
+        assert (out[-1] == 7.0).all()
         found[f"few {tokens} down{name}"] = relative_error(out[:-1], wanted)
     return found
 

@@ -4,14 +4,19 @@ its choices,
     out_t = Σ_p weight_p · down_{expert_p} · h_p
 
 h [tokens · top_k, inter] and table as kernels/moe_gate_up_few.py leaves them; routing_weights [tokens, top_k]
-float32; out [tokens, hidden] bf16, to which the sum is added if the problem has a residual. Each choice's
-product is rounded to float32 only, the sum over the choices goes in their order and in float32: it does not
-depend on the batch or on which program ends first.
+float32; out [tokens, hidden] bf16, to which the sum is added if the problem has a residual.
 
-A program takes ROWS rows of one expert and writes its tokens' products to `partial` [tokens · top_k, hidden]
-float32; the last one of each ROWS (a counter says so; it is zero before and after) adds them up. With DEPTH 0
-the program reads its whole tile before the launch before has ended, which hides most of the memory's latency
-behind the first half: up to 8 tokens, where the tile is small.
+A program takes ROWS rows of one expert and writes its tokens' products. Who adds them up:
+
+    the last program  of each ROWS (a counter says so; it is zero before and after): products are float32, and
+                      the sum over a token's choices goes in their order, so that it depends neither on the
+                      batch nor on which program ends first. Up to 8 tokens.
+    moe_combine.py    products are bf16 (Config.apart). Before it counts, a program must wait until all of the
+                      GPU sees what it wrote: with many tokens that takes up to a third of its life, and one
+                      launch more takes 2 to 6 µs. Always beyond 8 tokens.
+
+With DEPTH 0 the program reads its whole tile before the launch before has ended, which hides most of the
+memory's latency behind the first half: up to 8 tokens, where the tile is small.
 
 Source: own. Measured: H200, 2026-11-21, docs/log/2026-11-21-gpu-kernels.md.
 """
@@ -39,7 +44,15 @@ from firebox.kernels._experts import (
 from firebox.kernels._words import scales_of
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
-from firebox.kernels.moe_gate_up_few import COLUMNS_UP_TO, MAX_TOKENS, accepts, mode, padded, programs
+from firebox.kernels.moe_gate_up_few import (
+    COLUMNS_UP_TO,
+    MAX_TOKENS,
+    accepts,
+    mode,
+    padded,
+    program_of_choices,
+    programs,
+)
 
 __all__ = ["MAX_TOKENS", "accepts"]
 
@@ -47,19 +60,26 @@ __all__ = ["MAX_TOKENS", "accepts"]
 
 OP = "moe_down"
 SUMMED_TOKENS = 8  # tokens whose choices the last program adds up at a time
+APART_FROM = 4  # tokens; with fewer, another launch takes longer than waiting
 
 
 @dataclass(frozen=True)
 class Config:
-    """As in moe_gate_up_few; `depth` 0: the whole width at once."""
+    """As in moe_gate_up_few, but an expert's tokens always come in passes of `tokens`. `depth` 0: the whole
+    width at once. `apart`: see above."""
 
     rows: int = 64
     tokens: int = 8
     depth: int = 128
-    many: int = 16
     warps: int = 4
     stages: int = 3
     tma: bool = False
+    apart: bool = False
+
+
+def adds_apart(config: Config, tokens: int) -> bool:
+    """Is kernels/moe_combine.py to add up what this tile leaves for so many tokens?"""
+    return config.apart or tokens > COLUMNS_UP_TO
 
 
 def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
@@ -71,7 +91,7 @@ def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
         for warps in (1, 2, 4, 8):
             per_thread_bytes = rows * triton.next_power_of_2(problem.inter) * width / (32 * warps)
             if tokens <= COLUMNS_UP_TO and 32 <= per_thread_bytes <= 384:
-                yield Config(rows, COLUMNS_UP_TO, 0, 16, warps, 1)
+                yield Config(rows, COLUMNS_UP_TO, 0, warps, 1)
         for depth in _experts.pipeline_depths(problem.inter, problem, remainder=True):
             chunk_bytes = rows * depth * width
             for warps in (1, 2, 4, 8):
@@ -79,10 +99,19 @@ def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
                     continue
                 for stages in (2, 3):
                     if 4096 <= chunk_bytes * stages <= gpu.smem_per_block_bytes:
-                        config = Config(rows, COLUMNS_UP_TO, depth, 16, warps, stages)
-                        yield config
-                        if "tma" in gpu.facts and (depth // 4 if problem.group else depth) <= 256:
-                            yield replace(config, tma=True)
+                        config = Config(rows, COLUMNS_UP_TO, depth, warps, stages)
+                        yield from _variants(config, problem, tokens, gpu)
+
+
+def _variants(config: Config, problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
+    """With and without TMA; added up by the last program, or apart, or both where neither is known to be
+    slower."""
+    tma = "tma" in gpu.facts and (config.depth // 4 if problem.group else config.depth) <= 256
+    for found in (config, replace(config, tma=True)) if tma else (config,):
+        if tokens <= COLUMNS_UP_TO:
+            yield found
+        if tokens >= APART_FROM:
+            yield replace(found, apart=True)
 
 
 def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
@@ -90,25 +119,26 @@ def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
     rows = next(rows for rows in (64, 32, 16) if problem.hidden % rows == 0)
     depths = _experts.pipeline_depths(problem.inter, problem, remainder=True)
     depth = max(d for d in depths if d <= (128 if problem.group == 0 else 256))
-    return Config(rows=rows, depth=depth, warps=rows // 16)
+    return Config(rows=rows, depth=depth, warps=rows // 16, apart=tokens > COLUMNS_UP_TO)
 
 
 # ---- 2. the device code
 
 
 @triton.jit
-def _store(acc, factor, bias, routing_weights, partial, rows, place, live, HIDDEN: tl.constexpr):
+def _store(acc, factor, bias, routing_weights, products, rows, place, live, HIDDEN: tl.constexpr):
     if factor is not None:
         acc *= factor[:, None]
     if bias is not None:
         acc += bias[:, None]
     acc *= tl.load(routing_weights + place, mask=live, other=0.0)[None, :]
-    tl.store(partial + place[None, :].to(tl.int64) * HIDDEN + rows[:, None], acc, mask=live[None, :])
+    at = products + place[None, :].to(tl.int64) * HIDDEN + rows[:, None]
+    tl.store(at, acc.to(products.dtype.element_ty), mask=live[None, :])
 
 
 @triton.jit
 def _pass(
-    h, matrix, tiles, first_row, rows, scale, factor, bias, routing_weights, partial, place, live,
+    h, matrix, tiles, first_row, rows, scale, factor, bias, routing_weights, products, place, live,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
     FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
@@ -117,12 +147,12 @@ def _pass(
         matrix, tiles, first_row, rows, scale, row_of_h, live,
         INTER, ROWS, TOKENS, DEPTH, FORMAT, DTYPE, GROUP, STAGES, ASM,
     )  # fmt: skip
-    _store(acc, factor, bias, routing_weights, partial, rows, place, live, HIDDEN)
+    _store(acc, factor, bias, routing_weights, products, rows, place, live, HIDDEN)
 
 
 @triton.jit
 def _whole_tile(
-    h, matrix, scale, factor, bias, routing_weights, partial, rows, first_in_expert, place, live,
+    h, matrix, scale, factor, bias, routing_weights, products, rows, first_in_expert, place, live,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -156,12 +186,12 @@ def _whole_tile(
             acc = tl.dot(w.to(DTYPE), tl.trans(x.to(DTYPE)), acc) * largest
         else:
             acc = tl.dot(w.to(DTYPE), tl.trans(x.to(DTYPE)), acc)
-    _store(acc, factor, bias, routing_weights, partial, rows, place, live, HIDDEN)
+    _store(acc, factor, bias, routing_weights, products, rows, place, live, HIDDEN)
 
 
 @triton.jit
 def _add_up(
-    partial, out, tokens, rows, TOP_K: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr,
+    products, out, tokens, rows, TOP_K: tl.constexpr, HIDDEN: tl.constexpr, ROWS: tl.constexpr,
     SUMMED: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """Around the L1 cache (.cg), which may hold what stood there before."""
@@ -169,7 +199,7 @@ def _add_up(
         t = before + tl.arange(0, SUMMED)
         total = tl.zeros((SUMMED, ROWS), tl.float32)
         for k in tl.static_range(TOP_K):
-            at = partial + (t * TOP_K + k)[:, None].to(tl.int64) * HIDDEN + rows[None, :]
+            at = products + (t * TOP_K + k)[:, None].to(tl.int64) * HIDDEN + rows[None, :]
             total += tl.load(at, mask=(t < tokens)[:, None], other=0.0, cache_modifier=".cg")
         at = out + t[:, None].to(tl.int64) * HIDDEN + rows[None, :]
         if RESIDUAL:
@@ -179,16 +209,16 @@ def _add_up(
 
 @triton.jit
 def down_few(
-    h, w, tiles, scale, row_scale, bias, expert_ids, routing_weights, table, partial, out, counters,
+    h, w, tiles, scale, row_scale, bias, expert_ids, routing_weights, table, products, out, counters,
     tokens, choices,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, WIDE: tl.constexpr, GROUPS: tl.constexpr, TOP_K: tl.constexpr,
     TOP_K_PADDED: tl.constexpr, PADDED: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    DEPTH: tl.constexpr, MANY: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr,
-    STAGES: tl.constexpr, SUMMED: tl.constexpr, RESIDUAL: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    TOKENS: tl.constexpr, DEPTH: tl.constexpr, APART: tl.constexpr, FORMAT: tl.constexpr,
+    DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, SUMMED: tl.constexpr,
+    RESIDUAL: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0)
-    which = tl.program_id(1)
+    which = program_of_choices(MODE)
     let_next_launch_begin(PDL)
     t = tl.arange(0, TOKENS)
     rows = n * ROWS + tl.arange(0, ROWS)
@@ -226,12 +256,13 @@ def down_few(
         factor = row_factors(row_scale, e * HIDDEN + rows, FORMAT, ASM)
     if bias is not None:
         bias_of_row = tl.load(bias + e * HIDDEN + rows)
+    first_row = expert * HIDDEN + n * ROWS
     if DEPTH == 0:
         if mine:
             if GROUP == 0 and scale is not None:
                 scale_of_row = blocks
             _whole_tile(
-                h, matrix, scale_of_row, factor, bias_of_row, routing_weights, partial, rows, n * ROWS,
+                h, matrix, scale_of_row, factor, bias_of_row, routing_weights, products, rows, n * ROWS,
                 place, live,
                 HIDDEN, INTER, WIDE, ROWS, TOKENS, FORMAT, DTYPE, GROUP, ASM, PDL,
             )  # fmt: skip
@@ -240,42 +271,32 @@ def down_few(
     else:
         wait_for_launch_before(PDL)
         if mine:
-            first_row = expert * HIDDEN + n * ROWS
             if MODE == "one" or MODE == "columns":
                 _pass(
                     h, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row, routing_weights,
-                    partial, place, live,
+                    products, place, live,
                     HIDDEN, INTER, ROWS, TOKENS, DEPTH, FORMAT, DTYPE, GROUP, STAGES, ASM,
                 )  # fmt: skip
             else:
                 entry = table + which * (PADDED + 1)
                 count = tl.load(entry)
-                if count <= TOKENS:
-                    if count > 0:
-                        place_few = tl.load(entry + 1 + t, mask=t < count, other=0)
-                        _pass(
-                            h, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row,
-                            routing_weights, partial,
-                            place_few, t < count,
-                            HIDDEN, INTER, ROWS, TOKENS, DEPTH, FORMAT, DTYPE, GROUP, STAGES, ASM,
-                        )  # fmt: skip
-                else:
-                    many = tl.arange(0, MANY)
-                    for before in range(0, count, MANY):
-                        there = before + many < count
-                        place_many = tl.load(entry + 1 + before + many, mask=there, other=0)
-                        _pass(
-                            h, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row,
-                            routing_weights, partial,
-                            place_many, there,
-                            HIDDEN, INTER, ROWS, MANY, DEPTH, FORMAT, DTYPE, GROUP, 2, ASM,
-                        )  # fmt: skip
-    tl.debug_barrier()  # every thread's products are written before the counter says so
-    ended = tl.atomic_add(counters + n, 1, sem="acq_rel")
-    if ended == tl.num_programs(1) - 1:
-        tl.debug_barrier()
-        _add_up(partial, out, tokens, rows, TOP_K, HIDDEN, ROWS, SUMMED, RESIDUAL)
-        tl.store(counters + n, 0)
+                listed = tl.load(entry + 1 + t)  # before `count` is there; what it does not cover is dropped
+                for before in range(0, count, TOKENS):
+                    there = before + t < count
+                    _pass(
+                        h, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row,
+                        routing_weights, products, tl.where(there, listed, 0), there,
+                        HIDDEN, INTER, ROWS, TOKENS, DEPTH, FORMAT, DTYPE, GROUP, STAGES, ASM,
+                    )  # fmt: skip
+                    if before + TOKENS < count:
+                        listed = tl.load(entry + 1 + before + TOKENS + t)
+    if not APART:
+        tl.debug_barrier()  # every thread's products are written before the counter says so
+        ended = tl.atomic_add(counters + n, 1, sem="acq_rel")
+        if ended == tl.num_programs(1) - 1:
+            tl.debug_barrier()
+            _add_up(products, out, tokens, rows, TOP_K, HIDDEN, ROWS, SUMMED, RESIDUAL)
+            tl.store(counters + n, 0)
 
 
 # ---- 3. the launch
@@ -290,8 +311,10 @@ def request(
         problem, config.rows, config.depth, tma=config.tma and config.depth > 0
     )
     inner = _experts.POINTER_NAMES[_experts.operand(problem)]
-    types |= {"h": f"*{inner}", "expert_ids": "*i32", "routing_weights": "*fp32", "partial": "*fp32"}
-    types |= {"out": f"*{_experts.POINTER_NAMES[problem.dtype]}", "counters": "*i32"}
+    plain, apart = f"*{_experts.POINTER_NAMES[problem.dtype]}", adds_apart(config, tokens)
+    types |= {"h": f"*{inner}", "expert_ids": "*i32", "routing_weights": "*fp32"}
+    types |= {"products": plain} if apart else {"products": "*fp32", "out": plain, "counters": "*i32"}
+    absent |= dict.fromkeys(("out", "counters")) if apart else {}
     if how in ("pairs", "experts"):
         types["table"] = "*i32"
     else:
@@ -306,7 +329,7 @@ def request(
         "ROWS": config.rows,
         "TOKENS": config.tokens,
         "DEPTH": config.depth,
-        "MANY": config.many,
+        "APART": apart,
         "STAGES": config.stages,
         "SUMMED": SUMMED_TOKENS,
         "RESIDUAL": problem.residual,
@@ -332,26 +355,27 @@ def run(
     expert_ids: torch.Tensor,
     routing_weights: torch.Tensor,
     table: torch.Tensor | None,
-    partial: torch.Tensor,
-    out: torch.Tensor,
-    counters: torch.Tensor,
+    products: torch.Tensor,
+    out: torch.Tensor | None = None,
+    counters: torch.Tensor | None = None,
 ) -> None:
-    """Launches `request(...)` for `expert_ids` [tokens, top_k]. Writes `out` and `partial`; `counters`
-    [hidden / rows] int32 are zero and come back zero."""
+    """Launches `request(...)` for `expert_ids` [tokens, top_k]. Writes `products` [tokens · top_k, hidden] by
+    place, bf16 if they are added up apart, float32 if here; then also `out`, and `counters` [hidden / rows]
+    int32 are zero and come back zero."""
     tokens = expert_ids.shape[0]
     grid = (problem.hidden // launcher.request.constexprs["ROWS"], programs(problem, tokens), 1)
     arguments = _experts.bound(launcher, weights)
     if "table" in launcher.request.signature:
         arguments["table"] = table
+    if not launcher.request.constexprs["APART"]:
+        arguments |= {"out": out, "counters": counters}
     launcher(
         grid,
         **arguments,
         h=h,
         expert_ids=expert_ids,
         routing_weights=routing_weights,
-        partial=partial,
-        out=out,
-        counters=counters,
+        products=products,
         tokens=tokens,
         choices=tokens * problem.top_k,
     )

@@ -153,6 +153,15 @@ def _pass(
 
 
 @triton.jit
+def program_of_choices(MODE: tl.constexpr):
+    """The choice or expert that this program is of."""
+    which = tl.program_id(1)
+    if MODE == "experts":  # the last ones begin: a shared expert, which is every token's, has the most to do
+        which = tl.num_programs(1) - 1 - which
+    return which
+
+
+@triton.jit
 def gate_up_few(
     x, w, tiles, scale, row_scale, bias, expert_ids, h, table, tokens, choices,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, TOP_K: tl.constexpr,
@@ -162,7 +171,7 @@ def gate_up_few(
     CLAMPED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0)
-    which = tl.program_id(1)
+    which = program_of_choices(MODE)
     wait_for_launch_before(PDL)
     let_next_launch_begin(PDL)
     t = tl.arange(0, TOKENS)

@@ -1,7 +1,7 @@
 """The routed experts of a mixture-of-experts layer on an NVIDIA GPU: from hidden states and the router's
 choices to the summed output, over the kernels of few tokens and those of many.
 
-    few           two launches: moe_gate_up_few, moe_down_few
+    few           moe_gate_up_few, moe_down_few, and where this does not add up, moe_combine
     sorted        moe_sort (two), with FP8 weights quantise_fp8, with most 4-bit weights moe_arrange, then
                   moe_gate_up, moe_down, moe_combine
     block-scaled  with 4-bit floats in nibbles: moe_sort, quantise_groups, moe_gate_up_scaled,
@@ -193,12 +193,12 @@ def _multiplied(problem: Problem, path: str) -> str:
 def requests(problem: Problem, tokens: int, path: Path, gpu: Gpu) -> dict[str, CompileRequest]:
     """Every compile that so many tokens launch, by the name of its operation."""
     if path.name == FEW:
-        few = {"moe_gate_up": moe_gate_up_few, "moe_down": moe_down_few}
-        configs = {"moe_gate_up": path.gate_up, "moe_down": path.down}
-        return {
-            op: module.request(problem, tokens, configs[op], gpu, interpreted=INTERPRETED)
-            for op, module in few.items()
+        found = {
+            f"moe_{part}": module.request(problem, tokens, getattr(path, part), gpu, interpreted=INTERPRETED)
+            for part, module in zip(("gate_up", "down"), MODULES[FEW], strict=True)
         }
+        apart = moe_down_few.adds_apart(path.down, tokens)
+        return found | ({"moe_combine": _combine_request(problem, gpu)} if apart else {})
     sort = moe_sort.Problem(problem.experts, path.block)
     count, place = moe_sort.requests(sort, gpu, interpreted=INTERPRETED)
     found = {"moe_count": count, "moe_place": place}
@@ -268,7 +268,8 @@ class Workspace:
 
         group = moe_gate_up.x_group(p) or p.hidden
         self.h_few = empty(few * p.top_k, p.inter, dtype=DTYPES[operand(p)])
-        self.partial = empty(few * p.top_k, p.hidden, dtype=torch.float32)
+        added_up = min(few, moe_gate_up_few.COLUMNS_UP_TO) * p.top_k
+        self.partial = empty(added_up, p.hidden, dtype=torch.float32)
         self.table = empty(max(few * p.top_k, p.experts), 1 + moe_gate_up_few.padded(few), dtype=torch.int32)
         self.counters = torch.zeros(p.hidden // 16, dtype=torch.int32, device=device)
         inner = torch.float8_e4m3fn if native else DTYPES[p.dtype]
@@ -336,18 +337,12 @@ class Experts:
         moe_gate_up_few.run(
             launchers["moe_gate_up"], p, x, self.gate_up, expert_ids, space.h_few, space.table
         )
-        moe_down_few.run(
-            launchers["moe_down"],
-            p,
-            space.h_few,
-            self.down,
-            expert_ids,
-            routing_weights,
-            space.table,
-            space.partial,
-            out,
-            space.counters,
-        )
+        half = (launchers["moe_down"], p, space.h_few, self.down, expert_ids, routing_weights, space.table)
+        if moe_down_few.adds_apart(path.down, len(x)):
+            moe_down_few.run(*half, space.y)
+            moe_combine.run(launchers["moe_combine"], space.y, out)
+        else:
+            moe_down_few.run(*half, space.partial, out, space.counters)
 
     def _sorted(
         self,

@@ -62,7 +62,7 @@ class Weighted:
         self.x, self.ids, self.weights = self.routed(CHECKED_TOKENS)
         shape = (CHECKED_TOKENS * problem.top_k, problem.inter)
         self._h = torch.randn(shape, generator=self.generator, device=device)
-        self._sums: dict[str, torch.Tensor] = {}
+        self._products: dict[str, torch.Tensor] = {}
 
     def routed(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Random x [tokens, hidden] bf16, and [tokens, top_k] different experts int32 with their weights;
@@ -97,18 +97,13 @@ class Weighted:
         largest = groups.abs().amax(-1) / torch.finfo(like.dtype).max
         return (groups / largest.unsqueeze(-1)).flatten(1).to(like.dtype), largest
 
-    def wanted_y(self, path: str, h: torch.Tensor) -> torch.Tensor:
-        """From `h` [choices, inter] float32 of the checked tokens, the same at every call of a path: their
-        sums (few), or their choices' products (sorted)."""
-        if path not in self._sums:
-            p, ids, weights = self.problem, self.ids, self.weights
-            if path == FEW:
-                found = moe_down_few.reference(p, h, self.down, ids, weights)
-            else:
-                order = torch.arange(len(h), dtype=torch.int32, device="cuda")
-                found = moe_down.reference(p, h, self.down, ids, order, weights)
-            self._sums[path] = found
-        return self._sums[path]
+    def products(self, path: str, h: torch.Tensor) -> torch.Tensor:
+        """Of the checked tokens' choices, from `h` [choices, inter] float32, the same at every call of a
+        path."""
+        if path not in self._products:
+            p, order = self.problem, torch.arange(len(h), dtype=torch.int32, device="cuda")
+            self._products[path] = moe_down.reference(p, h, self.down, self.ids, order, self.weights)
+        return self._products[path]
 
 
 @dataclass
@@ -163,10 +158,13 @@ class ExpertBench:
                 chosen, p, data.x, layer.gate_up, data.ids, space.h_few, space.table
             )
         self._prepare_few(data)
-        return lambda: moe_down_few.run(
-            chosen, p, space.h_few, layer.down, data.ids, data.weights, space.table, space.partial,
-            data.out, space.counters,
-        )  # fmt: skip
+        half = (chosen, p, space.h_few, layer.down, data.ids, data.weights, space.table)
+        if self._adds_apart(candidate):
+            return lambda: moe_down_few.run(*half, space.y)
+        return lambda: moe_down_few.run(*half, space.partial, data.out, space.counters)
+
+    def _adds_apart(self, candidate: Candidate) -> bool:
+        return candidate.path == FEW and moe_down_few.adds_apart(candidate.config, self._tokens)
 
     def _prepare_few(self, data: _Data) -> None:
         """The tables, which any tile writes, and h; the first half's calls write over it."""
@@ -232,16 +230,17 @@ class ExpertBench:
 
     def further(self, path: str, parts: Mapping[str, Candidate]) -> list[Call]:
         """Sorting, changing the activations, summing."""
-        if path == FEW:
-            return []
         chosen = path_of(parts)
         launchers = self._further_launchers(chosen)
 
         def run(data: _Data) -> None:
-            self._sort(launchers, chosen.block, data)
-            self._change(launchers, data)
+            if path != FEW:
+                self._sort(launchers, chosen.block, data)
+                self._change(launchers, data)
             moe_combine.run(launchers["moe_combine"], data.space.y, data.out)
 
+        if not launchers:
+            return []
         for data in self._data:
             data.sorted_ready = False  # there will be another order
             data.blocks.clear()
@@ -287,11 +286,13 @@ class ExpertBench:
             found, wanted = self._run_gate_up(candidate, call, data), self._layer.wanted_h[:choices]
         else:
             found = self._run_down(candidate, call, data)
-            wanted = self._wanted_y(candidate.path, data)[: len(found)]
+            wanted = self._products(candidate.path, data)[:choices]
+            if len(found) < choices:  # they are added up
+                wanted = wanted.unflatten(0, (self._first, -1)).sum(1)
         rounds = candidate.path == SORTED and self.problem.format in FP8
         return relative_error(found, wanted), FP8_LIMIT if rounds else PLAIN_LIMIT
 
-    def _wanted_y(self, path: str, data: _Data) -> torch.Tensor:
+    def _products(self, path: str, data: _Data) -> torch.Tensor:
         """From the h that the half is given."""
         space = data.space
         values, scale = self._layer.stored_h(
@@ -300,7 +301,7 @@ class ExpertBench:
         meant = values.float()
         if path != FEW and space.h_scale is not None:
             meant = (meant.unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(-1)).flatten(1)
-        return self._layer.wanted_y(path, meant)
+        return self._layer.products(path, meant)
 
     def _run_gate_up(self, candidate: Candidate, call: Call, data: _Data) -> torch.Tensor:
         """h of the first tokens' choices, by place, in float32."""
@@ -322,19 +323,20 @@ class ExpertBench:
         return found
 
     def _run_down(self, candidate: Candidate, call: Call, data: _Data) -> torch.Tensor:
-        """The first tokens' sums (few), or their choices' products, by place (sorted)."""
-        space = data.space
+        """The first tokens' sums, or, where others add up, their choices' products, by place."""
+        space, choices = data.space, self._first * self.problem.top_k
         if candidate.path == FEW:
-            choices = self._first * self.problem.top_k
             space.h_few[:choices] = self._layer.stored_h(space.h_few, None)[0][:choices]
+        else:
+            self._place_h(space)
+        if candidate.path == FEW and not self._adds_apart(candidate):
             space.partial.fill_(torch.nan)
             data.out.zero_()  # it is added to
             call()
             return data.out[: self._first].float()
-        self._place_h(space)
         space.y.fill_(torch.nan)
         call()
-        return space.y[: self._first * self.problem.top_k].float()
+        return space.y[:choices].float()
 
     def _place_h(self, space: Workspace) -> None:
         """The checked rows, where the order has them."""

@@ -147,7 +147,7 @@ def expert_product(p: Problem, tokens: int, path: str, part: str) -> Product:
         choices=tokens * p.top_k,
         weight_bytes=_experts.weight_bytes(p) + scale,
         x_bytes=SCALED_BYTES.get(scaled, inner),
-        out_bytes=inner / 2 if gate_up else 4 if few else 2,
+        out_bytes=inner / 2 if gate_up else 4 if few and tokens <= moe_gate_up_few.COLUMNS_UP_TO else 2,
         fp8=rounds,
         blocked=p.format == "fp8_block",
         scaled=scaled,
@@ -262,9 +262,18 @@ def norm(power: float, *parts: float) -> float:
 
 def sorting_us(p: Problem, tokens: int, gpu: Gpu) -> float:
     """Sorting the choices, changing the activations, and summing. Fitted to the same search."""
-    read = read_rate(gpu)
     changed = 3 if p.format in FP8 else 4 if p.arranged else 0
-    return 4.5 + 1.3 * tokens * p.hidden * (2 * p.top_k + 4 + changed) / read
+    return 4.5 + _passing_us(p, tokens, changed, gpu)
+
+
+def summing_us(p: Problem, tokens: int, gpu: Gpu) -> float:
+    """Summing alone."""
+    return 1.4 + _passing_us(p, tokens, 0, gpu)
+
+
+def _passing_us(p: Problem, tokens: int, changed: int, gpu: Gpu) -> float:
+    """Memory's time for the choices' products, the sums, and `changed` bytes of each activation."""
+    return 1.3 * tokens * p.hidden * (2 * p.top_k + 4 + changed) / read_rate(gpu)
 
 
 def rounding_us(p: Problem, tokens: int, gpu: Gpu) -> float:

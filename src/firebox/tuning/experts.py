@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from firebox.hardware.base import Gpu
-from firebox.kernels import _tuned, moe_gate_up_few
+from firebox.kernels import _tuned, moe_down_few, moe_gate_up_few
 from firebox.kernels._block_scaled import native_from
 from firebox.kernels._experts import Problem
 from firebox.kernels.compile import Compiled, CompileRequest
@@ -104,7 +104,8 @@ _product = functools.lru_cache(256)(estimate.expert_product)
 def further_us(task: Task, path: str, parts: Mapping[str, Candidate], gpu: Gpu) -> float:
     """Sorting, rounding and summing."""
     if path == FEW:
-        return 0.0
+        apart = moe_down_few.adds_apart(parts[DOWN].config, task.tokens)
+        return estimate.summing_us(task.problem, task.tokens, gpu) if apart else 0.0
     rounding = estimate.rounding_us(task.problem, task.tokens, gpu) if path == SCALED else 0.0
     return rounding + estimate.sorting_us(task.problem, task.tokens, gpu)
 

@@ -338,22 +338,23 @@ class Search:
         ranked: dict[tuple[str, str], list[Candidate]] = {}
         for candidate in sorted((c for c in times if times[c] < math.inf), key=lambda c: times[c]):
             ranked.setdefault((candidate.path, candidate.part), []).append(candidate)
-        further: dict[tuple[str, int], float] = {}
+        further: dict[tuple[Any, ...], float] = {}
+        options = list(self._tunable.options(task, ranked))
+        decides = len({_beside(option) for option in options}) > 1
         found = []
-        several = len({path for path, _ in ranked}) > 1
-        for option in self._tunable.options(task, ranked):
+        for option in options:
             us = sum(times[c] for c in option.parts.values())
-            key = (option.path, max(c.numbers.get("tokens", 0) for c in option.parts.values()))
+            key = _beside(option)
             if key not in further:
-                further[key] = self._further_us(task, option, measure=several)
+                further[key] = self._further_us(task, option, measure=decides)
             found.append(replace(option, us=us + further[key]))
         return min(found, key=lambda option: option.us, default=None)
 
     def _further_us(self, task: Task, option: Option, *, measure: bool) -> float:
-        """Measured where it decides between paths."""
+        """Measured where it decides."""
         if self._meter is None or not measure:
             return self._tunable.further_us(task, option.path, option.parts, self._gpu)
-        what = f"further {option.path} {max(c.numbers.get('tokens', 0) for c in option.parts.values())}"
+        what = " ".join(("further", *map(str, _beside(option))))
         samples = self._journal.read(task, None, what)
         if samples is None:
             samples = self._meter.further(task, option, ROUGH)
@@ -376,6 +377,13 @@ class Search:
         return option.path != nearest.path or sum(us) > TOLERATED * sum(
             times[c] for c in option.parts.values()
         )
+
+
+def _beside(option: Option) -> tuple[Any, ...]:
+    """What decides which launches an option has besides its parts: the path, its largest tile of tokens, and
+    whether products are added up apart."""
+    numbers = [c.numbers for c in option.parts.values()]
+    return (option.path, max(n.get("tokens", 0) for n in numbers), any(n.get("apart") for n in numbers))
 
 
 def fault(compiled: Compiled, candidate: Candidate) -> str | None:

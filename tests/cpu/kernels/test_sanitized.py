@@ -56,7 +56,7 @@ def test_a_launch_is_known_by_its_file() -> None:
     for name in (FEW, SORTED):
         launched = requests(problem, 9, default_path(problem, name, 16, gpu), gpu)
         found[name] = {sanitized.file_of(request) for request in launched.values()}
-    assert found[FEW] == {"moe_gate_up_few", "moe_down_few"}
+    assert found[FEW] == {"moe_gate_up_few", "moe_down_few", "moe_combine"}
     assert found[SORTED] == {"moe_sort", "moe_arrange", "moe_gate_up", "moe_down", "moe_combine"}
 
 

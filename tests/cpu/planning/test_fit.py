@@ -322,7 +322,7 @@ def test_default_tiles_are_a_fallback_until_a_file_has_others(
 
 def tuned(monkeypatch: pytest.MonkeyPatch, keys: set[str] | None) -> None:
     """From now on gb10 has tuned entries for these problems, or for all (None)."""
-    few = {"rows": 16, "tokens": 8, "depth": 64, "many": 16, "warps": 1, "stages": 3}
+    few = {"rows": 16, "tokens": 8, "depth": 64, "warps": 1, "stages": 3}
     many = {"rows": 64, "tokens": 16, "depth": 64}
     entries = {
         "experts": {
