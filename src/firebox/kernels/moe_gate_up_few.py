@@ -12,9 +12,9 @@ saturates at ±65,504. Others are multiplied as bf16; a 4-bit weight times its g
 A program takes ROWS interleaved rows of one expert and all tokens that chose it, so an expert's weights are
 read once: the program of its first choice does the work and the others end (MODE "pairs"), or there is one
 for every expert (MODE "experts"). Up to 8 tokens are columns of the product as they stand ("columns"; "one"
-for a single token); with more, those that chose the expert are moved together, TOKENS at a time, and `table`
-[choices or experts, 1 + tokens padded] int32 keeps how many and which for the second half. An expert that
-more chose than TOKENS takes passes of MANY.
+for a single token); with more, those that chose the expert are moved together, and `table` [choices or
+experts, 1 + tokens padded] int32 keeps how many and which for the second half. An expert that more chose than
+TOKENS takes a pass for each so many; a wider second pass would cost every program registers.
 
 Source: own. Measured: H200, 2026-11-21, docs/log/2026-11-21-gpu-kernels.md.
 """
@@ -52,13 +52,11 @@ COLUMNS_UP_TO = 8  # tokens that stand in the product as they are
 
 @dataclass(frozen=True)
 class Config:
-    """`rows` of weights and `tokens` of a tile, `depth` columns a step, `many`: tokens of a pass for an
-    expert that more than `tokens` chose."""
+    """`rows` of weights and `tokens` of a tile, `depth` columns a step."""
 
     rows: int = 64
     tokens: int = 8
     depth: int = 128
-    many: int = 16
     warps: int = 4
     stages: int = 3
     tma: bool = False
@@ -104,9 +102,7 @@ def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
                     continue
                 for stages in (2, 3, 5):
                     if 8192 <= chunk_bytes * stages <= gpu.smem_per_block_bytes:
-                        yield from _with_and_without_tma(
-                            Config(rows, 8, depth, 16, warps, stages), problem, gpu
-                        )
+                        yield from _with_and_without_tma(Config(rows, 8, depth, warps, stages), problem, gpu)
 
 
 def _with_and_without_tma(config: Config, problem: Problem, gpu: Gpu) -> Iterator[Config]:
@@ -167,7 +163,7 @@ def gate_up_few(
     HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, TOP_K: tl.constexpr,
     TOP_K_PADDED: tl.constexpr,
     PADDED: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
-    MANY: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+    FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
     CLAMPED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0)
@@ -180,7 +176,6 @@ def gate_up_few(
     expert = which
     if MODE != "experts":
         expert = tl.load(expert_ids + which)
-    count = 1
     if MODE == "one":
         place = which + t * 0
         live = t < 1
@@ -229,23 +224,14 @@ def gate_up_few(
             x, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row, h, t, place, live, column,
             HIDDEN, INTER, ROWS, TOKENS, DEPTH, FORMAT, DTYPE, GROUP, STAGES, CLAMPED, LIMIT, ALPHA, ASM,
         )  # fmt: skip
-    elif count <= TOKENS:
-        mine = (rank[None, :] == t[:, None]) & live[None, :]  # [TOKENS, PADDED]
-        moved = tl.sum(tl.where(mine, place[None, :], 0), axis=1)
-        _pass(
-            x, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row, h, moved // TOP_K, moved,
-            t < count, column,
-            HIDDEN, INTER, ROWS, TOKENS, DEPTH, FORMAT, DTYPE, GROUP, STAGES, CLAMPED, LIMIT, ALPHA, ASM,
-        )  # fmt: skip
     else:
-        many = tl.arange(0, MANY)
-        for before in range(0, count, MANY):
-            mine = (rank[None, :] == (before + many)[:, None]) & live[None, :]
+        for before in range(0, count, TOKENS):
+            mine = (rank[None, :] == (before + t)[:, None]) & live[None, :]  # [TOKENS, PADDED]
             moved = tl.sum(tl.where(mine, place[None, :], 0), axis=1)
             _pass(
                 x, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row, h, moved // TOP_K,
-                moved, before + many < count, column,
-                HIDDEN, INTER, ROWS, MANY, DEPTH, FORMAT, DTYPE, GROUP, 2, CLAMPED, LIMIT, ALPHA, ASM,
+                moved, before + t < count, column,
+                HIDDEN, INTER, ROWS, TOKENS, DEPTH, FORMAT, DTYPE, GROUP, STAGES, CLAMPED, LIMIT, ALPHA, ASM,
             )  # fmt: skip
 
 
@@ -274,7 +260,6 @@ def request(
         "ROWS": config.rows,
         "TOKENS": config.tokens,
         "DEPTH": config.depth,
-        "MANY": config.many,
         "STAGES": config.stages,
         "CLAMPED": problem.activation == "clamped_swiglu",
         "LIMIT": problem.limit,

@@ -26,7 +26,7 @@ from firebox.kernels.compile import Compiled
 WARP = 32
 MOST_BLOCKS = 32  # of a multiprocessor
 DRIVER_BYTES = 1024  # of shared memory, a block
-FEW_WIDTH, PASS_WIDTH = 8, 16  # tokens of a tile without sorting, and of a further pass
+FEW_WIDTH = 8  # tokens of a tile without sorting
 SMOOTH_WAVES = 6  # from which the last wave's share does not matter
 UNKNOWN_GB_S, UNKNOWN_TFLOP_S = 1000.0, 100.0
 GATE_UP, FEW, SCALED = "gate_up", "few", "block-scaled"
@@ -133,7 +133,8 @@ def _blocks(experts: int, choices: int, tile: int) -> float:
 
 def expert_product(p: Problem, tokens: int, path: str, part: str) -> Product:
     """The work of one half of an expert layer for so many tokens, routed at random."""
-    experts = p.experts * (1 - (1 - p.top_k / p.experts) ** tokens)
+    routed = p.experts - p.shared
+    experts = p.shared + routed * (1 - (1 - (p.top_k - p.shared) / routed) ** tokens)
     gate_up, few = part == GATE_UP, path == FEW
     scale = {"int4_group": 2, "int4_zero": 4}.get(p.format, 1) / p.group if p.group else 0.0
     rounds = p.format in FP8 and not few
@@ -190,7 +191,7 @@ def tile_us(q: Product, tile: Tile, gpu: Gpu, rates: Rates = RATES) -> float:
     """The estimate in microseconds."""
     read = read_rate(gpu) * rates.read
     of_sm = read / gpu.sms
-    passes = 1.0 if q.each <= FEW_WIDTH or not q.few else 1.0 + rates.passes * q.each / PASS_WIDTH
+    passes = 1.0 + rates.passes * max(0.0, q.each / FEW_WIDTH - 1) if q.few else 1.0
     steps = -(-q.columns // tile.depth) * tile.tiles * passes
     work = q.blocks(tile.width)
     row_tiles = -(-q.rows // (tile.rows * tile.tiles))
