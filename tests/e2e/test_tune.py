@@ -74,5 +74,5 @@ def test_ten_kills_change_nothing(model: Path, tmp_path: Path) -> None:
     (key,) = set(ours(out)) - {"about"}
     assert key.startswith("bf16 hidden=256 inter=128")
     entries = ours(out)[key]
-    assert isinstance(entries, dict) and set(entries) == {"1", "2"}
+    assert isinstance(entries, dict) and {"1"} <= set(entries) <= {"1", "2"}
     assert {entry["how"] for entry in entries.values()} == {"predicted"}

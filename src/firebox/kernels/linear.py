@@ -85,7 +85,7 @@ def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
     )
     for rows, wide, warps in tiles:
         for stages in (3, 4):
-            if wide <= 2 * tokens:
+            if wide <= max(64, 2 * tokens):
                 depth = 128 if problem.group in (0, 128) else 64
                 config = Config(rows, wide, depth, warps, stages)
                 yield config

@@ -20,7 +20,7 @@ from firebox.tuning.base import Bench, Candidate, Option, Task
 OP = "linear"
 FILE = "linear.json"
 WHOLE = "whole"
-MANY_FROM = 32  # tokens; with fewer, tiles of many tokens are mostly empty
+MANY_FROM = 16  # tokens; with fewer, tiles of many tokens are mostly empty
 
 
 def task(problem: Problem, tokens: int) -> Task:

@@ -130,11 +130,12 @@ def _task(work: Work, tokens: int) -> Task:
 
 def _written(work: Work, search: Search, file: Path, turn: Lock) -> Tuned:
     """Writes what there is, also when it is interrupted."""
-    entries: list[Entry] = []
+    entries: dict[int, Entry] = {}
     try:
-        entries.extend(search.entries())
+        for entry in search.entries():
+            entries[entry.task.tokens] = entry
     finally:
         with turn:
             if entries:
-                merge(file, work.tunable, entries)
-    return Tuned(work, tuple(entries), search.report, file)
+                merge(file, work.tunable, entries.values())
+    return Tuned(work, tuple(entries.values()), search.report, file)

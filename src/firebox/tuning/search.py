@@ -39,6 +39,7 @@ FINAL, CLOSE = 4, 1.01  # the best are measured once more, in turn, if so little
 OPTIMISM = 0.8  # standard deviations that an unknown candidate is given credit for
 WORTH = 1.1  # a path is looked at if its estimate is within this of the best path's
 LARGE, TOLERATED = 512, 1.02  # from so many tokens on the stock tile stays unless beaten by this
+DIP = 1.01  # so much longer than more tokens is no noise
 BATCH = 8  # compiles for each core at a time
 SPILL_BYTES = 512  # of a thread; some of the fastest tiles spill half of that
 ROUGH, FINE = Effort(samples=1, sample_ms=0.5), Effort(samples=2, sample_ms=0.5)
@@ -123,7 +124,8 @@ class Search:
         self.report = Report()
 
     def entries(self) -> Iterator[Entry]:
-        """Entries as they are found; those that are missing when the deadline comes are not yielded."""
+        """Entries as they are found; those that are missing when the deadline comes are not yielded. One that
+        a later look improves comes again."""
         self._compile()
         found: dict[int, Entry] = {}
         tasks = {**self._keys, **dict(sorted(self._between.items()))}
@@ -135,6 +137,7 @@ class Search:
             if entry is not None:
                 found[tokens] = entry
                 yield entry
+        yield from self._without_dips(found)
 
     # ---- compiling
 
@@ -211,11 +214,46 @@ class Search:
             option = replace(self._tunable.stock(task, self._gpu), us=stock_us)
         if around and not self._gains(task, option, around, times):
             return None
+        return self._entry_of(task, option, stock_us)
+
+    def _entry_of(self, task: Task, option: Option, stock_us: float | None) -> Entry:
         roof_us = self._tunable.roof_us(task, option.path, self._gpu)
         compiled = {part: self._compiled.get(c.code) for part, c in option.parts.items()}
         shared_bytes = {part: found.shared_bytes for part, found in compiled.items() if found is not None}
         how = MEASURED if self._meter else PREDICTED
         return Entry(task, option, how, stock_us, roof_us, shared_bytes)
+
+    def _without_dips(self, found: Mapping[int, Entry]) -> Iterator[Entry]:
+        """Fewer tokens need not take longer than more do: where they did, the search was too short, and what
+        the more chose is tried. Entries that this improves."""
+        if self._meter is None:  # no estimate was left out
+            return
+        least: Entry | None = None
+        for tokens in sorted(found, reverse=True):
+            entry = found[tokens]
+            if least is not None and entry.option.us > DIP * least.option.us:
+                better = self._tried(entry, least.option)
+                if better is not None:
+                    entry = better
+                    yield better
+            if least is None or entry.option.us < least.option.us:
+                least = entry
+
+    def _tried(self, entry: Entry, option: Option) -> Entry | None:
+        """`entry` with another number of tokens' `option`, if that is faster."""
+        task, times = entry.task, dict[Candidate, float]()
+        parts: dict[str, Candidate] = {}
+        for part, chosen in option.parts.items():
+            there = self._candidates[task].get((option.path, part), [])
+            alike = next((c for c in there if c.config == chosen.config), None)
+            if alike is None:
+                return None
+            parts[part] = alike
+        for part, candidate in parts.items():
+            self._measure(task, (option.path, part), [candidate], times)
+        tried = replace(option, parts=parts)
+        us = sum(times.values()) + self._further_us(task, tried, measure=True)
+        return self._entry_of(task, replace(tried, us=us), entry.stock_us) if us < entry.option.us else None
 
     def _times(self, task: Task, around: Mapping[int, Entry] | None) -> dict[Candidate, float]:
         if self._meter is None:

@@ -43,8 +43,8 @@ def candidates(problem: Problem, tokens: int, gpu: str = "h200") -> list[Candida
     ("problem", "tokens", "paths"),
     [
         (FP8, 1, {FEW}),
-        (FP8, 31, {FEW}),
-        (FP8, 32, {FEW, MANY, CUBLAS}),
+        (FP8, 15, {FEW}),
+        (FP8, 16, {FEW, MANY, CUBLAS}),
         (FP8, 64, {FEW, MANY, CUBLAS}),
         (FP8, 65, {MANY, CUBLAS}),
         (replace(FP8, out_dtype="f32"), 65, {MANY}),

@@ -207,6 +207,28 @@ def test_between_keys_an_entry_is_added_only_where_the_nearest_one_loses(
     assert entries[3072].option.parts["up"].config.warps == 8
 
 
+def test_what_is_faster_for_more_tokens_is_tried_for_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An estimate that keeps the better path out at 64 tokens, where the other takes longer than 256 do."""
+    honest, estimate = true_us, Made.estimate_us
+
+    def slow_few(tokens: int, path: str, part: str, c: Config) -> float:
+        return honest(tokens, path, part, c) * (2.2 if (tokens, path) == (64, "few") else 1.0)
+
+    def blind(self: Made, task: Task, candidate: Candidate, compiled: Any, gpu: Gpu) -> float:
+        factor = 10.0 if (task.tokens, candidate.path) == (64, "sorted") else 1.0
+        return factor * estimate(self, task, candidate, compiled, gpu)
+
+    monkeypatch.setitem(globals(), "true_us", slow_few)
+    monkeypatch.setattr(Made, "estimate_us", blind)
+    entries, _ = searched(Reading(noise=0.0))
+    assert entries[64].option.path == "sorted" and entries[64].option.us == total(64, entries[64].option)
+    times = [entries[tokens].option.us for tokens in sorted(entries)]
+    assert times == sorted(times)
+    monkeypatch.setattr(Search, "_without_dips", lambda self, found: iter(()))
+    entries, _ = searched(Reading(noise=0.0))
+    assert entries[64].option.path == "few" and entries[64].option.us > entries[256].option.us
+
+
 def test_a_run_that_goes_on_from_a_journal_measures_nothing_twice_and_chooses_the_same(
     tmp_path: Path,
 ) -> None:
