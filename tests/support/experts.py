@@ -18,6 +18,7 @@ from firebox.kernels._experts import (
 )
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
+WIDE = ("bf16", "fp8_channel", "mxfp4")  # tried without sorting where experts have tokens for several tiles
 
 
 def random_weights(

@@ -1,5 +1,5 @@
-"""The second half of an expert layer for few tokens (1 to 64): for every token t, with p the place of each of
-its choices,
+"""The second half of an expert layer for few tokens (1 to 256): for every token t, with p the place of each
+of its choices,
 
     out_t = Σ_p weight_p · down_{expert_p} · h_p
 
@@ -52,6 +52,7 @@ from firebox.kernels.moe_gate_up_few import (
     padded,
     program_of_choices,
     programs,
+    widths,
 )
 
 __all__ = ["MAX_TOKENS", "accepts"]
@@ -105,13 +106,15 @@ def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
 
 def _variants(config: Config, problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
     """With and without TMA; added up by the last program, or apart, or both where neither is known to be
-    slower."""
+    slower; as wide as an expert's tokens ask for."""
     tma = "tma" in gpu.facts and (config.depth // 4 if problem.group else config.depth) <= 256
     for found in (config, replace(config, tma=True)) if tma else (config,):
         if tokens <= COLUMNS_UP_TO:
             yield found
-        if tokens >= APART_FROM:
-            yield replace(found, apart=True)
+            if tokens >= APART_FROM:
+                yield replace(found, apart=True)
+        else:
+            yield from (replace(found, tokens=width, apart=True) for width in widths(problem, tokens))
 
 
 def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:

@@ -1,4 +1,4 @@
-"""The first half of an expert layer for few tokens (1 to 64), without sorting them: for every token t and
+"""The first half of an expert layer for few tokens (1 to 256), without sorting them: for every token t and
 every expert e it chose, with p the place of that choice in `expert_ids`,
 
     h_p = activation(gate_e · x_t, up_e · x_t)
@@ -46,7 +46,7 @@ from firebox.kernels.launch import Launcher
 # ---- 1. the problem
 
 OP = "moe_gate_up"
-MAX_TOKENS = 64
+MAX_TOKENS = 256
 COLUMNS_UP_TO = 8  # tokens that stand in the product as they are
 
 
@@ -88,8 +88,19 @@ def programs(problem: Problem, tokens: int) -> int:
     return problem.experts if mode(problem, tokens) == "experts" else tokens * problem.top_k
 
 
+def widths(problem: Problem, tokens: int) -> tuple[int, ...]:
+    """Tokens of a tile: as many as an expert has, or half of them."""
+    each = tokens * problem.top_k / problem.experts
+    return (8,) if each <= 3 else (8, 16) if each <= 8 else (16,)
+
+
 def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
     """Tiles that are worth compiling; whether they fit is the compiler's to say."""
+    for width in widths(problem, tokens) if tokens > COLUMNS_UP_TO else (COLUMNS_UP_TO,):
+        yield from _of_width(width, problem, gpu)
+
+
+def _of_width(width: int, problem: Problem, gpu: Gpu) -> Iterator[Config]:
     for rows in (16, 32, 64, 128):
         if 2 * problem.inter % rows:
             continue
@@ -102,7 +113,9 @@ def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
                     continue
                 for stages in (2, 3, 5):
                     if 8192 <= chunk_bytes * stages <= gpu.smem_per_block_bytes:
-                        yield from _with_and_without_tma(Config(rows, 8, depth, warps, stages), problem, gpu)
+                        yield from _with_and_without_tma(
+                            Config(rows, width, depth, warps, stages), problem, gpu
+                        )
 
 
 def _with_and_without_tma(config: Config, problem: Problem, gpu: Gpu) -> Iterator[Config]:

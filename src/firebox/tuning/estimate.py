@@ -26,7 +26,6 @@ from firebox.kernels.compile import Compiled
 WARP = 32
 MOST_BLOCKS = 32  # of a multiprocessor
 DRIVER_BYTES = 1024  # of shared memory, a block
-FEW_WIDTH = 8  # tokens of a tile without sorting
 SMOOTH_WAVES = 6  # from which the last wave's share does not matter
 UNKNOWN_GB_S, UNKNOWN_TFLOP_S = 1000.0, 100.0
 GATE_UP, FEW, SCALED = "gate_up", "few", "block-scaled"
@@ -85,7 +84,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Product:
-    """One launch's work. `few`: no sorting, tiles of 8 tokens. `rows`, `columns`: of an expert's matrix;
+    """One launch's work. `few`: no sorting. `rows`, `columns`: of an expert's matrix;
     `experts`: how many are touched, of `all_experts`; `launched`: tiles of tokens that are launched, whether
     they find work or not. Bytes of a weight and its scale, of a number of x, of a result. `fp8`: both
     operands; `blocked`: sums are scaled step by step; `scaled`: the kind of a block-scaled product, ""
@@ -170,7 +169,7 @@ def roof_us(p: Problem, tokens: int, path: str, gpu: Gpu) -> float:
 def tile_of(product: Product, config: Any, compiled: Compiled | None) -> Tile:
     """`compiled` None: shared memory and registers are guessed, well enough to say what is worth
     compiling."""
-    width = FEW_WIDTH if product.few else config.tokens
+    width = config.tokens
     depth = config.depth or product.columns
     shape = (config.rows, width, depth, config.warps, config.stages if config.depth else 2)
     further = (config.tma, getattr(config, "tiles", 1))
@@ -191,7 +190,7 @@ def tile_us(q: Product, tile: Tile, gpu: Gpu, rates: Rates = RATES) -> float:
     """The estimate in microseconds."""
     read = read_rate(gpu) * rates.read
     of_sm = read / gpu.sms
-    passes = 1.0 + rates.passes * max(0.0, q.each / FEW_WIDTH - 1) if q.few else 1.0
+    passes = 1.0 + rates.passes * max(0.0, q.each / tile.width - 1) if q.few else 1.0
     steps = -(-q.columns // tile.depth) * tile.tiles * passes
     work = q.blocks(tile.width)
     row_tiles = -(-q.rows // (tile.rows * tile.tiles))
