@@ -44,8 +44,9 @@ from firebox.tuning import estimate, experts
 from firebox.tuning._launchers import launcher
 from firebox.tuning.base import Candidate, Option, Task
 from firebox.tuning.clock import Effort, Graph, interleaved_us
+from firebox.tuning.entries import MEASURED, Entry, interleave_keys
 from firebox.tuning.journal import Journal
-from firebox.tuning.search import KEYS, MEASURED, Entry, Search, interleave_keys
+from firebox.tuning.search import KEYS, Search
 from firebox.tuning.worker import Worker
 from firebox.tuning.write import folder_of, merge
 

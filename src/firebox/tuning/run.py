@@ -22,8 +22,9 @@ from firebox.bench.timer import now
 from firebox.hardware.base import Gpu
 from firebox.kernels import _triton
 from firebox.tuning.base import Task
+from firebox.tuning.entries import Entry, interleave_keys
 from firebox.tuning.journal import Journal
-from firebox.tuning.search import KEYS, Entry, Meter, Report, Search, interleave_keys
+from firebox.tuning.search import KEYS, Meter, Report, Search
 from firebox.tuning.spread import Compile, Places
 from firebox.tuning.write import folder_of, merge
 

@@ -28,6 +28,7 @@ from firebox.hardware.probe import probe_cpu
 from firebox.kernels.compile import Compiled, CompileRequest, compile_all
 from firebox.tuning.base import Candidate, Option, Task, Tunable
 from firebox.tuning.clock import Effort
+from firebox.tuning.entries import MEASURED, PREDICTED, Entry
 from firebox.tuning.journal import Journal
 from firebox.tuning.surrogate import Surrogate, features
 
@@ -43,7 +44,6 @@ DIP = 1.01  # so much longer than more tokens is no noise
 BATCH = 8  # compiles for each core at a time
 SPILL_BYTES = 512  # of a thread; some of the fastest tiles spill half of that
 ROUGH, FINE = Effort(samples=1, sample_ms=0.5), Effort(samples=2, sample_ms=0.5)
-PREDICTED, MEASURED = "predicted", "measured"
 
 
 class Meter(Protocol):
@@ -56,20 +56,6 @@ class Meter(Protocol):
     def further(self, task: Task, option: Option, effort: Effort) -> list[float] | str:
         """Of what the option's path launches besides its parts."""
         ...
-
-
-@dataclass(frozen=True)
-class Entry:
-    """The choice for one number of tokens. `how`: "predicted" or "measured"; `stock_us`: of the stock tiles,
-    where they were looked at; `roof_us`: the least that the operation can take; `shared_bytes`: of each part,
-    as it was compiled."""
-
-    task: Task
-    option: Option
-    how: str
-    stock_us: float | None = None
-    roof_us: float | None = None
-    shared_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -434,19 +420,3 @@ def fault(compiled: Compiled, candidate: Candidate) -> str | None:
         return "spills"
     declares = candidate.request.declares if candidate.request is not None else ()
     return "is emulated" if declares and not compiled.native else None
-
-
-def interleave_keys(keys: Sequence[int], sizes: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """`sizes` that occur → those that are searched in full, in the keys' order, and those between them."""
-    full = tuple(key for key in keys if min(sizes) <= key <= max(sizes) or key in sizes)
-    return full, tuple(sorted(size for size in set(sizes) if size not in full))
-
-
-def stored(entry: Entry, tunable: Tunable, **more: Any) -> dict[str, Any]:
-    """An entry as files in tuned/ write it."""
-    facts: dict[str, Any] = {"us": round(entry.option.us, 2), "how": entry.how}
-    if entry.roof_us is not None:
-        facts["of_roof"] = round(entry.roof_us / entry.option.us, 3)
-    if entry.shared_bytes:
-        facts["shared_bytes"] = dict(entry.shared_bytes)
-    return tunable.entry(entry.option) | facts | more

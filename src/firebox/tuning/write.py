@@ -12,7 +12,7 @@ from typing import Any
 
 from firebox.kernels import _triton, _tuned
 from firebox.tuning.base import Tunable
-from firebox.tuning.search import Entry, stored
+from firebox.tuning.entries import Entry, stored
 
 ABOUT = "about"  # the key of a file that is no problem's
 

@@ -8,8 +8,9 @@ import pytest
 
 from firebox.cli.tune import seconds, tune
 from firebox.errors import ConfigError
+from firebox.tuning.entries import interleave_keys
 from firebox.tuning.run import SIZES, sizes_of
-from firebox.tuning.search import KEYS, interleave_keys
+from firebox.tuning.search import KEYS
 
 
 @pytest.mark.parametrize(("text", "wanted"), [("180s", 180.0), ("5m", 300.0), ("1.5h", 5400.0), ("90", 90.0)])

@@ -16,18 +16,9 @@ import pytest
 from firebox.hardware.base import Gpu, find_gpu
 from firebox.tuning.base import Candidate, Option, Task
 from firebox.tuning.clock import Effort
+from firebox.tuning.entries import MEASURED, PREDICTED, Entry, interleave_keys, stored
 from firebox.tuning.journal import Journal
-from firebox.tuning.search import (
-    KEYS,
-    LARGE,
-    MEASURED,
-    PREDICTED,
-    TOLERATED,
-    Entry,
-    Search,
-    interleave_keys,
-    stored,
-)
+from firebox.tuning.search import KEYS, LARGE, TOLERATED, Search
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 64, 96, 128, 256, 512, 1024, 2048, 3072, 4096)
 

@@ -14,7 +14,7 @@ from firebox.kernels._experts import Problem
 from firebox.layers.experts import MODULES, path_of
 from firebox.tuning import experts
 from firebox.tuning.base import Option
-from firebox.tuning.search import MEASURED, PREDICTED, Entry
+from firebox.tuning.entries import MEASURED, PREDICTED, Entry
 from firebox.tuning.write import ABOUT, folder_of, merge
 
 PROBLEM = Problem(1024, 256, 16, 4, "fp8_channel")
