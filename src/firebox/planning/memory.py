@@ -28,7 +28,8 @@ FORMULAS: Mapping[str, str] = {
     "workspace_bytes": "buffers of the expert kernels at max_batch_tokens (counted) + max_batch_tokens · 8 · "
     "hidden in the compute dtype + 2 · max_running_requests · (1 + drafts) · vocabulary in float32 "
     "(estimate)",
-    "graphs_bytes": "max_running_requests graphs · layers · 12 launches · 4 KiB (estimate)",
+    "graphs_bytes": "max_running_requests graphs · layers · 12 launches · 4 KiB + the logits that all share: "
+    "max_running_requests · (1 + drafts) · vocabulary in float32 (estimate)",
     "requests_bytes": "max_running_requests · (twice the pages of a window and a prefill chunk + one "
     "recurrent state, with drafts two)",
     "snapshots_bytes": "recurrent states for prefix hits: two a running request, in at most half of what "
@@ -166,13 +167,14 @@ def ledger(
     checks beside its own."""
     running = min(engine.max_running_requests, engine.max_batch_tokens)
     tokens, rows = step_tokens(engine, drafts), running * (drafts + 1)
-    activations = tokens * 8 * sizes.hidden * sizes.itemsize + 2 * rows * sizes.vocab * 4
+    logits = rows * sizes.vocab * 4
+    activations = tokens * 8 * sizes.hidden * sizes.itemsize + 2 * logits
     return Memory(
         gpu_bytes=gpu.memory_bytes,
         reserve_bytes=reserve_bytes(gpu),
         weights=weights,
         workspace_bytes=experts_workspace_bytes + activations,
-        graphs_bytes=graph_nodes_bytes(running, sizes.layers),
+        graphs_bytes=graph_nodes_bytes(running, sizes.layers) + logits,
         cache=cache,
         window_request_bytes=_window_request_bytes(cache, engine),
         running_requests=running,

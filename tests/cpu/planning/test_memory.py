@@ -207,7 +207,7 @@ def test_workspace_and_graphs_follow_their_formulas() -> None:
     engine = EngineConfig(max_batch_tokens=1024, max_running_requests=32)
     found = ledger(find_gpu("h200"), {}, cache, 7_000_000, Sizes(4096, 50_000, 40, 2), engine, 4096)
     assert found.workspace_bytes == 7_000_000 + 1024 * 8 * 4096 * 2 + 2 * 32 * 50_000 * 4
-    assert found.graphs_bytes == 32 * 40 * 12 * 4096
+    assert found.graphs_bytes == 32 * 40 * 12 * 4096 + 32 * 50_000 * 4
     few = ledger(find_gpu("h200"), {}, cache, 0, Sizes(1, 1, 1, 2), EngineConfig(max_batch_tokens=8), 4096)
     assert few.running_requests == 8, "every running request needs a token of the step"
 
