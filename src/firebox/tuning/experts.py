@@ -34,6 +34,7 @@ FILE = "experts.json"
 PARTS = (GATE_UP, DOWN)
 BLOCKS = (16, 32, 64, 128)
 SORTED_FROM = 8  # tokens; with fewer, sorting costs more than it can bring
+PLAIN_FEW = 64  # up to so many, weights of 8 and 16 bits go without: with more they are near the roof sorted
 PAIRED = 3  # of the best tiles of each part that are weighed together
 
 
@@ -55,7 +56,7 @@ def candidates(task: Task, gpu: Gpu) -> Iterator[Candidate]:
 
 
 def _paths(task: Task, gpu: Gpu) -> Iterator[str]:
-    if task.tokens <= moe_gate_up_few.MAX_TOKENS:
+    if task.tokens <= (moe_gate_up_few.MAX_TOKENS if task.problem.group else PLAIN_FEW):
         yield FEW
     if task.tokens >= SORTED_FROM:
         yield SORTED
