@@ -105,7 +105,7 @@ def test_an_image_is_refused_by_a_server_of_kimi_k25(tmp_path: Path) -> None:
 
         def ask(*parts: object) -> httpx.Response:
             body = {"messages": [{"role": "user", "content": list(parts)}], "max_tokens": 4}
-            return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=30)
+            return httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120)
 
         refused = ask(text, image)
         assert refused.status_code == 400
