@@ -48,8 +48,8 @@ def add_chunk(
             words = tiles.load([first_row, first // 4])
         wide, minus = scales_of(scale, first, None, ROWS, DEPTH, GROUP, FORMAT, DTYPE, ASM)
         return four_products(
-            acc, words, wide, minus, x, live, first, COLUMNS, DEPTH, GROUP, FORMAT, DTYPE, ASM,
-            COLUMNS % DEPTH != 0, X_RUN if GROUP < 4 * X_RUN else GROUP // 4,
+            acc, words, wide, minus, x, live, first, COLUMNS, DEPTH, GROUP, FORMAT, DTYPE, ASM, False,
+            X_RUN if GROUP < 4 * X_RUN else GROUP // 4,
         )  # fmt: skip
     else:
         i = first + tl.arange(0, DEPTH)

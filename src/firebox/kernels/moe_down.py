@@ -107,7 +107,7 @@ def down_sorted(
     if h_scale is not None:
         scale_of_choice = h_scale + at * (INTER // H_GROUP)
     matrix = w + e * (HIDDEN * (INTER // 4 if GROUP > 0 else INTER))
-    STEPS: tl.constexpr = (INTER + DEPTH - 1) // DEPTH
+    STEPS: tl.constexpr = INTER // DEPTH
     ROW_TILES: tl.constexpr = (HIDDEN + ROWS - 1) // ROWS
     RAGGED: tl.constexpr = HIDDEN % ROWS != 0
     first_tile = tl.program_id(0) * TILES

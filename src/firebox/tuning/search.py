@@ -239,7 +239,10 @@ class Search:
             self._measure(task, (option.path, part), [candidate], times)
         tried = replace(option, parts=parts)
         us = sum(times.values()) + self._further_us(task, tried, measure=True)
-        return self._entry_of(task, replace(tried, us=us), entry.stock_us) if us < entry.option.us else None
+        needed = TOLERATED if task.tokens >= LARGE else 1.0  # as for what stands in for the stock tile
+        if us * needed >= entry.option.us:
+            return None
+        return self._entry_of(task, replace(tried, us=us), entry.stock_us)
 
     def _times(self, task: Task, around: Mapping[int, Entry] | None) -> dict[Candidate, float]:
         if self._meter is None:
