@@ -52,7 +52,6 @@ def ours(out: Path) -> dict[str, object]:
     return found
 
 
-@pytest.mark.timing
 def test_ten_kills_change_nothing(model: Path, tmp_path: Path) -> None:
     """Killed at random moments of compiling and ranking, and started again each time: the files of a run that
     was left alone."""

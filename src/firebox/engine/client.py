@@ -2,7 +2,8 @@
 
 An engine process is started with `EngineProcess`, which costs nothing but a fork, so that its imports and its
 loading run beside the caller's own start-up; `AsyncEngine.connect` then waits until it is ready. The two
-processes speak the messages of `engine.messages` over two ZeroMQ sockets in a private folder.
+processes speak the messages of `engine.messages` over two ZeroMQ sockets in a private folder. Each binds
+where it listens and connects where it speaks, so that whichever comes first loses nothing.
 """
 
 from __future__ import annotations
@@ -178,10 +179,12 @@ class AsyncEngine:
         self._context = zmq.Context()
         self._out = self._context.socket(zmq.PUSH)
         self._in = self._context.socket(zmq.PULL)
-        for socket, direction in ((self._out, "to-engine"), (self._in, "from-engine")):
+        for socket in (self._out, self._in):
             socket.set_hwm(0)  # backpressure is max_queued_requests, not a dropped message
             socket.setsockopt(zmq.LINGER, 0)
-            socket.bind(process.address(direction))
+        # A connected socket keeps what is sent until it is taken; a bound one without a peer refuses it.
+        self._out.connect(process.address("to-engine"))
+        self._in.bind(process.address("from-engine"))
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
         # zmq.asyncio would cost several times what reading the socket's own file descriptor does
@@ -256,8 +259,7 @@ class AsyncEngine:
         return status
 
     def _send(self, message: ToEngine) -> None:
-        with contextlib.suppress(zmq.Again):  # nobody is there: the watching thread tells
-            self._out.send(self._encoder.encode(message), zmq.NOBLOCK)
+        self._out.send(self._encoder.encode(message), zmq.NOBLOCK)
 
     def _read(self) -> None:
         """Takes in every message that has arrived: the descriptor tells only of new ones."""

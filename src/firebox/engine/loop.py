@@ -24,10 +24,10 @@ class Connection:
         self._context = zmq.Context()
         self._in = self._context.socket(zmq.PULL)
         self._out = self._context.socket(zmq.PUSH)
-        self._in.connect(f"ipc://{folder}/to-engine")
-        self._out.connect(f"ipc://{folder}/from-engine")
         for socket in (self._in, self._out):
-            socket.set_hwm(0)
+            socket.set_hwm(0)  # before they connect, or it means nothing
+        self._in.bind(f"ipc://{folder}/to-engine")
+        self._out.connect(f"ipc://{folder}/from-engine")
         self._poller = zmq.Poller()
         self._poller.register(self._in, zmq.POLLIN)
         self._poller.register(watch_fd, zmq.POLLIN)

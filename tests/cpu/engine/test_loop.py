@@ -120,7 +120,7 @@ class Loop:
     def __init__(self, model: InProcessEngine, folder: Path) -> None:
         self._context = zmq.Context()
         self._out, self._in = self._context.socket(zmq.PUSH), self._context.socket(zmq.PULL)
-        self._out.bind(f"ipc://{folder}/to-engine")
+        self._out.connect(f"ipc://{folder}/to-engine")
         self._in.bind(f"ipc://{folder}/from-engine")
         self._watch_fd, self.alive_fd = os.pipe()
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
@@ -482,6 +482,28 @@ def test_an_error_waits_for_a_server_that_is_slow_to_start(
     in_time(work)
 
 
+@pytest.mark.parametrize("start", range(3))
+def test_a_request_reaches_an_engine_that_was_there_first(
+    tmp_path: Path, model: InProcessEngine, start: int
+) -> None:
+    """Sent at once when a client that was slow to start hears Ready. Sockets that failed to connect try again
+    each by itself, so that one may lag behind the other: three starts, each of which could go wrong."""
+
+    async def work() -> None:
+        with stand_in(tmp_path / "sockets") as (process, watch_fd):
+            engine_side = Connection(process.folder, watch_fd)
+            engine_side.send(model.ready)
+            await asyncio.sleep(0.35)
+            client = await AsyncEngine.connect(process, 4)
+            client.submit(PROMPT, GREEDY)
+            (message,) = await asyncio.to_thread(engine_side.receive, True)
+            assert isinstance(message, Generate) and message.prompt_ids == PROMPT
+            engine_side.close()
+            client.stop()
+
+    in_time(work, 10)
+
+
 def test_a_whole_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Load progress, requests together, a full queue, aborts, and a clean end; under a TMPDIR too long for
     sockets."""
@@ -584,7 +606,7 @@ def test_the_process_ends_by_itself_when_the_server_is_gone(tmp_path: Path) -> N
     decoder = msgspec.msgpack.Decoder(FromEngine)
     with zmq.Context() as context, context.socket(zmq.PUSH) as out, context.socket(zmq.PULL) as inward:
         out.setsockopt(zmq.LINGER, 0)
-        out.bind(process.address("to-engine"))
+        out.connect(process.address("to-engine"))
         inward.bind(process.address("from-engine"))
         out.send(msgspec.msgpack.encode(Generate(1, PROMPT, VERY_LONG)))
         generated_tokens = 0
