@@ -245,15 +245,20 @@ def install(name: str, gpu: Gpu, folder: Path) -> None:
 
 
 def _entry(found: Lines, task: Task, gpu: Gpu) -> Entry:
-    """The fastest pair of tiles, with what is launched for blocks of their size."""
+    """The fastest pair of tiles that are still candidates, with what is launched for blocks of their size."""
     by_config = {(c.path, c.part, repr(c.numbers)): c for c in experts.candidates(task, gpu)}
     best: tuple[float, str, dict[str, dict[str, Any]]] = (math.inf, "", {})
     for path in {path for tokens, path, part in found if tokens == task.tokens and part == experts.DOWN}:
-        rows = [found[task.tokens, path, part] for part in experts.PARTS]
+        rows = [
+            [row for row in found[task.tokens, path, part] if (path, part, repr(row["config"])) in by_config]
+            for part in experts.PARTS
+        ]
         further = {row["block"]: row["us"] for row in found.get((task.tokens, path, "further"), ())}
         for pair in itertools.product(*rows):
             block = max(row["config"]["tokens"] for row in pair)
             us = sum(row["us"] for row in pair) + (further[block] if further else 0.0)
+            if any(row["config"].get("apart") for row in pair):
+                us += estimate.summing_us(task.problem, task.tokens, gpu)
             if us < best[0]:
                 best = us, path, dict(zip(experts.PARTS, pair, strict=True))
     us, path, parts = best

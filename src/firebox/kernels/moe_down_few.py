@@ -1,4 +1,4 @@
-"""The second half of an expert layer for few tokens (1 to 256): for every token t, with p the place of each
+"""The second half of an expert layer for few tokens (1 to 128): for every token t, with p the place of each
 of its choices,
 
     out_t = Σ_p weight_p · down_{expert_p} · h_p
@@ -16,7 +16,7 @@ A program takes ROWS rows of one expert and writes its tokens' products. Who add
                       launch more takes 2 to 6 µs. Always beyond 8 tokens.
 
 With DEPTH 0 the program reads its whole tile before the launch before has ended, which hides most of the
-memory's latency behind the first half: up to 8 tokens, where the tile is small.
+memory's latency behind the first half: for the fewest tokens, whose tiles are small.
 
 Source: own. Measured: H200, 2026-11-21, docs/log/2026-11-21-gpu-kernels.md.
 """
@@ -61,7 +61,7 @@ __all__ = ["MAX_TOKENS", "accepts"]
 
 OP = "moe_down"
 SUMMED_TOKENS = 8  # tokens whose choices the last program adds up at a time
-APART_FROM = 4  # tokens; with fewer, another launch takes longer than waiting
+APART_FROM = 4  # tokens from which waiting takes as long as another launch, or longer
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
             continue
         for warps in (1, 2, 4, 8):
             per_thread_bytes = rows * triton.next_power_of_2(problem.inter) * width / (32 * warps)
-            if tokens <= COLUMNS_UP_TO and 32 <= per_thread_bytes <= 384:
+            if tokens < APART_FROM and 32 <= per_thread_bytes <= 384:
                 yield Config(rows, COLUMNS_UP_TO, 0, warps, 1)
         for depth in _experts.pipeline_depths(problem.inter, problem, remainder=True):
             chunk_bytes = rows * depth * width
@@ -105,16 +105,11 @@ def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
 
 
 def _variants(config: Config, problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
-    """With and without TMA; added up by the last program, or apart, or both where neither is known to be
-    slower; as wide as an expert's tokens ask for."""
+    """With and without TMA; as wide as an expert's tokens ask for."""
     tma = "tma" in gpu.facts and (config.depth // 4 if problem.group else config.depth) <= 256
     for found in (config, replace(config, tma=True)) if tma else (config,):
-        if tokens <= COLUMNS_UP_TO:
-            yield found
-            if tokens >= APART_FROM:
-                yield replace(found, apart=True)
-        else:
-            yield from (replace(found, tokens=width, apart=True) for width in widths(problem, tokens))
+        for width in widths(problem, tokens) if tokens > COLUMNS_UP_TO else (COLUMNS_UP_TO,):
+            yield replace(found, tokens=width, apart=tokens >= APART_FROM)
 
 
 def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
@@ -122,7 +117,7 @@ def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
     rows = next(rows for rows in (64, 32, 16) if problem.hidden % rows == 0)
     depths = _experts.pipeline_depths(problem.inter, problem, remainder=True)
     depth = max(d for d in depths if d <= (128 if problem.group == 0 else 256))
-    return Config(rows=rows, depth=depth, warps=rows // 16, apart=tokens > COLUMNS_UP_TO)
+    return Config(rows=rows, depth=depth, warps=rows // 16, apart=tokens >= APART_FROM)
 
 
 # ---- 2. the device code

@@ -1,4 +1,4 @@
-"""The first half of an expert layer for few tokens (1 to 256), without sorting them: for every token t and
+"""The first half of an expert layer for few tokens (1 to 128), without sorting them: for every token t and
 every expert e it chose, with p the place of that choice in `expert_ids`,
 
     h_p = activation(gate_e · x_t, up_e · x_t)
@@ -46,7 +46,7 @@ from firebox.kernels.launch import Launcher
 # ---- 1. the problem
 
 OP = "moe_gate_up"
-MAX_TOKENS = 256
+MAX_TOKENS = 128
 COLUMNS_UP_TO = 8  # tokens that stand in the product as they are
 
 

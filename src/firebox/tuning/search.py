@@ -34,7 +34,7 @@ from firebox.tuning.surrogate import Surrogate, features
 
 KEYS = (64, 1, 1024, 8, 4096, 256, 16, 4, 2048)
 COMPILED_SHARE, COMPILED_LEAST = 1 / 3, 20  # of a part's candidates, by the first guess
-AT_FIRST, THEN, TRIED_BETWEEN = 7, 4, 2  # candidates of a part that are measured
+AT_FIRST, THEN, TRIED_BETWEEN = 9, 5, 2  # candidates of a part that are measured
 NEARBY = 16  # times as many tokens, or as few: so far a measurement tells about another
 FINAL, CLOSE = 4, 1.01  # the best are measured once more, in turn, if so little lies between them
 OPTIMISM = 0.8  # standard deviations that an unknown candidate is given credit for
