@@ -33,11 +33,12 @@ from firebox.tuning.journal import Journal
 from firebox.tuning.surrogate import Surrogate, features
 
 KEYS = (64, 1, 1024, 8, 4096, 256, 16, 4, 2048)
-COMPILED_SHARE, COMPILED_LEAST = 1 / 3, 20  # of a part's candidates, by the first guess
+COMPILED_SHARE, COMPILED_LEAST = 1 / 4, 20  # of a part's candidates, by the first guess
 AT_FIRST, THEN, TRIED_BETWEEN = 9, 5, 2  # candidates of a part that are measured
+ONE_MORE_OF = 20  # candidates: one more is measured for each so many
 NEARBY = 16  # times as many tokens, or as few: so far a measurement tells about another
 FINAL, CLOSE = 4, 1.01  # the best are measured once more, in turn, if so little lies between them
-OPTIMISM = 0.8  # standard deviations that an unknown candidate is given credit for
+OPTIMISM = 1.0  # standard deviations that an unknown candidate is given credit for
 WORTH = 1.1  # a path is looked at if its estimate is within this of the best path's
 LARGE, TOLERATED = 512, 1.02  # from so many tokens on the stock tile stays unless beaten by this
 DIP = 1.01  # so much longer than more tokens is no noise
@@ -280,7 +281,8 @@ class Search:
         self, task: Task, key: tuple[str, str], around: Mapping[int, Entry] | None
     ) -> dict[Candidate, float]:
         times: dict[Candidate, float] = {}
-        budget = THEN if self._known_nearby(task, key) else AT_FIRST
+        more = len(self._candidates[task][key]) // ONE_MORE_OF
+        budget = (THEN if self._known_nearby(task, key) else AT_FIRST) + more
         if around:
             winners = list(self._winners(task, key, around))
             self._measure(task, key, winners, times)
