@@ -3,6 +3,8 @@ float32 on dequantised weights. Needs torch, Triton and pytest, nothing of the e
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -133,6 +135,27 @@ def test_odd_widths(format: str, gpu: Gpu) -> None:
                 inter,
                 tokens,
             )
+
+
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4", *INTEGERS])
+@pytest.mark.parametrize(("hidden", "inter"), [(512, 256), (320, 192), (2880, 2880), (5120, 384)])
+def test_weights_in_panels(format: str, hidden: int, inter: int, gpu: Gpu) -> None:
+    """One panel a step, two and half a one; what is left behind the last step; with and without TMA."""
+    from firebox.kernels import moe_down, moe_gate_up
+
+    layer = Layer(problem(format, hidden=hidden, inter=inter, panels=True), gpu)
+    p = layer.problem
+    for tokens in (1, 2, 8, 9, 16, 33, 64):
+        gate_up, down = moe_gate_up_few.default(p, tokens, gpu), moe_down_few.default(p, tokens, gpu)
+        for depth, tma in ((gate_up.depth, False), (128, True), (64, True), (64, False)):
+            tiles = (replace(tile, depth=min(depth, tile.depth), tma=tma) for tile in (gate_up, down))
+            found = layer.error(tokens, Path(FEW, *tiles, "test"))
+            assert found < FEW_LIMIT[format], (tokens, depth, tma, found)
+    for tokens, block in ((20, 16), (200, 32), (300, 64)):
+        for tma in (False, True):
+            tiles = (replace(half.default(p, block, gpu), tma=tma) for half in (moe_gate_up, moe_down))
+            found = layer.error(tokens, Path(SORTED, *tiles, "test"))
+            assert found < SORTED_LIMIT[format], (tokens, block, tma, found)
 
 
 @pytest.mark.parametrize("format", ["bf16", "fp8_channel", "mxfp4"])

@@ -2,7 +2,7 @@
 their errors as JSON: [case, relative error, …]. A process of its own, because Triton decides when it is
 imported.
 
-    TRITON_INTERPRET=1 python -m tests.support.interpreted_experts FORMAT [COLUMNS OF AN INTEGER GROUP]
+    TRITON_INTERPRET=1 python -m tests.support.interpreted_experts FORMAT [COLUMNS OF A GROUP [panels]]
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -38,11 +39,19 @@ GPU = find_gpu("gb10")
 NAN = float("nan")
 BLOCK = 16
 GROUP = int(sys.argv[2]) if len(sys.argv) > 2 else 32
+PANELS = sys.argv[3:] == ["panels"]
 
 
 def problem(format: str, hidden: int, inter: int, experts: int) -> Problem:
     clamped = {"activation": "clamped_swiglu", "biases": True} if format in MXFP4 else {}
-    return Problem(hidden, inter, experts, 3, format, dtype="f16", int4_columns=GROUP, **clamped)
+    return Problem(
+        hidden, inter, experts, 3, format, dtype="f16", int4_columns=GROUP, panels=PANELS, **clamped
+    )
+
+
+def in_depths(config: Any, p: Problem, columns: int) -> Any:
+    """Of panels of 128 columns half a one at a time; of narrower ones, as by default, two or one."""
+    return replace(config, depth=64) if p.panel(columns) == 128 and p.group <= 64 else config
 
 
 def few(
@@ -54,13 +63,13 @@ def few(
     table = torch.full(
         (moe_gate_up_few.programs(p, tokens), 1 + moe_gate_up_few.padded(tokens)), -1, dtype=torch.int32
     )
-    config = moe_gate_up_few.default(p, tokens, GPU)
+    config = in_depths(moe_gate_up_few.default(p, tokens, GPU), p, p.hidden)
     launcher = Launcher(moe_gate_up_few.request(p, tokens, config, GPU, interpreted=True))
     moe_gate_up_few.run(launcher, p, x, gate_up, ids, h, table)
     wanted = moe_gate_up_few.reference(p, x, gate_up, ids)
     found = {f"few {tokens} gate_up": relative_error(h, wanted)}
     wanted = moe_down_few.reference(p, h, down, ids, weights)
-    config = moe_down_few.default(p, tokens, GPU)
+    config = in_depths(moe_down_few.default(p, tokens, GPU), p, p.inter)
     tiles = {"": config}
     if tokens <= moe_gate_up_few.COLUMNS_UP_TO:
         whole = moe_down_few.Config(rows=config.rows, depth=0, warps=config.warps)
@@ -108,7 +117,7 @@ def sorted_(
         assert torch.equal(arranged, moe_arrange.reference(columns, x))
         x = arranged
     h = torch.empty(ids.numel(), p.inter, dtype=x.dtype)
-    config = moe_gate_up.default(p, BLOCK, GPU)
+    config = in_depths(moe_gate_up.default(p, BLOCK, GPU), p, p.hidden)
     launcher = Launcher(moe_gate_up.request(p, config, GPU, interpreted=True))
     moe_gate_up.run(launcher, p, x, x_scale, gate_up, order, blocks, h, h_scale)
     inner = h.float()
@@ -122,7 +131,7 @@ def sorted_(
         )
     }
     y = torch.full((ids.numel(), p.hidden), NAN, dtype=torch.float16)
-    config = moe_down.default(p, BLOCK, GPU)
+    config = in_depths(moe_down.default(p, BLOCK, GPU), p, p.inter)
     launcher = Launcher(moe_down.request(p, config, GPU, interpreted=True))
     moe_down.run(launcher, p, h, h_scale, down, order, blocks, weights, y)
     found[f"sorted {tokens} down"] = relative_error(

@@ -19,6 +19,9 @@ numbers next to each other, so weights are arranged once, when they are loaded.
     activations                         for many tokens: of 64 columns first all that code 0 stands for, then
                                         those of code 1, …, so that each code's are 16 in a row; in groups
                                         of 64 and more they are that as they stand
+    panels  [panels, rows, …]           4-bit words and their group scales, if so chosen: all rows of 128
+                                        columns (or of 64 or 32, as the width allows) together, so that what a
+                                        step of a kernel reads is one run of bytes; groups are not padded
     group scales [rows, groups]         rows padded to a multiple of 16 groups, so that they load in one piece
     scales with zero points             one int32 a group: the scale as bf16 in the low half, −(128 + zero) as
                                         bf16 in the high half, which is exact
@@ -32,6 +35,7 @@ RUN = 8  # gate rows, or up rows, one behind the other
 PER_WORD = 4
 GROUPS_PADDED = 16
 ARRANGED = 64  # columns of activations that are put in another order together
+PANELS = (128, 64, 32)  # columns
 INT4_BITS = tuple(tuple(range(4 * j + 3, 4 * j - 1, -1)) for j in range(PER_WORD))
 E2M1_BITS = ((15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (14, 13, 11, 10))
 
@@ -78,6 +82,21 @@ def arranged_columns(columns: int, group: int) -> torch.Tensor:
         return torch.arange(columns)
     places = torch.arange(columns).view(-1, ARRANGED // group, PER_WORD, group // PER_WORD)
     return places.transpose(1, 2).flatten()
+
+
+def panel_columns(columns: int, group: int) -> int:
+    """Columns of a panel of a matrix that has so many, in groups of `group`; 0 where there can be none."""
+    return next((wide for wide in PANELS if columns % wide == 0 and wide % group == 0), 0)
+
+
+def to_panels(rows: torch.Tensor, panels: int) -> torch.Tensor:
+    """[..., rows, n], n a multiple of `panels` → [..., panels, rows, n / panels]."""
+    return torch.unflatten(rows, -1, (panels, -1)).transpose(-3, -2).contiguous()
+
+
+def from_panels(panels: torch.Tensor) -> torch.Tensor:
+    """The inverse of `to_panels`."""
+    return panels.transpose(-3, -2).flatten(-2)
 
 
 def pad_groups(scales: torch.Tensor) -> torch.Tensor:

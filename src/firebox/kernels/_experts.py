@@ -23,7 +23,16 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from firebox.formats.layouts import ARRANGED, E2M1_BITS, INT4_BITS, separate, unpack_words, unpack_zeros
+from firebox.formats.layouts import (
+    ARRANGED,
+    E2M1_BITS,
+    INT4_BITS,
+    from_panels,
+    panel_columns,
+    separate,
+    unpack_words,
+    unpack_zeros,
+)
 from firebox.hardware.base import Gpu
 from firebox.kernels._words import decode, scales_of
 from firebox.kernels.launch import Launcher
@@ -47,7 +56,7 @@ class Problem:
     kernels/cpu_moe_block.py; `biases`: gpt-oss's. `dtype`: of hidden states, "bf16" or "f16". `residual`:
     the sum is added to what the output holds. `int4_columns`: that share a scale in 4-bit integers, one
     of INT4_GROUPS. `shared`: so many experts, the last ones, are every token's: the same to the kernels, but
-    not to who measures them."""
+    not to who measures them. `panels`: words and group scales lie in panels (formats/layouts.py)."""
 
     hidden: int
     inter: int
@@ -62,6 +71,7 @@ class Problem:
     residual: bool = False
     int4_columns: int = 32
     shared: int = 0
+    panels: bool = False
 
     @property
     def group(self) -> int:
@@ -75,14 +85,19 @@ class Problem:
         """Do activations of many tokens lie in another order? (layouts.arranged_columns)"""
         return 0 < self.group < ARRANGED
 
+    def panel(self, columns: int) -> int:
+        """Columns of a panel of a matrix that has so many; 0 where rows lie as they are."""
+        return panel_columns(columns, self.group) if self.panels else 0
+
 
 @dataclass(frozen=True)
 class Weights:
     """The weights of one of the two matrices of all experts. `w` [experts, rows, columns] bf16 or
     float8_e4m3fn, or words [experts, rows, columns / 4] uint16. `scale`: of blocks [experts, rows / 128,
     columns / 128] float32 (gate blocks, then up blocks), or of groups [experts, rows, groups padded]: bf16
-    (int4_group), int32 of scale and zero (int4_zero), uint8 E8M0 (mxfp4), float8_e4m3fn (nvfp4).
-    `row_scale` and `bias` [experts, rows] float32. Rows are interleaved where they are gate and up."""
+    (int4_group), int32 of scale and zero (int4_zero), uint8 E8M0 (mxfp4), float8_e4m3fn (nvfp4). In panels,
+    words and scales of groups are [experts, panels, rows, those of a row in a panel]. `row_scale` and `bias`
+    [experts, rows] float32. Rows are interleaved where they are gate and up."""
 
     w: torch.Tensor
     scale: torch.Tensor | None = None
@@ -115,14 +130,15 @@ def weight_bytes(problem: Problem) -> float:
 
 
 def weight_arguments(
-    problem: Problem, rows: int, depth: int, *, tma: bool
+    problem: Problem, columns: int, rows: int, depth: int, *, tma: bool
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """The arguments w, tiles, scale, row_scale and bias: those that are there with their Triton types, and
-    the others as constants None."""
+    the others as constants None. `columns`: of the matrix; `rows` and `depth`: of a tile."""
     kind = WEIGHT_TYPES[problem.format]
+    together = min(depth, problem.panel(columns) or depth)
     present = {
         "w": f"*{kind}",
-        "tiles": f"tensordesc<{kind}[{rows}, {depth // 4 if problem.group else depth}]>" if tma else "",
+        "tiles": f"tensordesc<{kind}[{rows}, {together // 4 if problem.group else depth}]>" if tma else "",
         "scale": f"*{GROUP_SCALE_TYPES[problem.format]}" if problem.format in GROUP_SCALE_TYPES else "",
         "row_scale": "*fp32" if problem.format in ROW_SCALED else "",
         "bias": "*fp32" if problem.biases else "",
@@ -133,11 +149,13 @@ def weight_arguments(
 
 def weight_constants(problem: Problem, columns: int, gpu: Gpu, *, interpreted: bool) -> dict[str, Any]:
     """The constants that every kernel here has. `columns`: of the matrix."""
-    multiply = operand(problem)
+    multiply, panel = operand(problem), problem.panel(columns)
+    groups = columns // problem.group if problem.group else 0
     return {
         "HIDDEN": problem.hidden,
         "INTER": problem.inter,
-        "GROUPS": -(-columns // problem.group // 16) * 16 if problem.group else 0,
+        "GROUPS": groups if panel else -(-groups // 16) * 16,
+        "PANEL": panel,
         "FORMAT": problem.format,
         "DTYPE": DTYPES[multiply],
         "GROUP": problem.group,
@@ -203,7 +221,7 @@ def bound(launcher: Launcher, weights: Weights) -> dict[str, Any]:
         name: getattr(weights, name) for name in ("w", "scale", "row_scale", "bias") if name in signature
     }
     if "tiles" in signature:
-        matrix = weights.w.flatten(0, 1)
+        matrix = weights.w.flatten(0, -2)
         box = [int(size) for size in signature["tiles"].partition("[")[2].rstrip("]>").split(",")]
         found["tiles"] = TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), box)
     return found
@@ -213,6 +231,8 @@ def dequantised(problem: Problem, weights: Weights, expert: int, *, halves: bool
     """One expert's matrix [rows, columns] in float32, as the formats mean it; `halves`: gate rows, then up
     rows. The kernels' oracle."""
     w, scale = weights.w[expert], None if weights.scale is None else weights.scale[expert]
+    if w.dim() == 3 and scale is not None:
+        w, scale = from_panels(w), from_panels(scale)
     if problem.format in FOUR_BIT:
         assert scale is not None
         codes = unpack_words(w, problem.group, word_bits(problem.format))
@@ -314,25 +334,65 @@ def four_products(
 
 
 @triton.jit
+def together(GROUPS: tl.constexpr, GROUP: tl.constexpr, PANEL: tl.constexpr):
+    """Group scales of a row that lie next to each other."""
+    return PANEL // GROUP if PANEL > 0 else GROUPS
+
+
+@triton.jit
+def row_of_tile(expert, row, ALL: tl.constexpr, COLUMNS: tl.constexpr, PANEL: tl.constexpr):
+    """Where the tile from `row` on begins in the rows of all experts, of which each has ALL; in panels, in
+    those of its first one."""
+    PANELS: tl.constexpr = COLUMNS // PANEL if PANEL > 0 else 1
+    return expert * (ALL * PANELS) + row
+
+
+@triton.jit
+def words_and_scales(
+    w, tiles, first_row, rows, scale, first,
+    ALL: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, PANEL: tl.constexpr,
+    FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr, POLICY: tl.constexpr,
+):  # fmt: skip
+    """Words [ROWS, DEPTH / 4] of the columns from `first` on, and what `scales_of` says of them; in panels,
+    all of one. ALL: rows of the expert's matrix; POLICY: for how long the L2 keeps words."""
+    width: tl.constexpr = PANEL if PANEL > 0 else COLUMNS
+    panel = 0
+    within = first
+    if PANEL > 0:
+        panel = first // PANEL
+        within = 0 if DEPTH == PANEL else first % PANEL
+        scale += panel * (ALL * (PANEL // GROUP))
+    if tiles is None:
+        i = within // 4 + tl.arange(0, DEPTH // 4)
+        at = panel * (ALL * (width // 4)) + rows[:, None] * (width // 4)
+        words = tl.load(w + at + i[None, :], eviction_policy=POLICY)
+    else:
+        words = tiles.load([first_row + panel * ALL, within // 4])
+    wide, minus = scales_of(scale, within, None, ROWS, DEPTH, GROUP, FORMAT, DTYPE, ASM)
+    return words, wide, minus
+
+
+@triton.jit
 def chunk(
     acc, w, tiles, first_row, rows, scale, x, token_live, first,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr,
-    GROUP: tl.constexpr, ASM: tl.constexpr,
+    ALL: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, PANEL: tl.constexpr,
+    FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """acc [ROWS, TOKENS] += the columns `first` … first + DEPTH. `w` points at the expert's matrix, `tiles`
-    is a tensor descriptor of all experts' or None. DTYPE: what weights are turned into, None for a product of
-    their own type. `scale`: with groups, points at the rows' [ROWS, 1]; with blocks, at the rows' blocks; or
-    None."""
+    """acc [ROWS, TOKENS] += the columns `first` … first + DEPTH. `w` points at the expert's matrix of ALL
+    rows, `tiles` is a tensor descriptor of all experts' or None. DTYPE: what weights are turned into, None
+    for a product of their own type. `scale`: with groups, points at the rows' [ROWS, 1]; with blocks, at the
+    rows' blocks; or None."""
     if GROUP > 0:
-        if tiles is None:
-            i = first // 4 + tl.arange(0, DEPTH // 4)
-            words = tl.load(w + rows[:, None] * (COLUMNS // 4) + i[None, :], eviction_policy="evict_first")
-        else:
-            words = tiles.load([first_row, first // 4])
-        wide, minus = scales_of(scale, first, None, ROWS, DEPTH, GROUP, FORMAT, DTYPE, ASM)
-        acc = four_products(
-            acc, words, wide, minus, x, token_live, first, COLUMNS, DEPTH, GROUP, FORMAT, DTYPE, ASM, False
-        )
+        STEP: tl.constexpr = DEPTH if PANEL == 0 or DEPTH < PANEL else PANEL
+        for step in tl.static_range(DEPTH // STEP):
+            at = first + step * STEP
+            words, wide, minus = words_and_scales(
+                w, tiles, first_row, rows, scale, at,
+                ALL, COLUMNS, ROWS, STEP, PANEL, FORMAT, DTYPE, GROUP, ASM, "evict_first",
+            )  # fmt: skip
+            acc = four_products(
+                acc, words, wide, minus, x, token_live, at, COLUMNS, STEP, GROUP, FORMAT, DTYPE, ASM, False
+            )
     else:
         i = first + tl.arange(0, DEPTH)
         if tiles is None:
@@ -353,8 +413,8 @@ def chunk(
 @triton.jit
 def tile(
     w, tiles, first_row, rows, scale, x, token_live,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
-    FORMAT: tl.constexpr,
+    ALL: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
+    PANEL: tl.constexpr, FORMAT: tl.constexpr,
     DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Σ over all columns: chunks of DEPTH in a pipeline of STAGES, then what is left."""
@@ -363,12 +423,12 @@ def tile(
     for first in tl.range(0, WHOLE, DEPTH, num_stages=STAGES):
         acc = chunk(
             acc, w, tiles, first_row, rows, scale, x, token_live, first,
-            COLUMNS, ROWS, DEPTH, FORMAT, DTYPE, GROUP, ASM,
+            ALL, COLUMNS, ROWS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, ASM,
         )  # fmt: skip
     if WHOLE < COLUMNS:
         acc = chunk(
             acc, w, None, first_row, rows, scale, x, token_live, WHOLE,
-            COLUMNS, ROWS, COLUMNS - WHOLE, FORMAT, DTYPE, GROUP, ASM,
+            ALL, COLUMNS, ROWS, COLUMNS - WHOLE, PANEL, FORMAT, DTYPE, GROUP, ASM,
         )  # fmt: skip
     return acc
 

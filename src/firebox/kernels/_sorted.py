@@ -15,8 +15,7 @@ import triton
 import triton.language as tl
 
 from firebox.formats.layouts import ARRANGED, PER_WORD
-from firebox.kernels._experts import activation, four_products
-from firebox.kernels._words import scales_of
+from firebox.kernels._experts import activation, four_products, words_and_scales
 
 X_RUN = tl.constexpr(ARRANGED // PER_WORD)
 
@@ -32,25 +31,28 @@ def empty_tile(ROWS: tl.constexpr, TOKENS: tl.constexpr, FLIP: tl.constexpr):
 @triton.jit
 def add_chunk(
     acc, w, tiles, first_row, rows, scale, other_scale, of_other, x, x_scale, live, first,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr,
+    ALL: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, PANEL: tl.constexpr,
+    FORMAT: tl.constexpr, DTYPE: tl.constexpr,
     GROUP: tl.constexpr, X_GROUP: tl.constexpr, ASM: tl.constexpr, FLIP: tl.constexpr,
 ):  # fmt: skip
-    """`acc` with the columns `first` … first + DEPTH. `w` points at the expert's matrix, `rows` [ROWS] are
-    its rows, none beyond the last; `tiles` is a tensor descriptor of all experts' matrices or None. `scale`:
-    with groups, points at the rows' [ROWS, 1]; with blocks, at the block of the rows that are not `of_other`
-    [ROWS], and `other_scale` at that of those that are. X_GROUP: columns of x that share an `x_scale`
-    [TOKENS] (0: nothing to apply here)."""
+    """`acc` with the columns `first` … first + DEPTH. `w` points at the expert's matrix of ALL rows, `rows`
+    [ROWS] are the tile's, none beyond the last; `tiles` is a tensor descriptor of all experts' matrices or
+    None. `scale`: with groups, points at the rows' [ROWS, 1]; with blocks, at the block of the rows that are
+    not `of_other` [ROWS], and `other_scale` at that of those that are. X_GROUP: columns of x that share an
+    `x_scale` [TOKENS] (0: nothing to apply here)."""
     if GROUP > 0:
-        if tiles is None:
-            i = first // 4 + tl.arange(0, DEPTH // 4)
-            words = tl.load(w + rows[:, None] * (COLUMNS // 4) + i[None, :])
-        else:
-            words = tiles.load([first_row, first // 4])
-        wide, minus = scales_of(scale, first, None, ROWS, DEPTH, GROUP, FORMAT, DTYPE, ASM)
-        return four_products(
-            acc, words, wide, minus, x, live, first, COLUMNS, DEPTH, GROUP, FORMAT, DTYPE, ASM, False,
-            X_RUN if GROUP < 4 * X_RUN else GROUP // 4,
-        )  # fmt: skip
+        STEP: tl.constexpr = DEPTH if PANEL == 0 or DEPTH < PANEL else PANEL
+        for step in tl.static_range(DEPTH // STEP):
+            at = first + step * STEP
+            words, wide, minus = words_and_scales(
+                w, tiles, first_row, rows, scale, at,
+                ALL, COLUMNS, ROWS, STEP, PANEL, FORMAT, DTYPE, GROUP, ASM, "",
+            )  # fmt: skip
+            acc = four_products(
+                acc, words, wide, minus, x, live, at, COLUMNS, STEP, GROUP, FORMAT, DTYPE, ASM, False,
+                X_RUN if GROUP < 4 * X_RUN else GROUP // 4,
+            )  # fmt: skip
+        return acc
     else:
         i = first + tl.arange(0, DEPTH)
         if tiles is None:

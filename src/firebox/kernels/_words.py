@@ -174,16 +174,27 @@ def decode(words, minus, FORMAT: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.cons
 
 
 @triton.jit
+def in_panels(row, column, ALL: tl.constexpr, COLUMNS: tl.constexpr, PANEL: tl.constexpr):
+    """Where a number of a matrix of ALL rows and COLUMNS columns lies; PANEL 0: row by row."""
+    if PANEL == 0:
+        return row * COLUMNS + column
+    else:
+        return column // PANEL * (ALL * PANEL) + row * PANEL + column % PANEL
+
+
+@triton.jit
 def group_scales(
     scale, first, live, ROWS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
     FORMAT: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr,
+    TOGETHER: tl.constexpr = 0, ALL: tl.constexpr = 0,
 ):  # fmt: skip
     """The scales of DEPTH columns from `first` on, for each word [ROWS, DEPTH / 4]. `scale` points at rows
-    [ROWS, 1]; `live` masks groups that are not there (None: all are).
+    [ROWS, 1]; `live` masks groups that are not there (None: all are). TOGETHER: so many of a row lie next to
+    each other, and then those of the next of ALL rows (0: all of a row do).
 
     With ASM the codes are times 2⁻¹²⁶. E8M0 takes that back exactly: its exponent plus 126. NVFP4's scale, up
     to 448, would overflow, so it takes back 2¹¹⁸, and the row's scale the last 2⁸."""
-    group = first // GROUP + tl.arange(0, DEPTH // GROUP)
+    group = in_panels(0, first // GROUP + tl.arange(0, DEPTH // GROUP), ALL, 0, TOGETHER)
     if live is None:
         stored = tl.load(scale + group[None, :])
     else:
@@ -203,10 +214,11 @@ def group_scales(
 
 @triton.jit
 def scales_and_zeros(
-    scale, first, live, ROWS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr
-):
+    scale, first, live, ROWS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr,
+    TOGETHER: tl.constexpr = 0, ALL: tl.constexpr = 0,
+):  # fmt: skip
     """As group_scales, for int4_zero: two of [ROWS, DEPTH / 4], the scales and −(128 + zero)."""
-    group = first // GROUP + tl.arange(0, DEPTH // GROUP)
+    group = in_panels(0, first // GROUP + tl.arange(0, DEPTH // GROUP), ALL, 0, TOGETHER)
     if live is None:
         stored = tl.load(scale + group[None, :])
     else:
@@ -221,12 +233,12 @@ def scales_and_zeros(
 @triton.jit
 def scales_of(
     scale, first, live, ROWS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr,
-    DTYPE: tl.constexpr, ASM: tl.constexpr,
+    DTYPE: tl.constexpr, ASM: tl.constexpr, TOGETHER: tl.constexpr = 0, ALL: tl.constexpr = 0,
 ):  # fmt: skip
     """The scales of DEPTH columns for each word, and −(128 + zero) (the same again where there are none).
-    `live` masks groups that are not there (None: all are)."""
+    `live`, TOGETHER and ALL as in `group_scales`."""
     if FORMAT == "int4_zero":
-        return scales_and_zeros(scale, first, live, ROWS, DEPTH, GROUP, DTYPE)
+        return scales_and_zeros(scale, first, live, ROWS, DEPTH, GROUP, DTYPE, TOGETHER, ALL)
     else:
-        wide = group_scales(scale, first, live, ROWS, DEPTH, GROUP, FORMAT, DTYPE, ASM)
+        wide = group_scales(scale, first, live, ROWS, DEPTH, GROUP, FORMAT, DTYPE, ASM, TOGETHER, ALL)
         return wide, wide

@@ -26,6 +26,8 @@ from firebox.kernels._experts import (
     Weights,
     let_next_launch_begin,
     row_factors,
+    row_of_tile,
+    together,
     wait_for_launch_before,
 )
 from firebox.kernels._sorted import add_chunk, biased, empty_tile, scaled, store_tile
@@ -79,7 +81,8 @@ def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
 @triton.jit
 def down_sorted(
     h, h_scale, w, tiles, scale, row_scale, bias, order, blocks, routing_weights, y,
-    HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, PANEL: tl.constexpr,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr,
     PARTS: tl.constexpr, DEPTH: tl.constexpr, TILES: tl.constexpr, FLIP: tl.constexpr, FORMAT: tl.constexpr,
     DTYPE: tl.constexpr, GROUP: tl.constexpr, H_GROUP: tl.constexpr,
     STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
@@ -124,14 +127,14 @@ def down_sorted(
         scale_of_row = None
         other_scale = None
         if GROUP > 0:
-            scale_of_row = scale + e * (HIDDEN * GROUPS) + rows[:, None] * GROUPS
+            scale_of_row = scale + e * (HIDDEN * GROUPS) + rows[:, None] * together(GROUPS, GROUP, PANEL)
         elif scale is not None:
             scale_of_row = scale + (e * (HIDDEN // 128) + n * ROWS // 128) * (INTER // 128)
             other_scale = scale_of_row + (INTER // 128 if ROWS == 256 else 0)
         acc = add_chunk(
-            acc, matrix, tiles, expert * HIDDEN + n * ROWS, rows, scale_of_row, other_scale,
-            tl.arange(0, ROWS) >= 128, row_of_h, scale_of_choice, live, k * DEPTH,
-            INTER, ROWS, DEPTH, FORMAT, DTYPE, GROUP, H_GROUP, ASM, FLIP,
+            acc, matrix, tiles, row_of_tile(expert, n * ROWS, HIDDEN, INTER, PANEL), rows, scale_of_row,
+            other_scale, tl.arange(0, ROWS) >= 128, row_of_h, scale_of_choice, live, k * DEPTH,
+            HIDDEN, INTER, ROWS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, H_GROUP, ASM, FLIP,
         )  # fmt: skip
         if k == STEPS - 1:
             of_row = None
@@ -151,7 +154,9 @@ def request(
     problem: Problem, config: Config, gpu: Gpu, *, block: int = 0, interpreted: bool = False
 ) -> CompileRequest:
     """One compile for any number of tokens. `block` as in moe_gate_up."""
-    types, absent = _experts.weight_arguments(problem, config.rows, config.depth, tma=config.tma)
+    types, absent = _experts.weight_arguments(
+        problem, problem.inter, config.rows, config.depth, tma=config.tma
+    )
     native = quantised(problem)
     plain = f"*{_experts.POINTER_NAMES[problem.dtype]}"
     types |= {"h": "*fp8e4nv" if native else plain, "y": plain, "routing_weights": "*fp32"}

@@ -38,10 +38,12 @@ from firebox.kernels._experts import (
     four_products,
     let_next_launch_begin,
     row_factors,
+    row_of_tile,
     tile,
+    together,
     wait_for_launch_before,
 )
-from firebox.kernels._words import scales_of
+from firebox.kernels._words import in_panels, scales_of
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
 from firebox.kernels.moe_gate_up_few import (
@@ -138,12 +140,13 @@ def _store(acc, factor, bias, routing_weights, products, rows, place, live, HIDD
 def _pass(
     h, matrix, tiles, first_row, rows, scale, factor, bias, routing_weights, products, place, live,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
+    PANEL: tl.constexpr,
     FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     row_of_h = h + place[:, None].to(tl.int64) * INTER
     acc = tile(
         matrix, tiles, first_row, rows, scale, row_of_h, live,
-        INTER, ROWS, TOKENS, DEPTH, FORMAT, DTYPE, GROUP, STAGES, ASM,
+        HIDDEN, INTER, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, ASM,
     )  # fmt: skip
     _store(acc, factor, bias, routing_weights, products, rows, place, live, HIDDEN)
 
@@ -152,7 +155,8 @@ def _pass(
 def _whole_tile(
     h, matrix, scale, factor, bias, routing_weights, products, rows, first_in_expert, place, live,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-    FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    PANEL: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """The weights first, then the wait, then h. WIDE: INTER up to a power of two."""
     row_of_h = h + place[:, None].to(tl.int64) * INTER
@@ -160,10 +164,13 @@ def _whole_tile(
     if GROUP > 0:
         i = tl.arange(0, WIDE // 4)
         words = tl.load(
-            matrix + rows[:, None] * (INTER // 4) + i[None, :], mask=(i < INTER // 4)[None, :], other=0
-        )
+            matrix + in_panels(rows[:, None], i[None, :], HIDDEN, INTER // 4, PANEL // 4),
+            mask=(i < INTER // 4)[None, :], other=0,
+        )  # fmt: skip
         groups_live = tl.arange(0, WIDE // GROUP) < INTER // GROUP
-        wide, minus = scales_of(scale, 0, groups_live, ROWS, WIDE, GROUP, FORMAT, DTYPE, ASM)
+        wide, minus = scales_of(
+            scale, 0, groups_live, ROWS, WIDE, GROUP, FORMAT, DTYPE, ASM, PANEL // GROUP, HIDDEN
+        )
         wait_for_launch_before(PDL)
         acc = four_products(
             acc, words, wide, minus, row_of_h, live, 0, INTER, WIDE, GROUP, FORMAT, DTYPE, ASM, WIDE > INTER
@@ -209,7 +216,8 @@ def _add_up(
 def down_few(
     h, w, tiles, scale, row_scale, bias, expert_ids, routing_weights, table, products, out, counters,
     tokens, choices,
-    HIDDEN: tl.constexpr, INTER: tl.constexpr, WIDE: tl.constexpr, GROUPS: tl.constexpr, TOP_K: tl.constexpr,
+    HIDDEN: tl.constexpr, INTER: tl.constexpr, WIDE: tl.constexpr, GROUPS: tl.constexpr,
+    PANEL: tl.constexpr, TOP_K: tl.constexpr,
     TOP_K_PADDED: tl.constexpr, PADDED: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr,
     TOKENS: tl.constexpr, DEPTH: tl.constexpr, APART: tl.constexpr, FORMAT: tl.constexpr,
     DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, SUMMED: tl.constexpr,
@@ -244,7 +252,7 @@ def down_few(
     scale_of_row = None
     if GROUP > 0:
         matrix = w + e * (HIDDEN * (INTER // 4))
-        scale_of_row = scale + e * (HIDDEN * GROUPS) + rows[:, None] * GROUPS
+        scale_of_row = scale + e * (HIDDEN * GROUPS) + rows[:, None] * together(GROUPS, GROUP, PANEL)
     else:
         matrix = w + e * (HIDDEN * INTER)
         if scale is not None:
@@ -254,7 +262,7 @@ def down_few(
         factor = row_factors(row_scale, e * HIDDEN + rows, FORMAT, ASM)
     if bias is not None:
         bias_of_row = tl.load(bias + e * HIDDEN + rows)
-    first_row = expert * HIDDEN + n * ROWS
+    first_row = row_of_tile(expert, n * ROWS, HIDDEN, INTER, PANEL)
     if DEPTH == 0:
         if mine:
             if GROUP == 0 and scale is not None:
@@ -262,7 +270,7 @@ def down_few(
             _whole_tile(
                 h, matrix, scale_of_row, factor, bias_of_row, routing_weights, products, rows, n * ROWS,
                 place, live,
-                HIDDEN, INTER, WIDE, ROWS, TOKENS, FORMAT, DTYPE, GROUP, ASM, PDL,
+                HIDDEN, INTER, WIDE, ROWS, TOKENS, PANEL, FORMAT, DTYPE, GROUP, ASM, PDL,
             )  # fmt: skip
         else:
             wait_for_launch_before(PDL)
@@ -273,7 +281,7 @@ def down_few(
                 _pass(
                     h, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row, routing_weights,
                     products, place, live,
-                    HIDDEN, INTER, ROWS, TOKENS, DEPTH, FORMAT, DTYPE, GROUP, STAGES, ASM,
+                    HIDDEN, INTER, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, ASM,
                 )  # fmt: skip
             else:
                 entry = table + which * (PADDED + 1)
@@ -284,7 +292,7 @@ def down_few(
                     _pass(
                         h, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row,
                         routing_weights, products, tl.where(there, listed, 0), there,
-                        HIDDEN, INTER, ROWS, TOKENS, DEPTH, FORMAT, DTYPE, GROUP, STAGES, ASM,
+                        HIDDEN, INTER, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, ASM,
                     )  # fmt: skip
                     if before + TOKENS < count:
                         listed = tl.load(entry + 1 + before + TOKENS + t)
@@ -306,7 +314,7 @@ def request(
     """The compile of this problem for so many tokens. Token counts of one mode and padding share it."""
     how = mode(problem, tokens)
     types, absent = _experts.weight_arguments(
-        problem, config.rows, config.depth, tma=config.tma and config.depth > 0
+        problem, problem.inter, config.rows, config.depth, tma=config.tma and config.depth > 0
     )
     inner = _experts.POINTER_NAMES[_experts.operand(problem)]
     plain, apart = f"*{_experts.POINTER_NAMES[problem.dtype]}", adds_apart(config, tokens)

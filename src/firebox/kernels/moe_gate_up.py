@@ -29,6 +29,8 @@ from firebox.kernels._experts import (
     Weights,
     let_next_launch_begin,
     row_factors,
+    row_of_tile,
+    together,
     wait_for_launch_before,
 )
 from firebox.kernels._sorted import activated, add_chunk, arranged, biased, empty_tile, scaled, store_tile
@@ -115,7 +117,8 @@ def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
 @triton.jit
 def gate_up_sorted(
     x, x_scale, w, tiles, scale, row_scale, bias, order, blocks, h, h_scale,
-    HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr,
+    HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, PANEL: tl.constexpr,
+    TOP_K: tl.constexpr, ROWS: tl.constexpr,
     TOKENS: tl.constexpr, PARTS: tl.constexpr, DEPTH: tl.constexpr,
     FLIP: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr,
     X_GROUP: tl.constexpr, STAGES: tl.constexpr, CLAMPED: tl.constexpr, LIMIT: tl.constexpr,
@@ -141,13 +144,13 @@ def gate_up_sorted(
     rows = n * ROWS + tl.arange(0, ROWS)
     if RAGGED:
         rows = tl.minimum(rows, 2 * INTER - 1)
-    first_row = expert * (2 * INTER) + n * ROWS
+    first_row = row_of_tile(expert, n * ROWS, 2 * INTER, HIDDEN, PANEL)
     scale_of_row = None
     up_scale = None
     is_up = rows // 8 % 2 == 1
     if GROUP > 0:
         matrix = w + e * (2 * INTER * (HIDDEN // 4))
-        scale_of_row = scale + e * (2 * INTER * GROUPS) + rows[:, None] * GROUPS
+        scale_of_row = scale + e * (2 * INTER * GROUPS) + rows[:, None] * together(GROUPS, GROUP, PANEL)
     else:
         matrix = w + e * (2 * INTER * HIDDEN)
         if scale is not None:
@@ -162,7 +165,8 @@ def gate_up_sorted(
     for column in tl.range(0, HIDDEN, DEPTH, num_stages=STAGES):
         acc = add_chunk(
             acc, matrix, tiles, first_row, rows, scale_of_row, up_scale, is_up, row_of_x, scale_of_token,
-            live, column, HIDDEN, ROWS, DEPTH, FORMAT, DTYPE, GROUP, X_GROUP, ASM, FLIP,
+            live, column,
+            2 * INTER, HIDDEN, ROWS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, X_GROUP, ASM, FLIP,
         )  # fmt: skip
     of_token = None
     if x_scale is not None and X_GROUP == 0:
@@ -204,7 +208,9 @@ def request(
 ) -> CompileRequest:
     """One compile for any number of tokens. `block`: choices of a block, a multiple of the tile's tokens (0:
     as many as these)."""
-    types, absent = _experts.weight_arguments(problem, config.rows, config.depth, tma=config.tma)
+    types, absent = _experts.weight_arguments(
+        problem, problem.hidden, config.rows, config.depth, tma=config.tma
+    )
     native = quantised(problem)
     values = "*fp8e4nv" if native else f"*{_experts.POINTER_NAMES[problem.dtype]}"
     types |= {"x": values, "h": values, "order": "*i32", "blocks": "*i32"}

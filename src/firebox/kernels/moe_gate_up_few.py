@@ -37,7 +37,9 @@ from firebox.kernels._experts import (
     block_of_row,
     let_next_launch_begin,
     row_factors,
+    row_of_tile,
     tile,
+    together,
     wait_for_launch_before,
 )
 from firebox.kernels.compile import CompileRequest
@@ -140,6 +142,7 @@ def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
 def _pass(
     x, w, tiles, first_row, rows, scale, factor, bias, h, token, place, live, column,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
+    PANEL: tl.constexpr,
     FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
     CLAMPED: tl.constexpr,
     LIMIT: tl.constexpr, ALPHA: tl.constexpr, ASM: tl.constexpr,
@@ -148,7 +151,7 @@ def _pass(
     row_of_x = x + token[:, None].to(tl.int64) * HIDDEN
     acc = tile(
         w, tiles, first_row, rows, scale, row_of_x, live,
-        HIDDEN, ROWS, TOKENS, DEPTH, FORMAT, DTYPE, GROUP, STAGES, ASM,
+        2 * INTER, HIDDEN, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, ASM,
     )  # fmt: skip
     if factor is not None:
         acc *= factor[:, None]
@@ -173,8 +176,8 @@ def program_of_choices(MODE: tl.constexpr):
 @triton.jit
 def gate_up_few(
     x, w, tiles, scale, row_scale, bias, expert_ids, h, table, tokens, choices,
-    HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, TOP_K: tl.constexpr,
-    TOP_K_PADDED: tl.constexpr,
+    HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, PANEL: tl.constexpr,
+    TOP_K: tl.constexpr, TOP_K_PADDED: tl.constexpr,
     PADDED: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
     FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
     CLAMPED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
@@ -216,13 +219,13 @@ def gate_up_few(
             if count == 0:
                 return
     e = expert.to(tl.int64)
-    first_row = expert * (2 * INTER) + n * ROWS
+    first_row = row_of_tile(expert, n * ROWS, 2 * INTER, HIDDEN, PANEL)
     factor = None
     bias_of_row = None
     scale_of_row = None
     if GROUP > 0:
         matrix = w + e * (2 * INTER * (HIDDEN // 4))
-        scale_of_row = scale + e * (2 * INTER * GROUPS) + rows[:, None] * GROUPS
+        scale_of_row = scale + e * (2 * INTER * GROUPS) + rows[:, None] * together(GROUPS, GROUP, PANEL)
     else:
         matrix = w + e * (2 * INTER * HIDDEN)
         if scale is not None:
@@ -235,7 +238,8 @@ def gate_up_few(
     if MODE == "one" or MODE == "columns":
         _pass(
             x, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row, h, t, place, live, column,
-            HIDDEN, INTER, ROWS, TOKENS, DEPTH, FORMAT, DTYPE, GROUP, STAGES, CLAMPED, LIMIT, ALPHA, ASM,
+            HIDDEN, INTER, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, CLAMPED, LIMIT, ALPHA,
+            ASM,
         )  # fmt: skip
     else:
         for before in range(0, count, TOKENS):
@@ -244,7 +248,8 @@ def gate_up_few(
             _pass(
                 x, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row, h, moved // TOP_K,
                 moved, before + t < count, column,
-                HIDDEN, INTER, ROWS, TOKENS, DEPTH, FORMAT, DTYPE, GROUP, STAGES, CLAMPED, LIMIT, ALPHA, ASM,
+                HIDDEN, INTER, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, CLAMPED, LIMIT,
+                ALPHA, ASM,
             )  # fmt: skip
 
 
@@ -256,7 +261,9 @@ def request(
 ) -> CompileRequest:
     """The compile of this problem for so many tokens. Token counts of one mode and padding share it."""
     how = mode(problem, tokens)
-    types, absent = _experts.weight_arguments(problem, config.rows, config.depth, tma=config.tma)
+    types, absent = _experts.weight_arguments(
+        problem, problem.hidden, config.rows, config.depth, tma=config.tma
+    )
     dtype = _experts.POINTER_NAMES[problem.dtype]
     inner = _experts.POINTER_NAMES[_experts.operand(problem)]
     types |= {"x": f"*{dtype}", "expert_ids": "*i32", "h": f"*{inner}"}

@@ -31,12 +31,15 @@ class ExpertStore:
         self.down = self._empty(problem.hidden, problem.inter)
 
     def _empty(self, rows: int, columns: int) -> Weights:
-        p, experts = self.problem, self.problem.experts
-        width = columns // layouts.PER_WORD if p.group else columns
+        p, experts, panel = self.problem, self.problem.experts, self.problem.panel(columns)
+        shape = (experts, columns // panel, rows) if panel else (experts, rows)
+        width = (panel or columns) // layouts.PER_WORD if p.group else columns
         kind = WEIGHT_TYPES[p.format] if p.format != "bf16" else p.dtype
-        w = self._zeros(kind, experts, rows, width)
+        w = self._zeros(kind, *shape, width)
         scale = row_scale = None
-        if p.format in GROUP_SCALE_TYPES:
+        if panel:
+            scale = self._zeros(GROUP_SCALE_TYPES[p.format], *shape, panel // p.group)
+        elif p.format in GROUP_SCALE_TYPES:
             per_row = -(-columns // p.group // 16) * 16 if p.group else columns // BLOCK
             height = rows if p.group else rows // BLOCK
             scale = self._zeros(GROUP_SCALE_TYPES[p.format], experts, height, per_row)
@@ -57,8 +60,9 @@ class ExpertStore:
             if name == "scale" and not self.problem.group:  # gate blocks, then up blocks
                 _copy(target[expert, half * blocks : (half + 1) * blocks], source)
                 continue
-            runs = _rows(target[expert]).unflatten(0, (-1, 2, RUN))[:, half]
-            runs.copy_(_rows(source).unflatten(0, (-1, RUN)))
+            kept = _bytes(target[expert])
+            runs = kept.unflatten(-2, (-1, 2, RUN))[..., half, :, :]
+            runs.copy_(_laid_as(kept, source).unflatten(-2, (-1, RUN)))
 
     def keep_down(self, expert: int, packed: Packed) -> None:
         """An expert's down matrix [hidden, inter]."""
@@ -71,17 +75,28 @@ class ExpertStore:
         p = self.problem
         for to, columns in ((self.gate_up, p.hidden), (self.down, p.inter)):
             for expert in range(p.experts):
-                rows = to.w.shape[1]
+                rows = to.w.shape[-2]
                 made = invented(p.format, p.group, (rows,), columns, generator, TYPES[p.dtype])
                 for name, source in zip(("w", "scale", "row_scale"), made, strict=True):
                     if source is not None:
                         _copy(getattr(to, name)[expert], source)
 
 
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    """[rows] or [rows, n] as rows of bytes, which every device can copy."""
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """[rows] or [..., rows, n] as rows of bytes, which every device can copy."""
     return (tensor.unsqueeze(-1) if tensor.dim() == 1 else tensor).contiguous().view(torch.uint8)
 
 
+def _laid_as(kept: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """The bytes of `source` [rows] or [rows, n] as those of `kept` lie: [rows, bytes], or in panels, without
+    what pads its groups."""
+    rows = _bytes(source)
+    if kept.dim() == 2:
+        return rows
+    panels, _, width = kept.shape
+    return layouts.to_panels(rows[:, : panels * width], panels)
+
+
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    target.view(torch.uint8).copy_(source.contiguous().view(torch.uint8))
+    kept = _bytes(target)
+    kept.copy_(_laid_as(kept, source))

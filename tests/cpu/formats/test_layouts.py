@@ -8,10 +8,13 @@ import torch
 from firebox.formats.layouts import (
     E2M1_BITS,
     INT4_BITS,
+    from_panels,
     interleave,
     pack_words,
     pad_groups,
+    panel_columns,
     separate,
+    to_panels,
     unpack_words,
 )
 
@@ -53,3 +56,22 @@ def test_padding_adds_zeros_behind(groups: int, padded: int) -> None:
     found = pad_groups(scales)
     assert found.shape == (2, 3, padded)
     assert torch.equal(found[..., :groups], scales) and not found[..., groups:].any()
+
+
+@pytest.mark.parametrize(
+    ("columns", "group", "panel"),
+    [(5120, 16, 128), (2880, 32, 64), (1440, 32, 32), (7168, 128, 128), (1472, 128, 0), (176, 16, 0)],
+)
+def test_panels_divide_the_width_and_hold_whole_groups(columns: int, group: int, panel: int) -> None:
+    assert panel_columns(columns, group) == panel
+
+
+def test_a_panel_holds_a_run_of_columns_of_every_row() -> None:
+    numbers = torch.arange(2 * 3 * 8).view(2, 3, 8)
+    panels = to_panels(numbers, 2)
+    assert panels.is_contiguous() and panels[1, 1].tolist() == [
+        [28, 29, 30, 31],
+        [36, 37, 38, 39],
+        [44, 45, 46, 47],
+    ]
+    assert torch.equal(from_panels(panels), numbers)

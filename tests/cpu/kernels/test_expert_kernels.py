@@ -38,9 +38,27 @@ KINDS = {"nvfp4_nibbles": 1, "mxfp4_nibbles": 2}
     [*((format, 32) for format in FORMATS), *((format, group) for format in INTEGERS for group in (64, 128))],
 )
 def test_kernels_equal_their_references_under_the_interpreter(format: str, group: int) -> None:
+    errors = interpreted(format, str(group))
+    # gate_up and down; for one and three the whole tile, and apart; the sorted and the block-scaled ones
+    assert len(errors) == 2 * (4 + (format in WIDE)) + 2 * 2 + 2 * 3 + 2 * 2 * KINDS.get(format, 0)
+    for case, error in errors.items():
+        rounded = format in FP8 and "sorted" in case and "gate_up" in case
+        assert error < (FP8_LIMIT if rounded else LIMIT), (case, error)
+
+
+@pytest.mark.parametrize(
+    ("format", "group"), [("mxfp4", 32), ("nvfp4", 16), ("int4_group", 128), ("int4_zero", 32)]
+)
+def test_weights_in_panels_give_the_same(format: str, group: int) -> None:
+    errors = interpreted(format, str(group), "panels")
+    assert len(errors) == 2 * (4 + (format in WIDE)) + 2 * 2 + 2 * 3
+    assert max(errors.values()) < LIMIT, errors
+
+
+def interpreted(*arguments: str) -> dict[str, float]:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.interpreted_experts", format, str(group)],
+        [sys.executable, "-m", "tests.support.interpreted_experts", *arguments],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -48,12 +66,8 @@ def test_kernels_equal_their_references_under_the_interpreter(format: str, group
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    errors = json.loads(done.stdout.splitlines()[-1])["errors"]
-    # gate_up and down; for one and three the whole tile, and apart; the sorted and the block-scaled ones
-    assert len(errors) == 2 * (4 + (format in WIDE)) + 2 * 2 + 2 * 3 + 2 * 2 * KINDS.get(format, 0)
-    for case, error in errors.items():
-        rounded = format in FP8 and "sorted" in case and "gate_up" in case
-        assert error < (FP8_LIMIT if rounded else LIMIT), (case, error)
+    errors: dict[str, float] = json.loads(done.stdout.splitlines()[-1])["errors"]
+    return errors
 
 
 def launches(gpu_name: str, problem: Problem, all_tokens: tuple[int, ...]) -> dict[str, CompileRequest]:

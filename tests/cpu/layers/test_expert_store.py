@@ -83,9 +83,10 @@ class Case:
     quantised: Callable[[torch.Tensor], Tensors]
     limit: float
     group: int = 32
+    panels: bool = False
 
     def store(self) -> ExpertStore:
-        return scribbled(self.kernels, self.group)
+        return scribbled(self.kernels, self.group, self.panels)
 
     def pack(self, tensors: Tensors, rows: int, columns: int) -> Packed:
         return pack(self.format, tensors, rows, columns, nibbles=self.kernels in NIBBLES)
@@ -107,6 +108,10 @@ CASES = {
     "mxfp4": Case("mxfp4", mxfp4.Format(), mxfp4_of, 0),
     "mxfp4 nibbles": Case("mxfp4_nibbles", mxfp4.Format(), mxfp4_of, 0),
     "nvfp4": Case("nvfp4", nvfp4.Format(), quantise.modelopt_nvfp4, EXACT),
+    "mxfp4 in panels": Case("mxfp4", mxfp4.Format(), mxfp4_of, 0, panels=True),
+    "nvfp4 in panels": Case("nvfp4", nvfp4.Format(), quantise.modelopt_nvfp4, EXACT, panels=True),
+    "int4 in panels": Case("int4_group", int4_group.Format(32), int4_of(32), BF16_SCALE, panels=True),
+    "awq in panels": Case("int4_zero", awq.Format(128), awq_of(128), BF16_SCALE, 128, panels=True),
     "nvfp4 nibbles": Case("nvfp4_nibbles", nvfp4.Format(), quantise.modelopt_nvfp4, EXACT),
 }
 
@@ -121,9 +126,9 @@ def problem(format: str, **options: Any) -> Problem:
     return Problem(HIDDEN, INTER, EXPERTS, 2, format, **options)
 
 
-def scribbled(format: str, group: int = 32) -> ExpertStore:
+def scribbled(format: str, group: int = 32, panels: bool = False) -> ExpertStore:
     """Every byte that is there before is one of NaN, or of the highest code."""
-    store = ExpertStore(problem(format, int4_columns=group), CPU)
+    store = ExpertStore(problem(format, int4_columns=group, panels=panels), CPU)
     for weights in (store.gate_up, store.down):
         for name in ("w", "scale", "row_scale"):
             if getattr(weights, name) is not None:
@@ -328,9 +333,11 @@ def codes(name: str, group: int, w: torch.Tensor) -> torch.Tensor:
     return unpack_words(w, group, bits) if group else torch.zeros(1, dtype=torch.int32)
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_an_invented_store_fills_all_experts_with_their_own(name: str) -> None:
-    store = scribbled(name)
+@pytest.mark.parametrize(
+    ("name", "panels"), [*((name, False) for name in FORMATS), ("mxfp4", True), ("nvfp4", True)]
+)
+def test_an_invented_store_fills_all_experts_with_their_own(name: str, panels: bool) -> None:
+    store = scribbled(name, panels=panels)
     store.invent(torch.Generator().manual_seed(5))
     slack = SLACK.get(name, 1.03)
     for weights, columns in ((store.gate_up, HIDDEN), (store.down, INTER)):
@@ -338,6 +345,6 @@ def test_an_invented_store_fills_all_experts_with_their_own(name: str) -> None:
         for one in each:
             assert one.isfinite().all() and 1 / slack < float(one.std()) * columns**0.5 < slack
         assert not torch.equal(each[0], each[1]) and not torch.equal(each[1], each[2])
-        again = ExpertStore(problem(name), CPU)
+        again = ExpertStore(problem(name, panels=panels), CPU)
         again.invent(torch.Generator().manual_seed(5))
     assert torch.equal(again.down.w.view(torch.uint8), store.down.w.view(torch.uint8))
