@@ -2,7 +2,7 @@
 the router's choices to the summed output.
 
     PYTHONPATH=src:. python benchmarks/experts.py [--shapes A,E] [--tokens 1,16] [--json]
-        [--sweep DIR | --grid | --smem-limit 101376]
+        [--panels] [--sweep DIR | --grid | --smem-limit 101376]
 
 First the output is compared with float32 on dequantised weights; a configuration that fails has no time. One
 call is timed as it runs in the engine: in a CUDA graph with others like it, each with its own routing,
@@ -422,8 +422,12 @@ def main() -> int:
     only.add_argument("--grid", action="store_true", help="40 numbers of tokens, and the dips among them")
     only.add_argument("--smem-limit", type=int, metavar="BYTES", help="with so much a block against without")
     only.add_argument("--sweep", type=FilePath, metavar="DIR")
+    parser.add_argument("--panels", action="store_true", help="4-bit weights in panels (formats/layouts.py)")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    if arguments.panels:
+        for name, (model, problem) in SHAPES.items():
+            SHAPES[name] = (model, dataclasses.replace(problem, panels=problem.group > 0))
     names, all_tokens = arguments.shapes.split(","), [int(n) for n in arguments.tokens.split(",")]
     unknown = [name for name in names if name not in SHAPES]
     if unknown:
