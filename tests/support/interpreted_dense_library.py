@@ -88,7 +88,7 @@ def main() -> None:
 
     class File(dict[str, Any]):
         def get(self, key: str, default: Any = None) -> Any:
-            return {"1": {"path": CUBLAS, "config": None, "us": 1.0}}
+            return {1: {"path": CUBLAS, "config": None, "us": 1.0}}
 
     _tuned._file = lambda gpu_name, name="experts": File()
     assert dense_gpu.path_of(Problem(48, 80, "fp8_channel"), 5, GPU).name == CUBLAS

@@ -30,6 +30,8 @@ from firebox.kernels import _veto
 from firebox.kernels._experts import Problem
 
 F = TypeVar("F", bound=Callable[..., Any])
+Entries = dict[int, dict[str, Any]]  # by their number of tokens
+ABOUT = "about"  # the key of a file that is no problem's
 REACH = 16  # a tile for one token is nothing for a prompt
 _CACHED: list[Any] = []
 _roots: tuple[Path, ...] = ()
@@ -47,7 +49,7 @@ def nearest(gpu_name: str, problem: Problem, tokens: int, path: str | None = Non
     """The measured entry of experts.json for so many tokens, of one path if one is named; None where nothing
     was measured."""
     entries = _file(gpu_name).get(key(problem), {})
-    if tokens > REACH * max(map(int, entries), default=0):
+    if tokens > REACH * max(entries, default=0):
         return None
     return _nearest(entries, tokens, lambda found: path in (None, found))
 
@@ -69,11 +71,12 @@ def how(entry: dict[str, Any]) -> str:
     return str(entry.get("how", "measured"))
 
 
-def _nearest(entries: dict[str, Any], tokens: int, wanted: Callable[[str], bool]) -> dict[str, Any] | None:
-    fitting = {int(n): entry for n, entry in entries.items() if wanted(entry["path"])}
-    if not fitting:
-        return None
-    found: dict[str, Any] = fitting[min(fitting, key=lambda n: abs(math.log(n / tokens)))]
+def _nearest(entries: Entries, tokens: int, wanted: Callable[[str], bool]) -> dict[str, Any] | None:
+    found, least = None, math.inf
+    for n, entry in entries.items():
+        ratio = n / tokens if n > tokens else tokens / n
+        if ratio < least and wanted(entry["path"]):
+            found, least = entry, ratio
     return found
 
 
@@ -105,27 +108,26 @@ def cached(function: F) -> F:
 
 
 @functools.cache
-def _file(gpu_name: str, name: str = "experts") -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
+def _file(gpu_name: str, name: str = "experts") -> dict[str, Entries]:
+    found: dict[str, Entries] = {}
     for root in roots():
         path = root / folder(gpu_name) / f"{name}.json"
         if path.is_file():
             of_root: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
             for key, entries in of_root.items():
-                found[key] = _over(found.get(key, {}), entries)
+                if key != ABOUT:
+                    found[key] = _over(found.get(key, {}), {int(n): entry for n, entry in entries.items()})
     return found
 
 
-def _over(below: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
+def _over(below: Entries, entries: Entries) -> Entries:
     """`entries`, and those `below` of fewer or more tokens than any of them; no measurement is given up for
     a prediction."""
-    if not all(tokens.isdigit() for tokens in (*below, *entries)):
-        return entries  # of "about"
     if _is_measured(below) and not _is_measured(entries):
         return below
-    least, most = min(map(int, entries)), max(map(int, entries))
-    return {n: entry for n, entry in below.items() if not least <= int(n) <= most} | entries
+    least, most = min(entries), max(entries)
+    return {n: entry for n, entry in below.items() if not least <= n <= most} | entries
 
 
-def _is_measured(entries: dict[str, Any]) -> bool:
-    return any(isinstance(entry, dict) and how(entry) == "measured" for entry in entries.values())
+def _is_measured(entries: Entries) -> bool:
+    return any(how(entry) == "measured" for entry in entries.values())

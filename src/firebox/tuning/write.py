@@ -14,8 +14,6 @@ from firebox.kernels import _triton, _tuned
 from firebox.tuning.base import Tunable
 from firebox.tuning.entries import Entry, stored
 
-ABOUT = "about"  # the key of a file that is no problem's
-
 
 def folder_of(out: Path, gpu_name: str) -> Path:
     """Where the files of a GPU lie under `out`."""
@@ -38,7 +36,7 @@ def merge(
         if measured and all(entry["how"] == "predicted" for entry in found.values()):
             continue
         document[key] = dict(sorted(found.items(), key=lambda pair: int(pair[0])))
-    document[ABOUT] = about()
+    document[_tuned.ABOUT] = about()
     _replace(path, document)
 
 

@@ -144,10 +144,10 @@ SMALL = {"hidden_size": 256, "head_dim": 64, "dtype": "bfloat16", "moe_intermedi
 FEW = {"rows": 16, "tokens": 8, "depth": 64}
 MANY = {"rows": 64, "tokens": 16, "depth": 64}
 EXPERTS = {
-    "1": {"path": "few", "gate_up": FEW, "down": FEW},
-    "64": {"path": "sorted", "gate_up": MANY, "down": MANY},
+    1: {"path": "few", "gate_up": FEW, "down": FEW},
+    64: {"path": "sorted", "gate_up": MANY, "down": MANY},
 }
-LINEAR = {"1": {"path": "few", "config": {}}, "64": {"path": "cublas"}}
+LINEAR = {1: {"path": "few", "config": {}}, 64: {"path": "cublas"}}
 
 
 def test_strict_refuses_default_tiles_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

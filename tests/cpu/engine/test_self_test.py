@@ -108,7 +108,7 @@ def test_a_tuned_tile_gives_way_to_the_default_and_that_to_another_path(
     files: dict[str, dict[str, Any]],
 ) -> None:
     tile = {"rows": 32, "head": 0, "depth": 64, "slices": 1, "warps": 4, "stages": 3, "tma": False}
-    files["linear"] = {dense_gpu.key(LINEAR): {"1": {"path": "few", "config": tile}}}
+    files["linear"] = {dense_gpu.key(LINEAR): {1: {"path": "few", "config": tile}}}
     operation = Operation("o", "fp8_channel", dense_gpu, LINEAR)
 
     def now() -> tuple[str, str, str]:
@@ -143,7 +143,7 @@ def test_a_tuned_tile_of_attention_gives_way_to_the_default(files: dict[str, dic
     default = attention_decode.default(GQA, GB10, 1)
     tile = {"block_m": default.block_m, "block_n": 32, "num_warps": 8, "num_stages": 2}
     key = triton_paged.key(triton_paged.DECODE, GQA)
-    files["attention"] = {key: {"1": {"path": "decode", "config": tile}}}
+    files["attention"] = {key: {1: {"path": "decode", "config": tile}}}
     tuned = triton_paged.decode_config(GQA, GB10, 1, 4)
     assert tuned != default and tuned.num_warps == 8
     _veto.veto(triton_paged.choice_of(triton_paged.DECODE, GQA, tuned), "it")

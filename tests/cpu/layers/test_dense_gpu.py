@@ -25,7 +25,7 @@ def nothing_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     dense_gpu._path_of.cache_clear()
 
 
-def measured(monkeypatch: pytest.MonkeyPatch, problem: Problem, entries: dict[str, Any]) -> None:
+def measured(monkeypatch: pytest.MonkeyPatch, problem: Problem, entries: dict[int, Any]) -> None:
     files = {"linear": {dense_gpu.key(problem): entries}}
     monkeypatch.setattr(_tuned, "_file", lambda gpu_name, name="experts": files.get(name, {}))
 
@@ -40,8 +40,8 @@ def test_without_a_measurement_few_up_to_64_tokens() -> None:
 def test_the_nearest_measurement_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     few, many = linear_few.Config(32, 0, 256, 5, 2, 4), linear.Config(64, 64, 128, 4, 4)
     entries = {
-        "4": {"path": FEW, "config": asdict(few), "us": 1.0},
-        "48": {"path": MANY, "config": asdict(many), "us": 1.0},
+        4: {"path": FEW, "config": asdict(few), "us": 1.0},
+        48: {"path": MANY, "config": asdict(many), "us": 1.0},
     }
     measured(monkeypatch, FP8, entries)
     assert path_of(FP8, 9, GPU) == dense_gpu.Path(FEW, few, "measured")
@@ -52,9 +52,9 @@ def test_the_nearest_measurement_wins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_few_is_never_taken_beyond_64_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     few = {"path": FEW, "config": asdict(linear_few.Config()), "us": 1.0}
-    measured(monkeypatch, BF16, {"64": few, "4096": {"path": CUBLAS, "config": None, "us": 1.0}})
+    measured(monkeypatch, BF16, {64: few, 4096: {"path": CUBLAS, "config": None, "us": 1.0}})
     assert path_of(BF16, 100, GPU) == dense_gpu.Path(CUBLAS, None, "measured")
-    measured(monkeypatch, BF16, {"64": few})
+    measured(monkeypatch, BF16, {64: few})
     assert path_of(BF16, 100, GPU).name == CUBLAS
 
 

@@ -26,9 +26,9 @@ P = Problem(3584, 5120, "fp8_channel", residual=True)
 LIBRARY = {"path": CUBLAS, "config": None, "us": 1.0}
 TILE = linear.Config(64, 64, 128, 4, 4)
 ENTRIES = {
-    "4": {"path": FEW, "config": asdict(linear_few.Config(32, 0, 256, 5, 2, 4)), "us": 1.0},
-    "64": {"path": MANY, "config": asdict(TILE), "us": 1.0},
-    "256": LIBRARY,
+    4: {"path": FEW, "config": asdict(linear_few.Config(32, 0, 256, 5, 2, 4)), "us": 1.0},
+    64: {"path": MANY, "config": asdict(TILE), "us": 1.0},
+    256: LIBRARY,
 }
 # One rounding to bf16 is 0.0017 RMS; a residual is added behind the first and rounded again.
 ONCE, TWICE, ONE_TOKEN = 2e-3, 2.5e-3, 4e-3  # of the 64 numbers of one token, with a rounded bias
@@ -79,7 +79,7 @@ def test_a_measurement_for_another_layer_of_the_key_is_passed_over(
     assert words in str(_dense_library.accepts(p, H200))
     files[dense_gpu.key(p)] = ENTRIES
     assert path_of(p, 256, H200) == Path(MANY, TILE, "measured")
-    files[dense_gpu.key(p)] = {"256": LIBRARY}
+    files[dense_gpu.key(p)] = {256: LIBRARY}
     path = path_of(p, 256, H200)
     assert (path.name, path.why) == (MANY, "default")
 
@@ -128,7 +128,7 @@ def test_the_workspace_has_room_for_a_product_whose_place_the_residual_takes(fil
     assert (space.x.numel(), space.x_scale.numel()) == (1000 * 5120, 1000)
     assert Workspace([P], 128, H200, "meta").y.numel() == 1, "as many do not go there"
     assert Workspace([replace(P, residual=False)], 1000, H200, "meta").y.numel() == 1
-    files[dense_gpu.key(P)] = {"64": LIBRARY, "4096": ENTRIES["64"]}
+    files[dense_gpu.key(P)] = {64: LIBRARY, 4096: ENTRIES[64]}
     dense_gpu._path_of.cache_clear()
     assert path_of(P, 512, H200).name == CUBLAS and path_of(P, 513, H200).name == MANY
     assert Workspace([P], 1000, H200, "meta").y.numel() == 512 * 3584

@@ -96,7 +96,7 @@ def test_activations_of_a_library_s_product_are_rounded_as_planned(monkeypatch: 
 
     class File(dict[str, Any]):
         def get(self, key: str, default: Any = None) -> Any:
-            return {"1": few, "300": {"path": "cublas", "config": None}} if "fp8" in key else default
+            return {1: few, 300: {"path": "cublas", "config": None}} if "fp8" in key else default
 
     monkeypatch.setattr(_tuned, "_file", lambda gpu_name, name="experts": File() if name == "linear" else {})
     _veto.lift()

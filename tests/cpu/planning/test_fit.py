@@ -326,10 +326,10 @@ def tuned(monkeypatch: pytest.MonkeyPatch, keys: set[str] | None) -> None:
     many = {"rows": 64, "tokens": 16, "depth": 64}
     entries = {
         "experts": {
-            "1": {"path": "few", "gate_up": few, "down": few},
-            "512": {"path": "sorted", "gate_up": many, "down": many, "how": "predicted"},
+            1: {"path": "few", "gate_up": few, "down": few},
+            512: {"path": "sorted", "gate_up": many, "down": many, "how": "predicted"},
         },
-        "linear": {"1": {"path": "few", "config": {}}, "64": {"path": "cublas"}},
+        "linear": {1: {"path": "few", "config": {}}, 64: {"path": "cublas"}},
     }
 
     class File(dict[str, Any]):

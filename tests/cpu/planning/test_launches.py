@@ -15,7 +15,7 @@ import torch
 from firebox.attention import triton_paged
 from firebox.formats import fp8_block, int4_group
 from firebox.hardware.base import find_gpu
-from firebox.kernels import _attention, _linear, _tuned, attention_decode, attention_extend
+from firebox.kernels import _attention, _linear, _tuned, attention_decode, attention_extend, moe_down_few
 from firebox.kernels._experts import Problem
 from firebox.kernels.plan import Operation, Planned, Setting, planned
 from firebox.layers import dense_gpu, experts, moe_gpu
@@ -103,14 +103,16 @@ def test_neighbours_that_share_a_compile_are_one_row(problem: Problem, untuned: 
             if before.op == after.op and before.last + 1 == after.first:
                 assert before.request != after.request, (before.op, before.last)
     kept = [row for row in rows if row.op == "moe_combine"]
-    assert [(row.first, row.last) for row in kept] == [(9, 8192)], "does not depend on the number of tokens"
+    assert [(row.first, row.last) for row in kept] == [(moe_down_few.APART_FROM, 8192)], (
+        "does not depend on them"
+    )
 
 
 FEW_TILE = {"rows": 16, "tokens": 8, "depth": 128, "warps": 1, "stages": 3, "tma": False}
 SORTED_TILE = {"rows": 256, "tokens": 32, "depth": 128, "warps": 4, "stages": 3, "tma": False}
 
 
-def measured(monkeypatch: pytest.MonkeyPatch, paths: dict[str, str]) -> list[Planned]:
+def measured(monkeypatch: pytest.MonkeyPatch, paths: dict[int, str]) -> list[Planned]:
     """What GLM launches for up to 8 tokens if these paths, by the number of tokens, were measured."""
     tiles = {"few": FEW_TILE, "sorted": SORTED_TILE}
     entries = {n: {"path": p, "gate_up": tiles[p], "down": tiles[p]} for n, p in paths.items()}
@@ -125,7 +127,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, paths: dict[str, str]) -> list[Pla
 def test_measured_paths_are_planned_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """The nearest measured number by ratio: 3 and 5 take 4's. What is computed alike before and after is two
     rows."""
-    found = measured(monkeypatch, {"2": "few", "4": "sorted", "8": "few"})
+    found = measured(monkeypatch, {2: "few", 4: "sorted", 8: "few"})
     rows = [row for row in found if row.op == "moe_down"]
     assert [(row.first, row.last, row.path) for row in rows] == [
         (1, 1, "few"),
@@ -138,7 +140,7 @@ def test_measured_paths_are_planned_too(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_launch_that_is_not_made_in_between_is_not_listed_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = measured(monkeypatch, {"2": "sorted", "4": "few", "8": "sorted"})
+    found = measured(monkeypatch, {2: "sorted", 4: "few", 8: "sorted"})
     rows = [(row.first, row.last) for row in found if row.op == "moe_combine"]
     assert rows == [(1, 2), (6, 8)]
 

@@ -15,7 +15,7 @@ from firebox.layers.experts import MODULES, path_of
 from firebox.tuning import experts
 from firebox.tuning.base import Option
 from firebox.tuning.entries import MEASURED, PREDICTED, Entry
-from firebox.tuning.write import ABOUT, folder_of, merge
+from firebox.tuning.write import folder_of, merge
 
 PROBLEM = Problem(1024, 256, 16, 4, "fp8_channel")
 GPU = find_gpu("gb10")
@@ -56,7 +56,7 @@ def test_kernels_read_what_was_written(folder: Path) -> None:
     assert found.why.startswith("predicted") and found.name == "few"
     assert found.gate_up == one.option.parts["gate_up"].config
     assert found.down == one.option.parts["down"].config
-    about = json.loads(path.read_text())[ABOUT]
+    about = json.loads(path.read_text())[_tuned.ABOUT]
     assert set(about) == {"triton", "date", "commit"} and all(about.values())
 
 
@@ -118,7 +118,7 @@ def test_what_is_shipped_can_be_read_and_says_how_it_was_found() -> None:
     assert {path.parent.name for path in files} >= {"nvidia_h200", "nvidia_gb10", "nvidia_rtx_5090"}
     for path in files:
         document = json.loads(path.read_text())
-        about = document.pop(ABOUT, None)
+        about = document.pop(_tuned.ABOUT, None)
         here = path.parent.name == "nvidia_h200"
         for key, entries in document.items():
             for tokens, entry in entries.items():
