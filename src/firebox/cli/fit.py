@@ -6,6 +6,7 @@ it ever be looked up?
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Iterator
@@ -87,6 +88,7 @@ def fit(
         raise ConfigError(
             f"--model {of_model} is for --moe-config", hint=f"firebox fit {of_model} --gpu {gpu}"
         )
+    gc.disable()  # nearly all of it lives until the process ends with the answer: half a second of three
     from firebox.cli._fit_model import fit_model, source_of
     from firebox.config import DEFAULT_MODEL, EngineConfig
 
