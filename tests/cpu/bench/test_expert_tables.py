@@ -149,11 +149,11 @@ def test_a_shape_s_loss_is_the_geometric_mean(tables: ModuleType) -> None:
 
 
 def test_a_grid_checks_every_compile_once_and_first(tables: ModuleType) -> None:
-    """Without an entry in tuned/ there are two paths: few up to 16 tokens, of which 1, 2 … 8 and 9 … 16 are
-    compiled apart, and sorted, in blocks of 32 and 64."""
+    """Without an entry in tuned/ there are two paths: few up to 16 tokens, of which 1, 2 … 3, 4 … 8 and 9 …
+    16 are compiled apart, and sorted, in blocks of 32 and 64."""
     bench = FakeBench({"default": 5.0})
     found = tables.grid_rows(bench, H200, (1, 2, 8, 9, 16, 17, 40, 100, 900), {})
-    assert [tokens for tokens, _ in bench.checked] == [1, 2, 9, 17, 900]
+    assert [tokens for tokens, _ in bench.checked] == [1, 2, 8, 9, 17, 900]
     assert [tokens for tokens, _, _ in bench.timed] == [1, 2, 8, 9, 16, 17, 40, 100, 900]
     assert {samples for _, _, samples in bench.timed} == {tables.GRID_SAMPLES}
     assert found[0]["us"] == 7.5 and found[5]["path"] == "sorted" and found[5]["tiles"].startswith("256x")
