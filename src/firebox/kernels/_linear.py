@@ -289,7 +289,7 @@ def columns_of_x(
 def words_product(
     acc, words, wide, minus, x0, x1, x2, x3, FORMAT: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr
 ):
-    """acc + Σ over the four codes of a word, as _experts.four_products."""
+    """acc + Σ over the four codes of a word, as _expert_tiles.four_products."""
     w0, w1, w2, w3 = decode(words, minus, FORMAT, DTYPE, ASM)
     acc = tl.dot(w0 * wide, tl.trans(x0), acc)
     acc = tl.dot(w1 * wide, tl.trans(x1), acc)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from firebox.formats.layouts import ARRANGED, PER_WORD
-from firebox.kernels._experts import activation, four_products, words_and_scales
+from firebox.kernels._expert_tiles import activation, four_products, words_and_scales
 
 X_RUN = tl.constexpr(ARRANGED // PER_WORD)
 

@@ -47,7 +47,7 @@ from firebox.kernels._attention import (
     store_output,
 )
 from firebox.kernels._attention_cases import DECODE_CASES, Case, attention, make
-from firebox.kernels._experts import let_next_launch_begin, wait_for_launch_before
+from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before
 from firebox.kernels.compile import PINNED_OPTIONS, CompileRequest, limit_bytes
 from firebox.kernels.launch import INTERPRETED
 

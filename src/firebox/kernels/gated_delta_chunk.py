@@ -32,7 +32,7 @@ import triton.language as tl
 
 from firebox.hardware.base import Gpu
 from firebox.kernels import _gated_delta
-from firebox.kernels._experts import DTYPES, POINTER_NAMES, let_next_launch_begin, wait_for_launch_before
+from firebox.kernels._experts import DTYPES, POINTER_NAMES
 from firebox.kernels._gated_delta import (
     UNALIGNED,
     UNIT_EPS,
@@ -45,6 +45,7 @@ from firebox.kernels._gated_delta import (
     log_decay,
     reference,
 )
+from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
 

@@ -25,14 +25,10 @@ import triton.language as tl
 
 from firebox.hardware.base import Gpu
 from firebox.kernels import _linear
-from firebox.kernels._experts import (
-    BLOCK,
-    FP8,
-    let_next_launch_begin,
-    row_factors,
-    wait_for_launch_before,
-)
+from firebox.kernels._expert_tiles import row_factors
+from firebox.kernels._experts import BLOCK, FP8
 from firebox.kernels._linear import Problem, Weights, finish, step
+from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
 

@@ -32,12 +32,8 @@ import triton.language as tl
 
 from firebox.hardware.base import Gpu
 from firebox.kernels import _linear
-from firebox.kernels._experts import (
-    BLOCK,
-    let_next_launch_begin,
-    row_factors,
-    wait_for_launch_before,
-)
+from firebox.kernels._expert_tiles import row_factors
+from firebox.kernels._experts import BLOCK
 from firebox.kernels._linear import (
     Problem,
     Weights,
@@ -49,6 +45,7 @@ from firebox.kernels._linear import (
     stored,
     words_product,
 )
+from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
 

@@ -17,7 +17,8 @@ import triton.language as tl
 
 from firebox.formats.layouts import ARRANGED, arranged_columns
 from firebox.hardware.base import Gpu
-from firebox.kernels._experts import POINTER_NAMES, let_next_launch_begin, wait_for_launch_before
+from firebox.kernels._experts import POINTER_NAMES
+from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before
 from firebox.kernels._sorted import arranged
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher

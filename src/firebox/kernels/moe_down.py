@@ -21,15 +21,9 @@ import triton.language as tl
 
 from firebox.hardware.base import Gpu
 from firebox.kernels import _experts
-from firebox.kernels._experts import (
-    Problem,
-    Weights,
-    let_next_launch_begin,
-    row_factors,
-    row_of_tile,
-    together,
-    wait_for_launch_before,
-)
+from firebox.kernels._expert_tiles import row_factors, row_of_tile, together
+from firebox.kernels._experts import Problem, Weights
+from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before
 from firebox.kernels._sorted import add_chunk, biased, empty_tile, scaled, store_tile
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher

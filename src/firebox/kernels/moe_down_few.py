@@ -32,17 +32,9 @@ import triton.language as tl
 
 from firebox.hardware.base import Gpu
 from firebox.kernels import _experts
-from firebox.kernels._experts import (
-    Problem,
-    Weights,
-    four_products,
-    let_next_launch_begin,
-    row_factors,
-    row_of_tile,
-    tile,
-    together,
-    wait_for_launch_before,
-)
+from firebox.kernels._expert_tiles import four_products, row_factors, row_of_tile, tile, together
+from firebox.kernels._experts import Problem, Weights
+from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before
 from firebox.kernels._words import in_panels, scales_of
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher

@@ -21,7 +21,8 @@ import triton.language as tl
 from firebox.hardware.base import Gpu
 from firebox.kernels import _block_scaled
 from firebox.kernels._block_scaled import Rounded, accepts, add_step, finished, kind_of
-from firebox.kernels._experts import Problem, Weights, let_next_launch_begin, wait_for_launch_before
+from firebox.kernels._experts import Problem, Weights
+from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before
 from firebox.kernels._sorted import empty_tile, scaled, store_tile
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from firebox.hardware.base import Gpu
-from firebox.kernels._experts import let_next_launch_begin, wait_for_launch_before
+from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
 

@@ -28,7 +28,8 @@ import triton.language as tl
 
 from firebox.hardware.base import Gpu
 from firebox.kernels._block_scaled import GROUPS, Rounded, padded_groups, scale_type
-from firebox.kernels._experts import POINTER_NAMES, e2m1, let_next_launch_begin, wait_for_launch_before
+from firebox.kernels._experts import POINTER_NAMES, e2m1
+from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
 

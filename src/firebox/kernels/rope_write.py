@@ -35,8 +35,9 @@ import triton.language as tl
 
 from firebox.hardware.base import Gpu
 from firebox.kernels import _kv_write
-from firebox.kernels._experts import DTYPES, POINTER_NAMES, let_next_launch_begin, wait_for_launch_before
+from firebox.kernels._experts import DTYPES, POINTER_NAMES
 from firebox.kernels._kv_write import FP8, KV_POINTER_NAMES, encoded
+from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
 

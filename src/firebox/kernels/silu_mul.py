@@ -21,7 +21,8 @@ import triton.language as tl
 
 from firebox.hardware.base import Gpu
 from firebox.kernels import _rows
-from firebox.kernels._experts import POINTER_NAMES, let_next_launch_begin, wait_for_launch_before
+from firebox.kernels._experts import POINTER_NAMES
+from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before
 from firebox.kernels._rows import PLAIN, Outputs, tile_columns, write_rows
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher

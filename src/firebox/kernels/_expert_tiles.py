@@ -1,0 +1,176 @@
+"""The device code of one tile of an expert layer, for the kernels of few and of many tokens:
+
+    tile   acc [ROWS, TOKENS] += w [ROWS, DEPTH] · x [TOKENS, DEPTH]ᵀ
+
+Weights are the first operand: there are many rows and few tokens, and an operand that must be decoded first
+can then be handed over in registers.
+
+A 4-bit word holds four codes (formats/layouts.py). Each of the four becomes a matrix of its own with the
+columns it stands for (kernels/_words.py), so a chunk of 4-bit weights is four products.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from firebox.kernels._words import decode, scales_of
+
+
+@triton.jit
+def four_products(
+    acc, words, wide_scale, minus, x, token_live, first, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+    FORMAT: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr, MASKED: tl.constexpr,
+    X_RUN: tl.constexpr = None,
+):  # fmt: skip
+    """acc + Σ over the four codes of a word. `x` points at rows [TOKENS, 1], whose columns lie in order, or,
+    with X_RUN columns to a code, as layouts.arranged_columns says. MASKED: columns from COLUMNS on are not
+    there."""
+    RUN: tl.constexpr = GROUP // 4 if X_RUN is None else X_RUN
+    i = tl.arange(0, DEPTH // 4)
+    column = first + (i // RUN) * (4 * RUN) + i % RUN
+    live = token_live[:, None]
+    if MASKED:
+        live = live & (column < COLUMNS)[None, :]
+    x0 = tl.load(x + column[None, :], mask=live, other=0.0)
+    x1 = tl.load(x + (column + RUN)[None, :], mask=live, other=0.0)
+    x2 = tl.load(x + (column + 2 * RUN)[None, :], mask=live, other=0.0)
+    x3 = tl.load(x + (column + 3 * RUN)[None, :], mask=live, other=0.0)
+    w0, w1, w2, w3 = decode(words, minus, FORMAT, DTYPE, ASM)
+    acc = tl.dot(w0 * wide_scale, tl.trans(x0), acc)
+    acc = tl.dot(w1 * wide_scale, tl.trans(x1), acc)
+    acc = tl.dot(w2 * wide_scale, tl.trans(x2), acc)
+    return tl.dot(w3 * wide_scale, tl.trans(x3), acc)
+
+
+@triton.jit
+def together(GROUPS: tl.constexpr, GROUP: tl.constexpr, PANEL: tl.constexpr):
+    """Group scales of a row that lie next to each other."""
+    return PANEL // GROUP if PANEL > 0 else GROUPS
+
+
+@triton.jit
+def row_of_tile(expert, row, ALL: tl.constexpr, COLUMNS: tl.constexpr, PANEL: tl.constexpr):
+    """Where the tile from `row` on begins in the rows of all experts, of which each has ALL; in panels, in
+    those of its first one."""
+    PANELS: tl.constexpr = COLUMNS // PANEL if PANEL > 0 else 1
+    return expert * (ALL * PANELS) + row
+
+
+@triton.jit
+def words_and_scales(
+    w, tiles, first_row, rows, scale, first,
+    ALL: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, PANEL: tl.constexpr,
+    FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr, POLICY: tl.constexpr,
+):  # fmt: skip
+    """Words [ROWS, DEPTH / 4] of the columns from `first` on, and what `scales_of` says of them; in panels,
+    all of one. ALL: rows of the expert's matrix; POLICY: for how long the L2 keeps words."""
+    width: tl.constexpr = PANEL if PANEL > 0 else COLUMNS
+    panel = 0
+    within = first
+    if PANEL > 0:
+        panel = first // PANEL
+        within = 0 if DEPTH == PANEL else first % PANEL
+        scale += panel * (ALL * (PANEL // GROUP))
+    if tiles is None:
+        i = within // 4 + tl.arange(0, DEPTH // 4)
+        at = panel * (ALL * (width // 4)) + rows[:, None] * (width // 4)
+        words = tl.load(w + at + i[None, :], eviction_policy=POLICY)
+    else:
+        words = tiles.load([first_row + panel * ALL, within // 4])
+    wide, minus = scales_of(scale, within, None, ROWS, DEPTH, GROUP, FORMAT, DTYPE, ASM)
+    return words, wide, minus
+
+
+@triton.jit
+def chunk(
+    acc, w, tiles, first_row, rows, scale, x, token_live, first,
+    ALL: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, PANEL: tl.constexpr,
+    FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """acc [ROWS, TOKENS] += the columns `first` … first + DEPTH. `w` points at the expert's matrix of ALL
+    rows, `tiles` is a tensor descriptor of all experts' or None. DTYPE: what weights are turned into, None
+    for a product of their own type. `scale`: with groups, points at the rows' [ROWS, 1]; with blocks, at the
+    rows' blocks; or None."""
+    if GROUP > 0:
+        STEP: tl.constexpr = DEPTH if PANEL == 0 or DEPTH < PANEL else PANEL
+        for step in tl.static_range(DEPTH // STEP):
+            at = first + step * STEP
+            words, wide, minus = words_and_scales(
+                w, tiles, first_row, rows, scale, at,
+                ALL, COLUMNS, ROWS, STEP, PANEL, FORMAT, DTYPE, GROUP, ASM, "evict_first",
+            )  # fmt: skip
+            acc = four_products(
+                acc, words, wide, minus, x, token_live, at, COLUMNS, STEP, GROUP, FORMAT, DTYPE, ASM, False
+            )
+    else:
+        i = first + tl.arange(0, DEPTH)
+        if tiles is None:
+            wt = tl.load(w + rows[:, None] * COLUMNS + i[None, :], eviction_policy="evict_first")
+        else:
+            wt = tiles.load([first_row, first])
+        xt = tl.load(x + i[None, :], mask=token_live[:, None], other=0.0)
+        if DTYPE is not None:
+            wt = wt.to(DTYPE)
+            xt = xt.to(DTYPE)
+        if scale is not None:
+            acc += tl.dot(wt, tl.trans(xt)) * tl.load(scale + first // 128)
+        else:
+            acc = tl.dot(wt, tl.trans(xt), acc)
+    return acc
+
+
+@triton.jit
+def tile(
+    w, tiles, first_row, rows, scale, x, token_live,
+    ALL: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
+    PANEL: tl.constexpr, FORMAT: tl.constexpr,
+    DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Σ over all columns: chunks of DEPTH in a pipeline of STAGES, then what is left."""
+    acc = tl.zeros((ROWS, TOKENS), tl.float32)
+    WHOLE: tl.constexpr = COLUMNS // DEPTH * DEPTH
+    for first in tl.range(0, WHOLE, DEPTH, num_stages=STAGES):
+        acc = chunk(
+            acc, w, tiles, first_row, rows, scale, x, token_live, first,
+            ALL, COLUMNS, ROWS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, ASM,
+        )  # fmt: skip
+    if WHOLE < COLUMNS:
+        acc = chunk(
+            acc, w, None, first_row, rows, scale, x, token_live, WHOLE,
+            ALL, COLUMNS, ROWS, COLUMNS - WHOLE, PANEL, FORMAT, DTYPE, GROUP, ASM,
+        )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def row_factors(row_scale, at, FORMAT: tl.constexpr, ASM: tl.constexpr):
+    """The rows' scales [ROWS] at the places `at`; with what `group_scales` left of NVFP4's factor."""
+    factor = tl.load(row_scale + at)
+    if (FORMAT == "nvfp4" or FORMAT == "nvfp4_nibbles") and ASM:
+        factor *= 256.0
+    return factor
+
+
+@triton.jit
+def block_of_row(rows, INTER: tl.constexpr):
+    """Interleaved row → its block of 128 rows; gate blocks stand before up blocks."""
+    return (rows // 16 * 8 + rows % 8 + rows // 8 % 2 * INTER) // 128
+
+
+@triton.jit
+def activation(
+    acc, ROWS: tl.constexpr, TOKENS: tl.constexpr, CLAMPED: tl.constexpr, LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+):  # fmt: skip
+    """`acc` [ROWS, TOKENS] of interleaved gate and up rows → [ROWS / 2, TOKENS]."""
+    runs = tl.permute(tl.reshape(acc, (ROWS // 16, 2, 8, TOKENS)), (0, 2, 3, 1))
+    gate, up = tl.split(runs)
+    gate = tl.reshape(gate, (ROWS // 2, TOKENS))
+    up = tl.reshape(up, (ROWS // 2, TOKENS))
+    if CLAMPED:
+        gate = tl.minimum(gate, LIMIT)
+        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+        return (up + 1) * gate * tl.sigmoid(ALPHA * gate)
+    return gate * tl.sigmoid(gate) * up
