@@ -84,6 +84,27 @@ def words_and_scales(
 
 
 @triton.jit
+def four_bit_chunk(
+    acc, w, tiles, first_row, rows, scale, x, token_live, first,
+    ALL: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, PANEL: tl.constexpr,
+    FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr, POLICY: tl.constexpr,
+    X_RUN: tl.constexpr = None,
+):  # fmt: skip
+    """acc += the columns `first` … first + DEPTH, panel by panel. X_RUN as in `four_products`."""
+    STEP: tl.constexpr = DEPTH if PANEL == 0 or DEPTH < PANEL else PANEL
+    for step in tl.static_range(DEPTH // STEP):
+        at = first + step * STEP
+        words, wide, minus = words_and_scales(
+            w, tiles, first_row, rows, scale, at,
+            ALL, COLUMNS, ROWS, STEP, PANEL, FORMAT, DTYPE, GROUP, ASM, POLICY,
+        )  # fmt: skip
+        acc = four_products(
+            acc, words, wide, minus, x, token_live, at, COLUMNS, STEP, GROUP, FORMAT, DTYPE, ASM, False, X_RUN
+        )
+    return acc
+
+
+@triton.jit
 def chunk(
     acc, w, tiles, first_row, rows, scale, x, token_live, first,
     ALL: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, PANEL: tl.constexpr,
@@ -94,16 +115,10 @@ def chunk(
     for a product of their own type. `scale`: with groups, points at the rows' [ROWS, 1]; with blocks, at the
     rows' blocks; or None."""
     if GROUP > 0:
-        STEP: tl.constexpr = DEPTH if PANEL == 0 or DEPTH < PANEL else PANEL
-        for step in tl.static_range(DEPTH // STEP):
-            at = first + step * STEP
-            words, wide, minus = words_and_scales(
-                w, tiles, first_row, rows, scale, at,
-                ALL, COLUMNS, ROWS, STEP, PANEL, FORMAT, DTYPE, GROUP, ASM, "evict_first",
-            )  # fmt: skip
-            acc = four_products(
-                acc, words, wide, minus, x, token_live, at, COLUMNS, STEP, GROUP, FORMAT, DTYPE, ASM, False
-            )
+        acc = four_bit_chunk(
+            acc, w, tiles, first_row, rows, scale, x, token_live, first,
+            ALL, COLUMNS, ROWS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, ASM, "evict_first",
+        )  # fmt: skip
     else:
         i = first + tl.arange(0, DEPTH)
         if tiles is None:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from firebox.formats.layouts import ARRANGED, PER_WORD
-from firebox.kernels._expert_tiles import activation, four_products, words_and_scales
+from firebox.kernels._expert_tiles import activation, four_bit_chunk
 
 X_RUN = tl.constexpr(ARRANGED // PER_WORD)
 
@@ -41,18 +41,11 @@ def add_chunk(
     not `of_other` [ROWS], and `other_scale` at that of those that are. X_GROUP: columns of x that share an
     `x_scale` [TOKENS] (0: nothing to apply here)."""
     if GROUP > 0:
-        STEP: tl.constexpr = DEPTH if PANEL == 0 or DEPTH < PANEL else PANEL
-        for step in tl.static_range(DEPTH // STEP):
-            at = first + step * STEP
-            words, wide, minus = words_and_scales(
-                w, tiles, first_row, rows, scale, at,
-                ALL, COLUMNS, ROWS, STEP, PANEL, FORMAT, DTYPE, GROUP, ASM, "",
-            )  # fmt: skip
-            acc = four_products(
-                acc, words, wide, minus, x, live, at, COLUMNS, STEP, GROUP, FORMAT, DTYPE, ASM, False,
-                X_RUN if GROUP < 4 * X_RUN else GROUP // 4,
-            )  # fmt: skip
-        return acc
+        return four_bit_chunk(
+            acc, w, tiles, first_row, rows, scale, x, live, first,
+            ALL, COLUMNS, ROWS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, ASM, "",
+            X_RUN if GROUP < 4 * X_RUN else GROUP // 4,
+        )  # fmt: skip
     else:
         i = first + tl.arange(0, DEPTH)
         if tiles is None:
