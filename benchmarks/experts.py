@@ -2,7 +2,7 @@
 the router's choices to the summed output.
 
     PYTHONPATH=src:. python benchmarks/experts.py [--shapes A,E] [--tokens 1,16] [--json]
-        [--panels] [--sweep DIR | --grid | --smem-limit 101376]
+        [--sweep DIR | --grid | --smem-limit 101376]
 
 First the output is compared with float32 on dequantised weights; a configuration that fails has no time. One
 call is timed as it runs in the engine: in a CUDA graph with others like it, each with its own routing,
@@ -120,7 +120,7 @@ class Bench:
 
     def __init__(self, name: str, gpu: Gpu, max_tokens: int) -> None:
         self.name, (self.model, problem), self.gpu = name, SHAPES[name], gpu
-        self.problem = dataclasses.replace(problem, format=stored_as(problem.format, gpu))
+        self.problem = stored_as(problem, gpu)
         p, self.generator = self.problem, torch.Generator("cuda").manual_seed(1)
         self.gate_up = random_weights(p, 2 * p.inter, p.hidden, self.generator, "cuda")
         self.down = random_weights(p, p.hidden, p.inter, self.generator, "cuda")
@@ -261,7 +261,7 @@ def sweep(names: list[str], all_tokens: list[int], gpu: Gpu, folder: FilePath, w
     """Times every tile of one half beside a middling tile of the other, then the best of each together."""
     jobs: dict[tuple[Problem, int, Path, Gpu], None] = {}
     for name in names:
-        problem = SHAPES[name][1]
+        problem = stored_as(SHAPES[name][1], gpu)
         for tokens in all_tokens:
             for path, (ups, downs) in candidates(problem, tokens, gpu, wanted).items():
                 for up, down in _paired(ups, downs):
@@ -386,10 +386,7 @@ def table(names: list[str], all_tokens: list[int], gpu: Gpu) -> list[dict[str, A
 
 def compare(names: list[str], all_tokens: list[int], gpu: Gpu, arguments: argparse.Namespace) -> int:
     """--grid or --smem-limit; the exit status."""
-    stored = {
-        name: dataclasses.replace(problem, format=stored_as(problem.format, gpu))
-        for name, (_, problem) in SHAPES.items()
-    }
+    stored = {name: stored_as(problem, gpu) for name, (_, problem) in SHAPES.items()}
     if arguments.grid:
         numbers = _expert_tables.grid()
         found = _expert_tables.run_grid(
@@ -422,12 +419,8 @@ def main() -> int:
     only.add_argument("--grid", action="store_true", help="40 numbers of tokens, and the dips among them")
     only.add_argument("--smem-limit", type=int, metavar="BYTES", help="with so much a block against without")
     only.add_argument("--sweep", type=FilePath, metavar="DIR")
-    parser.add_argument("--panels", action="store_true", help="4-bit weights in panels (formats/layouts.py)")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    if arguments.panels:
-        for name, (model, problem) in SHAPES.items():
-            SHAPES[name] = (model, dataclasses.replace(problem, panels=problem.group > 0))
     names, all_tokens = arguments.shapes.split(","), [int(n) for n in arguments.tokens.split(",")]
     unknown = [name for name in names if name not in SHAPES]
     if unknown:

@@ -71,10 +71,9 @@ def random_weights(
         for matrix in w:
             matrix.copy_(normal(rows, columns) * size)
     if (panel := problem.panel(columns)) and scale is not None:
-        panels, groups_of_panel = columns // panel, panel // group
-        w = layouts.to_panels(w.view(torch.uint8), panels).view(torch.uint16)
-        scale_bytes = scale.view(torch.uint8)[..., : panels * groups_of_panel * scale.itemsize]
-        scale = layouts.to_panels(scale_bytes, panels).view(scale.dtype)
+        w = layouts.to_panels(w.view(torch.uint8), panel // 2).view(torch.uint16)
+        scale_bytes = scale.view(torch.uint8)[..., : columns // group * scale.itemsize]
+        scale = layouts.to_panels(scale_bytes, panel // group * scale.itemsize).view(scale.dtype)
     if problem.format in ROW_SCALED:
         row_scale = uniform(0.5, 1.5, experts, rows) * size / 100
     return Weights(w, scale, row_scale, bias)

@@ -2,7 +2,9 @@
 their errors as JSON: [case, relative error, …]. A process of its own, because Triton decides when it is
 imported.
 
-    TRITON_INTERPRET=1 python -m tests.support.interpreted_experts FORMAT [COLUMNS OF A GROUP [panels]]
+    TRITON_INTERPRET=1 python -m tests.support.interpreted_experts FORMAT [COLUMNS OF A GROUP [LAYOUT]]
+
+LAYOUT: panels, or padded, in which the last panel is partly empty.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ GPU = find_gpu("gb10")
 NAN = float("nan")
 BLOCK = 16
 GROUP = int(sys.argv[2]) if len(sys.argv) > 2 else 32
-PANELS = sys.argv[3:] == ["panels"]
+PANELS = bool(sys.argv[3:])
+if sys.argv[3:] == ["padded"]:
+    layouts.PANELS_EMPTY = 1.0  # 192 columns are two panels of 128
 
 
 def problem(format: str, hidden: int, inter: int, experts: int) -> Problem:

@@ -20,8 +20,9 @@ numbers next to each other, so weights are arranged once, when they are loaded.
                                         those of code 1, …, so that each code's are 16 in a row; in groups
                                         of 64 and more they are that as they stand
     panels  [panels, rows, …]           4-bit words and their group scales, if so chosen: all rows of 128
-                                        columns (or of 64 or 32, as the width allows) together, so that what a
-                                        step of a kernel reads is one run of bytes; groups are not padded
+                                        columns together (of 64 or 32 where else too much of the last panel
+                                        were empty), so that what a step of a kernel reads is one run of
+                                        bytes, zeros behind the last column; groups are not padded otherwise
     group scales [rows, groups]         rows padded to a multiple of 16 groups, so that they load in one piece
     scales with zero points             one int32 a group: the scale as bf16 in the low half, −(128 + zero) as
                                         bf16 in the high half, which is exact
@@ -36,6 +37,7 @@ PER_WORD = 4
 GROUPS_PADDED = 16
 ARRANGED = 64  # columns of activations that are put in another order together
 PANELS = (128, 64, 32)  # columns
+PANELS_EMPTY = 1 / 20  # of the columns, the most that may be added
 INT4_BITS = tuple(tuple(range(4 * j + 3, 4 * j - 1, -1)) for j in range(PER_WORD))
 E2M1_BITS = ((15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (14, 13, 11, 10))
 
@@ -85,17 +87,21 @@ def arranged_columns(columns: int, group: int) -> torch.Tensor:
 
 
 def panel_columns(columns: int, group: int) -> int:
-    """Columns of a panel of a matrix that has so many, in groups of `group`; 0 where there can be none."""
-    return next((wide for wide in PANELS if columns % wide == 0 and wide % group == 0), 0)
+    """Columns of a panel of a matrix that has so many, in groups of `group`: the most that leave little of
+    the last panel empty. 0 where there can be none."""
+    fitting = (wide for wide in PANELS if wide % group == 0)
+    return next((wide for wide in fitting if -columns % wide <= columns * PANELS_EMPTY), 0)
 
 
-def to_panels(rows: torch.Tensor, panels: int) -> torch.Tensor:
-    """[..., rows, n], n a multiple of `panels` → [..., panels, rows, n / panels]."""
-    return torch.unflatten(rows, -1, (panels, -1)).transpose(-3, -2).contiguous()
+def to_panels(rows: torch.Tensor, width: int) -> torch.Tensor:
+    """[..., rows, n] → [..., panels, rows, width], zeros behind the n of the last panel."""
+    missing = -rows.shape[-1] % width
+    padded = torch.cat((rows, rows.new_zeros(*rows.shape[:-1], missing)), -1)
+    return torch.unflatten(padded, -1, (-1, width)).transpose(-3, -2).contiguous()
 
 
 def from_panels(panels: torch.Tensor) -> torch.Tensor:
-    """The inverse of `to_panels`."""
+    """The inverse of `to_panels`, with the zeros."""
     return panels.transpose(-3, -2).flatten(-2)
 
 

@@ -51,22 +51,22 @@ def together(GROUPS: tl.constexpr, GROUP: tl.constexpr, PANEL: tl.constexpr):
 
 
 @triton.jit
-def row_of_tile(expert, row, ALL: tl.constexpr, COLUMNS: tl.constexpr, PANEL: tl.constexpr):
+def row_of_tile(expert, row, ALL: tl.constexpr, STORED: tl.constexpr, PANEL: tl.constexpr):
     """Where the tile from `row` on begins in the rows of all experts, of which each has ALL; in panels, in
     those of its first one."""
-    PANELS: tl.constexpr = COLUMNS // PANEL if PANEL > 0 else 1
+    PANELS: tl.constexpr = STORED // PANEL if PANEL > 0 else 1
     return expert * (ALL * PANELS) + row
 
 
 @triton.jit
 def words_and_scales(
     w, tiles, first_row, rows, scale, first,
-    ALL: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, PANEL: tl.constexpr,
+    ALL: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, PANEL: tl.constexpr,
     FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
     """Words [ROWS, DEPTH / 4] of the columns from `first` on, and what `scales_of` says of them; in panels,
     all of one. ALL: rows of the expert's matrix; POLICY: for how long the L2 keeps words."""
-    width: tl.constexpr = PANEL if PANEL > 0 else COLUMNS
+    width: tl.constexpr = PANEL if PANEL > 0 else STORED
     panel = 0
     within = first
     if PANEL > 0:
@@ -86,7 +86,8 @@ def words_and_scales(
 @triton.jit
 def four_bit_chunk(
     acc, w, tiles, first_row, rows, scale, x, token_live, first,
-    ALL: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, PANEL: tl.constexpr,
+    ALL: tl.constexpr, COLUMNS: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    PANEL: tl.constexpr,
     FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr, POLICY: tl.constexpr,
     X_RUN: tl.constexpr = None,
 ):  # fmt: skip
@@ -96,19 +97,20 @@ def four_bit_chunk(
         at = first + step * STEP
         words, wide, minus = words_and_scales(
             w, tiles, first_row, rows, scale, at,
-            ALL, COLUMNS, ROWS, STEP, PANEL, FORMAT, DTYPE, GROUP, ASM, POLICY,
+            ALL, STORED, ROWS, STEP, PANEL, FORMAT, DTYPE, GROUP, ASM, POLICY,
         )  # fmt: skip
         acc = four_products(
-            acc, words, wide, minus, x, token_live, at, COLUMNS, STEP, GROUP, FORMAT, DTYPE, ASM, False, X_RUN
-        )
+            acc, words, wide, minus, x, token_live, at,
+            COLUMNS, STEP, GROUP, FORMAT, DTYPE, ASM, STORED > COLUMNS, X_RUN,
+        )  # fmt: skip
     return acc
 
 
 @triton.jit
 def chunk(
     acc, w, tiles, first_row, rows, scale, x, token_live, first,
-    ALL: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, PANEL: tl.constexpr,
-    FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr,
+    ALL: tl.constexpr, COLUMNS: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    PANEL: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """acc [ROWS, TOKENS] += the columns `first` … first + DEPTH. `w` points at the expert's matrix of ALL
     rows, `tiles` is a tensor descriptor of all experts' or None. DTYPE: what weights are turned into, None
@@ -117,7 +119,7 @@ def chunk(
     if GROUP > 0:
         acc = four_bit_chunk(
             acc, w, tiles, first_row, rows, scale, x, token_live, first,
-            ALL, COLUMNS, ROWS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, ASM, "evict_first",
+            ALL, COLUMNS, STORED, ROWS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, ASM, "evict_first",
         )  # fmt: skip
     else:
         i = first + tl.arange(0, DEPTH)
@@ -139,22 +141,22 @@ def chunk(
 @triton.jit
 def tile(
     w, tiles, first_row, rows, scale, x, token_live,
-    ALL: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
-    PANEL: tl.constexpr, FORMAT: tl.constexpr,
+    ALL: tl.constexpr, COLUMNS: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    DEPTH: tl.constexpr, PANEL: tl.constexpr, FORMAT: tl.constexpr,
     DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Σ over all columns: chunks of DEPTH in a pipeline of STAGES, then what is left."""
     acc = tl.zeros((ROWS, TOKENS), tl.float32)
-    WHOLE: tl.constexpr = COLUMNS // DEPTH * DEPTH
+    WHOLE: tl.constexpr = STORED // DEPTH * DEPTH
     for first in tl.range(0, WHOLE, DEPTH, num_stages=STAGES):
         acc = chunk(
             acc, w, tiles, first_row, rows, scale, x, token_live, first,
-            ALL, COLUMNS, ROWS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, ASM,
+            ALL, COLUMNS, STORED, ROWS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, ASM,
         )  # fmt: skip
-    if WHOLE < COLUMNS:
+    if WHOLE < STORED:
         acc = chunk(
             acc, w, None, first_row, rows, scale, x, token_live, WHOLE,
-            ALL, COLUMNS, ROWS, COLUMNS - WHOLE, PANEL, FORMAT, DTYPE, GROUP, ASM,
+            ALL, COLUMNS, STORED, ROWS, STORED - WHOLE, PANEL, FORMAT, DTYPE, GROUP, ASM,
         )  # fmt: skip
     return acc
 

@@ -18,6 +18,7 @@ from firebox.formats.layouts import (
     ARRANGED,
     E2M1_BITS,
     INT4_BITS,
+    PER_WORD,
     from_panels,
     panel_columns,
     separate,
@@ -79,6 +80,11 @@ class Problem:
         """Columns of a panel of a matrix that has so many; 0 where rows lie as they are."""
         return panel_columns(columns, self.group) if self.panels else 0
 
+    def stored(self, columns: int) -> int:
+        """Columns that a matrix of so many is stored with: whole panels, the rest of the last one zeros."""
+        panel = self.panel(columns)
+        return -(-columns // panel) * panel if panel else columns
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -86,8 +92,8 @@ class Weights:
     float8_e4m3fn, or words [experts, rows, columns / 4] uint16. `scale`: of blocks [experts, rows / 128,
     columns / 128] float32 (gate blocks, then up blocks), or of groups [experts, rows, groups padded]: bf16
     (int4_group), int32 of scale and zero (int4_zero), uint8 E8M0 (mxfp4), float8_e4m3fn (nvfp4). In panels,
-    words and scales of groups are [experts, panels, rows, those of a row in a panel]. `row_scale` and `bias`
-    [experts, rows] float32. Rows are interleaved where they are gate and up."""
+    words and scales of groups are [experts, panels, rows, those of a row in a panel], zeros behind the last.
+    `row_scale` and `bias` [experts, rows] float32. Rows are interleaved where they are gate and up."""
 
     w: torch.Tensor
     scale: torch.Tensor | None = None
@@ -144,7 +150,8 @@ def weight_constants(problem: Problem, columns: int, gpu: Gpu, *, interpreted: b
     return {
         "HIDDEN": problem.hidden,
         "INTER": problem.inter,
-        "GROUPS": groups if panel else -(-groups // 16) * 16,
+        "GROUPS": problem.stored(columns) // problem.group if panel else -(-groups // 16) * 16,
+        "STORED": problem.stored(columns),
         "PANEL": panel,
         "FORMAT": problem.format,
         "DTYPE": DTYPES[multiply],
@@ -164,6 +171,7 @@ def pipeline_depths(columns: int, problem: Problem, *, remainder: bool) -> tuple
     depths = tuple(d for d in (32, 64, 128, 256, 512) if d >= least_depth)
     depths = (BLOCK,) if problem.format == "fp8_block" else depths
     least = max(32, min(64, 2 * problem.group), problem.group)
+    columns = problem.stored(columns)
     fits = (lambda left: _power_of_2_or_0(left, least)) if remainder else (lambda left: left == 0)
     return tuple(d for d in depths if d <= columns and fits(columns % d))
 
@@ -222,7 +230,8 @@ def dequantised(problem: Problem, weights: Weights, expert: int, *, halves: bool
     rows. The kernels' oracle."""
     w, scale = weights.w[expert], None if weights.scale is None else weights.scale[expert]
     if w.dim() == 3 and scale is not None:
-        w, scale = from_panels(w), from_panels(scale)
+        columns = problem.hidden if halves else problem.inter
+        w, scale = from_panels(w)[:, : columns // PER_WORD], from_panels(scale)[:, : columns // problem.group]
     if problem.format in FOUR_BIT:
         assert scale is not None
         codes = unpack_words(w, problem.group, word_bits(problem.format))

@@ -1,5 +1,13 @@
 """Programmatic dependent launch: a kernel may begin while the one before still runs, and waits where it reads
-what that one writes (GPUs with the fact "pdl"; PDL says whether the launch asked for it)."""
+what that one writes (GPUs with the fact "pdl"; PDL says whether the launch asked for it).
+
+A launch that lets the next one begin before it waits itself lets that one read weights while both wait:
+norms, rope, decode attention, counting and sums do so, because linear layers follow them. Two rules. What a
+kernel reads before its wait no launch of the same step has written, but for the choices of experts that
+moe_down_few.py reads: so moe_gate_up_few.py, before it, waits first. And what comes directly before the
+programs of experts (moe_route.py, moe_sort.py's second, quantise_fp8.py) waits first too: programs that begin
+beside others are spread unevenly over the multiprocessors, and experts took up to twice as long (H200,
+2026-11-22)."""
 
 from __future__ import annotations
 

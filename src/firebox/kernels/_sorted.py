@@ -31,8 +31,8 @@ def empty_tile(ROWS: tl.constexpr, TOKENS: tl.constexpr, FLIP: tl.constexpr):
 @triton.jit
 def add_chunk(
     acc, w, tiles, first_row, rows, scale, other_scale, of_other, x, x_scale, live, first,
-    ALL: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, PANEL: tl.constexpr,
-    FORMAT: tl.constexpr, DTYPE: tl.constexpr,
+    ALL: tl.constexpr, COLUMNS: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    PANEL: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr,
     GROUP: tl.constexpr, X_GROUP: tl.constexpr, ASM: tl.constexpr, FLIP: tl.constexpr,
 ):  # fmt: skip
     """`acc` with the columns `first` … first + DEPTH. `w` points at the expert's matrix of ALL rows, `rows`
@@ -43,7 +43,7 @@ def add_chunk(
     if GROUP > 0:
         return four_bit_chunk(
             acc, w, tiles, first_row, rows, scale, x, live, first,
-            ALL, COLUMNS, ROWS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, ASM, "",
+            ALL, COLUMNS, STORED, ROWS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, ASM, "",
             X_RUN if GROUP < 4 * X_RUN else GROUP // 4,
         )  # fmt: skip
     else:

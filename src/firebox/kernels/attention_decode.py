@@ -163,8 +163,8 @@ def decode(
     first_token = tl.load(query_start + request)
     queries = tl.load(query_start + request + 1) - first_token
     context = tl.load(context_tokens + request)
-    wait_for_launch_before(PDL)  # the step's integers were written long before; queries and keys were not
     let_next_launch_begin(PDL)
+    wait_for_launch_before(PDL)  # the step's integers were written long before; queries and keys were not
     if (queries > max_queries) | (first_row >= queries * GROUP):
         return
     lowest, tiles, share = shares(queries, context, window_tokens, splits, BLOCK_N, MIN_TILES, WINDOW)
@@ -222,8 +222,8 @@ def merge(
     first_token = tl.load(query_start + request)
     queries = tl.load(query_start + request + 1) - first_token
     context = tl.load(context_tokens + request)
-    wait_for_launch_before(PDL)
     let_next_launch_begin(PDL)
+    wait_for_launch_before(PDL)
     if (queries > max_queries) | (query >= queries):
         return
     _, tiles, share = shares(queries, context, window_tokens, splits, BLOCK_N, MIN_TILES, WINDOW)

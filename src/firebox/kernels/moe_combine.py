@@ -48,8 +48,8 @@ def add_experts(
     y, out, HIDDEN: tl.constexpr, TOP_K: tl.constexpr, COLUMNS: tl.constexpr, RESIDUAL: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    wait_for_launch_before(PDL)
     let_next_launch_begin(PDL)
+    wait_for_launch_before(PDL)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     there = column < HIDDEN

@@ -75,8 +75,8 @@ def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
 @triton.jit
 def down_sorted(
     h, h_scale, w, tiles, scale, row_scale, bias, order, blocks, routing_weights, y,
-    HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, PANEL: tl.constexpr,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, STORED: tl.constexpr,
+    PANEL: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     PARTS: tl.constexpr, DEPTH: tl.constexpr, TILES: tl.constexpr, FLIP: tl.constexpr, FORMAT: tl.constexpr,
     DTYPE: tl.constexpr, GROUP: tl.constexpr, H_GROUP: tl.constexpr,
     STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
@@ -103,8 +103,8 @@ def down_sorted(
     scale_of_choice = None
     if h_scale is not None:
         scale_of_choice = h_scale + at * (INTER // H_GROUP)
-    matrix = w + e * (HIDDEN * (INTER // 4 if GROUP > 0 else INTER))
-    STEPS: tl.constexpr = INTER // DEPTH
+    matrix = w + e * (HIDDEN * (STORED // 4 if GROUP > 0 else INTER))
+    STEPS: tl.constexpr = STORED // DEPTH
     ROW_TILES: tl.constexpr = (HIDDEN + ROWS - 1) // ROWS
     RAGGED: tl.constexpr = HIDDEN % ROWS != 0
     first_tile = tl.program_id(0) * TILES
@@ -126,9 +126,9 @@ def down_sorted(
             scale_of_row = scale + (e * (HIDDEN // 128) + n * ROWS // 128) * (INTER // 128)
             other_scale = scale_of_row + (INTER // 128 if ROWS == 256 else 0)
         acc = add_chunk(
-            acc, matrix, tiles, row_of_tile(expert, n * ROWS, HIDDEN, INTER, PANEL), rows, scale_of_row,
+            acc, matrix, tiles, row_of_tile(expert, n * ROWS, HIDDEN, STORED, PANEL), rows, scale_of_row,
             other_scale, tl.arange(0, ROWS) >= 128, row_of_h, scale_of_choice, live, k * DEPTH,
-            HIDDEN, INTER, ROWS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, H_GROUP, ASM, FLIP,
+            HIDDEN, INTER, STORED, ROWS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, H_GROUP, ASM, FLIP,
         )  # fmt: skip
         if k == STEPS - 1:
             of_row = None

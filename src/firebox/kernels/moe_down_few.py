@@ -131,14 +131,14 @@ def _store(acc, factor, bias, routing_weights, products, rows, place, live, HIDD
 @triton.jit
 def _pass(
     h, matrix, tiles, first_row, rows, scale, factor, bias, routing_weights, products, place, live,
-    HIDDEN: tl.constexpr, INTER: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
-    PANEL: tl.constexpr,
+    HIDDEN: tl.constexpr, INTER: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    DEPTH: tl.constexpr, PANEL: tl.constexpr,
     FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     row_of_h = h + place[:, None].to(tl.int64) * INTER
     acc = tile(
         matrix, tiles, first_row, rows, scale, row_of_h, live,
-        HIDDEN, INTER, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, ASM,
+        HIDDEN, INTER, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, ASM,
     )  # fmt: skip
     _store(acc, factor, bias, routing_weights, products, rows, place, live, HIDDEN)
 
@@ -209,7 +209,7 @@ def down_few(
     h, w, tiles, scale, row_scale, bias, expert_ids, routing_weights, table, products, out, counters,
     tokens, choices,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, WIDE: tl.constexpr, GROUPS: tl.constexpr,
-    PANEL: tl.constexpr, TOP_K: tl.constexpr,
+    STORED: tl.constexpr, PANEL: tl.constexpr, TOP_K: tl.constexpr,
     TOP_K_PADDED: tl.constexpr, PADDED: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr,
     TOKENS: tl.constexpr, DEPTH: tl.constexpr, APART: tl.constexpr, FORMAT: tl.constexpr,
     DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, SUMMED: tl.constexpr,
@@ -243,7 +243,7 @@ def down_few(
     bias_of_row = None
     scale_of_row = None
     if GROUP > 0:
-        matrix = w + e * (HIDDEN * (INTER // 4))
+        matrix = w + e * (HIDDEN * (STORED // 4))
         scale_of_row = scale + e * (HIDDEN * GROUPS) + rows[:, None] * together(GROUPS, GROUP, PANEL)
     else:
         matrix = w + e * (HIDDEN * INTER)
@@ -254,7 +254,7 @@ def down_few(
         factor = row_factors(row_scale, e * HIDDEN + rows, FORMAT, ASM)
     if bias is not None:
         bias_of_row = tl.load(bias + e * HIDDEN + rows)
-    first_row = row_of_tile(expert, n * ROWS, HIDDEN, INTER, PANEL)
+    first_row = row_of_tile(expert, n * ROWS, HIDDEN, STORED, PANEL)
     if DEPTH == 0:
         if mine:
             if GROUP == 0 and scale is not None:
@@ -273,7 +273,7 @@ def down_few(
                 _pass(
                     h, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row, routing_weights,
                     products, place, live,
-                    HIDDEN, INTER, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, ASM,
+                    HIDDEN, INTER, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, ASM,
                 )  # fmt: skip
             else:
                 entry = table + which * (PADDED + 1)
@@ -284,7 +284,7 @@ def down_few(
                     _pass(
                         h, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row,
                         routing_weights, products, tl.where(there, listed, 0), there,
-                        HIDDEN, INTER, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, ASM,
+                        HIDDEN, INTER, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, ASM,
                     )  # fmt: skip
                     if before + TOKENS < count:
                         listed = tl.load(entry + 1 + before + TOKENS + t)

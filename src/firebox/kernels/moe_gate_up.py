@@ -111,8 +111,8 @@ def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
 @triton.jit
 def gate_up_sorted(
     x, x_scale, w, tiles, scale, row_scale, bias, order, blocks, h, h_scale,
-    HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, PANEL: tl.constexpr,
-    TOP_K: tl.constexpr, ROWS: tl.constexpr,
+    HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, STORED: tl.constexpr,
+    PANEL: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr,
     TOKENS: tl.constexpr, PARTS: tl.constexpr, DEPTH: tl.constexpr,
     FLIP: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr,
     X_GROUP: tl.constexpr, STAGES: tl.constexpr, CLAMPED: tl.constexpr, LIMIT: tl.constexpr,
@@ -138,12 +138,12 @@ def gate_up_sorted(
     rows = n * ROWS + tl.arange(0, ROWS)
     if RAGGED:
         rows = tl.minimum(rows, 2 * INTER - 1)
-    first_row = row_of_tile(expert, n * ROWS, 2 * INTER, HIDDEN, PANEL)
+    first_row = row_of_tile(expert, n * ROWS, 2 * INTER, STORED, PANEL)
     scale_of_row = None
     up_scale = None
     is_up = rows // 8 % 2 == 1
     if GROUP > 0:
-        matrix = w + e * (2 * INTER * (HIDDEN // 4))
+        matrix = w + e * (2 * INTER * (STORED // 4))
         scale_of_row = scale + e * (2 * INTER * GROUPS) + rows[:, None] * together(GROUPS, GROUP, PANEL)
     else:
         matrix = w + e * (2 * INTER * HIDDEN)
@@ -156,11 +156,11 @@ def gate_up_sorted(
     if x_scale is not None:
         scale_of_token = x_scale + token * (HIDDEN // X_GROUP if X_GROUP > 0 else 1)
     acc = empty_tile(ROWS, TOKENS, FLIP)
-    for column in tl.range(0, HIDDEN, DEPTH, num_stages=STAGES):
+    for column in tl.range(0, STORED, DEPTH, num_stages=STAGES):
         acc = add_chunk(
             acc, matrix, tiles, first_row, rows, scale_of_row, up_scale, is_up, row_of_x, scale_of_token,
             live, column,
-            2 * INTER, HIDDEN, ROWS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, X_GROUP, ASM, FLIP,
+            2 * INTER, HIDDEN, STORED, ROWS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, X_GROUP, ASM, FLIP,
         )  # fmt: skip
     of_token = None
     if x_scale is not None and X_GROUP == 0:

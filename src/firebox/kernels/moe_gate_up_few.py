@@ -132,8 +132,8 @@ def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
 @triton.jit
 def _pass(
     x, w, tiles, first_row, rows, scale, factor, bias, h, token, place, live, column,
-    HIDDEN: tl.constexpr, INTER: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
-    PANEL: tl.constexpr,
+    HIDDEN: tl.constexpr, INTER: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    DEPTH: tl.constexpr, PANEL: tl.constexpr,
     FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
     CLAMPED: tl.constexpr,
     LIMIT: tl.constexpr, ALPHA: tl.constexpr, ASM: tl.constexpr,
@@ -142,7 +142,7 @@ def _pass(
     row_of_x = x + token[:, None].to(tl.int64) * HIDDEN
     acc = tile(
         w, tiles, first_row, rows, scale, row_of_x, live,
-        2 * INTER, HIDDEN, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, ASM,
+        2 * INTER, HIDDEN, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, ASM,
     )  # fmt: skip
     if factor is not None:
         acc *= factor[:, None]
@@ -167,8 +167,8 @@ def program_of_choices(MODE: tl.constexpr):
 @triton.jit
 def gate_up_few(
     x, w, tiles, scale, row_scale, bias, expert_ids, h, table, tokens, choices,
-    HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, PANEL: tl.constexpr,
-    TOP_K: tl.constexpr, TOP_K_PADDED: tl.constexpr,
+    HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, STORED: tl.constexpr,
+    PANEL: tl.constexpr, TOP_K: tl.constexpr, TOP_K_PADDED: tl.constexpr,
     PADDED: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
     FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
     CLAMPED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
@@ -210,12 +210,12 @@ def gate_up_few(
             if count == 0:
                 return
     e = expert.to(tl.int64)
-    first_row = row_of_tile(expert, n * ROWS, 2 * INTER, HIDDEN, PANEL)
+    first_row = row_of_tile(expert, n * ROWS, 2 * INTER, STORED, PANEL)
     factor = None
     bias_of_row = None
     scale_of_row = None
     if GROUP > 0:
-        matrix = w + e * (2 * INTER * (HIDDEN // 4))
+        matrix = w + e * (2 * INTER * (STORED // 4))
         scale_of_row = scale + e * (2 * INTER * GROUPS) + rows[:, None] * together(GROUPS, GROUP, PANEL)
     else:
         matrix = w + e * (2 * INTER * HIDDEN)
@@ -229,8 +229,8 @@ def gate_up_few(
     if MODE == "one" or MODE == "columns":
         _pass(
             x, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row, h, t, place, live, column,
-            HIDDEN, INTER, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, CLAMPED, LIMIT, ALPHA,
-            ASM,
+            HIDDEN, INTER, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, CLAMPED, LIMIT,
+            ALPHA, ASM,
         )  # fmt: skip
     else:
         for before in range(0, count, TOKENS):
@@ -239,8 +239,8 @@ def gate_up_few(
             _pass(
                 x, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row, h, moved // TOP_K,
                 moved, before + t < count, column,
-                HIDDEN, INTER, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, CLAMPED, LIMIT,
-                ALPHA, ASM,
+                HIDDEN, INTER, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, CLAMPED,
+                LIMIT, ALPHA, ASM,
             )  # fmt: skip
 
 

@@ -79,8 +79,8 @@ def count_choices(
     EXPERTS: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """EXPERTS: padded to a power of two; those that are not there count nothing."""
-    wait_for_launch_before(PDL)
     let_next_launch_begin(PDL)
+    wait_for_launch_before(PDL)
     place = tl.program_id(0) * CHOICES + tl.arange(0, CHOICES)
     chosen = tl.load(expert_ids + place, mask=place < choices, other=0)
     mine = tl.histogram(chosen, EXPERTS, mask=place < choices)

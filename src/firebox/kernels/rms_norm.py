@@ -94,8 +94,8 @@ def normalise_rows(
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None, None]
     there = (column < WIDTH) & (row < rows)
     gain = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)  # no launch wrote it
-    wait_for_launch_before(PDL)
     let_next_launch_begin(PDL)
+    wait_for_launch_before(PDL)
     at = x + row * x_stride + column
     values = tl.load(at, mask=there, other=0.0).to(tl.float32)
     if delta is not None:

@@ -143,8 +143,8 @@ def _turned(
     if NORM == "row":
         gain = tl.load(weight + head * HEAD_DIM + place, mask=there, other=0.0).to(tl.float32)
         other_gain = tl.load(weight + head * HEAD_DIM + other, mask=rotated, other=0.0).to(tl.float32)
-    wait_for_launch_before(PDL)
     let_next_launch_begin(PDL)
+    wait_for_launch_before(PDL)
     own = tl.load(base + head * STRIDE + place, mask=there, other=0.0).to(tl.float32)
     partner = tl.load(base + head * STRIDE + other, mask=rotated, other=0.0).to(tl.float32)
     squares = tl.sum(tl.sum(own * own, axis=2, keep_dims=True), axis=1, keep_dims=True)  # [BLOCK, 1, 1]
@@ -200,8 +200,8 @@ def _store_values(
     place = _places(SLOTS, HALF)
     there = (head < HEADS) & (place < HEAD_DIM)
     scale = None if scales is None else tl.load(scales + 1)
-    wait_for_launch_before(PDL)
     let_next_launch_begin(PDL)
+    wait_for_launch_before(PDL)
     values = tl.load(row + head * HEAD_DIM + place, mask=there, other=0.0).to(tl.float32)
     at = cache + (token_slot * HEADS + head) * HEAD_DIM + place
     tl.store(at, encoded(values, scale, KV_TYPE), mask=there)

@@ -32,7 +32,7 @@ class ExpertStore:
 
     def _empty(self, rows: int, columns: int) -> Weights:
         p, experts, panel = self.problem, self.problem.experts, self.problem.panel(columns)
-        shape = (experts, columns // panel, rows) if panel else (experts, rows)
+        shape = (experts, -(-columns // panel), rows) if panel else (experts, rows)
         width = (panel or columns) // layouts.PER_WORD if p.group else columns
         kind = WEIGHT_TYPES[p.format] if p.format != "bf16" else p.dtype
         w = self._zeros(kind, *shape, width)
@@ -88,13 +88,13 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _laid_as(kept: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """The bytes of `source` [rows] or [rows, n] as those of `kept` lie: [rows, bytes], or in panels, without
-    what pads its groups."""
+    """The bytes of `source` [rows] or [rows, n] as those of `kept` lie: [rows, bytes], or in panels, which
+    pad groups in their own way."""
     rows = _bytes(source)
     if kept.dim() == 2:
         return rows
     panels, _, width = kept.shape
-    return layouts.to_panels(rows[:, : panels * width], panels)
+    return layouts.to_panels(rows[:, : panels * width], width)
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:

@@ -173,11 +173,13 @@ def default_path(problem: Problem, name: str, tokens: int, gpu: Gpu) -> Path:
     return Path(name, gate_up, down, "default" + _multiplied(problem, name))
 
 
-def stored_as(format: str, gpu: Gpu) -> str:
-    """What the kernels call a format on `gpu`: 4-bit floats lie in nibbles where the tensor cores multiply
-    them, so that both paths read the same words."""
-    kind = {"mxfp4": "mxf8", "nvfp4": "nvf4"}.get(format)
-    return f"{format}_nibbles" if kind and f"mma.{kind}" in gpu.facts else format
+def stored_as(problem: Problem, gpu: Gpu) -> Problem:
+    """`problem`, in a checkpoint's format, as its weights lie on `gpu`: 4-bit floats in nibbles where the
+    tensor cores multiply them, so that both paths read the same words; other 4-bit weights in panels."""
+    kind = {"mxfp4": "mxf8", "nvfp4": "nvf4"}.get(problem.format)
+    if kind and f"mma.{kind}" in gpu.facts:
+        return replace(problem, format=f"{problem.format}_nibbles")
+    return replace(problem, panels=problem.group > 0)
 
 
 def _multiplied(problem: Problem, path: str) -> str:

@@ -21,7 +21,7 @@ from firebox.formats.base import Cut, Format, FormatOf, OneOf, PlainSlot, Slot, 
 from firebox.formats.layouts import interleave
 from firebox.hardware.base import Gpu
 from firebox.layers.base import Build
-from firebox.layers.device import KERNEL_DTYPES
+from firebox.layers.device import KERNEL_DTYPES, tensor_bytes
 from firebox.layers.linear import INNER_UNIT, grown
 
 if TYPE_CHECKING:
@@ -109,15 +109,28 @@ def _fused_in(layer: Layer, setting: Setting) -> int:
     return fused_experts(layer.problem, layer.names, layer.format_of, layer.requantises)
 
 
-def inner_widths(layer: Layer, setting: Setting) -> tuple[int, int]:
-    """Columns of a routed and of the shared expert as one GPU keeps them, for the count of its memory: a
-    share grows where no tile divides it. As they are where no kernel runs the layer."""
+def shared_width(layer: Layer, setting: Setting) -> int:
+    """Columns of the shared expert as one GPU keeps them, for the count of its memory: a share grows where no
+    tile divides it. As they are where no kernel runs the layer."""
     p, share, formats = layer.problem, _share(layer.problem, setting), layer.expert_formats
     shared = p.shared_experts * p.inter // setting.tp
     if refusal(setting.gpu, share, formats) is not None:
-        return share.inter, shared
-    routed: int = _experts_problem(share, next(iter(formats)), setting.gpu).inter
-    return routed, routed if _fused_in(layer, setting) else grown(shared, INNER_UNIT)
+        return shared
+    if _fused_in(layer, setting):
+        return int(_experts_problem(share, next(iter(formats)), setting.gpu).inter)
+    return grown(shared, INNER_UNIT)
+
+
+def routed_bytes(layer: Layer, setting: Setting) -> int | None:
+    """Of a layer's routed experts as one GPU keeps them, or None where no kernel runs the layer."""
+    from firebox.layers._expert_store import ExpertStore
+
+    share, formats = _share(layer.problem, setting), layer.expert_formats
+    if refusal(setting.gpu, share, formats) is not None:
+        return None
+    problem = _experts_problem(share, next(iter(formats)), setting.gpu)
+    store = ExpertStore(problem, torch.device("meta"))
+    return tensor_bytes(store.gate_up) + tensor_bytes(store.down)
 
 
 def _shared_operations(layer: Layer, setting: Setting) -> Iterator[Operation]:
@@ -169,10 +182,10 @@ def _experts_problem(p: Problem, format: Format, gpu: Gpu, shared: int = 0) -> A
     further: dict[str, Any] = {"int4_columns": group} if name in _experts.INTEGERS else {}
     if p.activation == "clamped_swiglu":
         further |= {"limit": p.limit, "alpha": p.alpha}
-    return _experts.widened(_experts.Problem(
-        p.hidden, p.inter, p.experts + shared, p.top_k + shared, experts.stored_as(name, gpu), p.activation,
+    return _experts.widened(experts.stored_as(_experts.Problem(
+        p.hidden, p.inter, p.experts + shared, p.top_k + shared, name, p.activation,
         biases=p.biases, dtype=KERNEL_DTYPES[p.dtype], residual=True, shared=shared, **further,
-    ))  # fmt: skip
+    ), gpu))  # fmt: skip
 
 
 def _route_problem(p: Problem, shared: int, kept_groups: int = 1) -> Any:

@@ -70,16 +70,19 @@ class Part:
 
     def kept_bytes(self, setting: Setting) -> int:
         """The same as the kernels' layers keep it: with what widths that no tile divides are grown by."""
-        wide, tp, ep = self._grown(setting), setting.tp, 1
         if self.block is not None:
+            kept = moe_gpu.routed_bytes(self.block, setting)
+            if kept is not None:
+                return kept * self.layers
             tp, ep = setting.expert_tp, setting.ep
-        return sum(count * shard_bytes(slot, tp, wide) for slot, count in self.slots) // ep
+            return sum(count * shard_bytes(slot, tp) for slot, count in self.slots) // ep
+        wide = self._grown(setting)
+        return sum(count * shard_bytes(slot, setting.tp, wide) for slot, count in self.slots)
 
     def _grown(self, setting: Setting) -> Callable[[int], int]:
         """The width of an MLP's share → the one that is kept."""
-        layer, shared = self.block or self.shared_of, self.block is None
-        if layer is not None:
-            kept = moe_gpu.inner_widths(layer, setting)[shared]
+        if self.shared_of is not None:
+            kept = moe_gpu.shared_width(self.shared_of, setting)
             return lambda width: kept
         return lambda width: grown(width, INNER_UNIT) if self.name == DENSE_MLP else width
 

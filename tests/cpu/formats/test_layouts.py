@@ -60,18 +60,30 @@ def test_padding_adds_zeros_behind(groups: int, padded: int) -> None:
 
 @pytest.mark.parametrize(
     ("columns", "group", "panel"),
-    [(5120, 16, 128), (2880, 32, 64), (1440, 32, 32), (7168, 128, 128), (1472, 128, 0), (176, 16, 0)],
+    [
+        (5120, 16, 128),
+        (2880, 32, 128),
+        (2880, 128, 128),
+        (1440, 32, 64),
+        (320, 32, 64),
+        (7168, 128, 128),
+        (320, 128, 0),
+        (176, 16, 0),
+    ],
 )
-def test_panels_divide_the_width_and_hold_whole_groups(columns: int, group: int, panel: int) -> None:
+def test_panels_hold_whole_groups_and_leave_little_empty(columns: int, group: int, panel: int) -> None:
     assert panel_columns(columns, group) == panel
 
 
 def test_a_panel_holds_a_run_of_columns_of_every_row() -> None:
     numbers = torch.arange(2 * 3 * 8).view(2, 3, 8)
-    panels = to_panels(numbers, 2)
+    panels = to_panels(numbers, 4)
     assert panels.is_contiguous() and panels[1, 1].tolist() == [
         [28, 29, 30, 31],
         [36, 37, 38, 39],
         [44, 45, 46, 47],
     ]
     assert torch.equal(from_panels(panels), numbers)
+    padded = to_panels(numbers, 6)
+    assert padded.shape == (2, 2, 3, 6) and not padded[:, 1, :, 2:].any()
+    assert torch.equal(from_panels(padded)[..., :8], numbers)

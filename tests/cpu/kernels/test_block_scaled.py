@@ -177,11 +177,12 @@ def test_weights_lie_as_the_tensor_cores_read_them(gpu_name: str, stored: str) -
     """Nibbles where both paths read them; elsewhere the words that decode fastest, and no such path."""
     gpu = find_gpu(gpu_name)
     for format in ("mxfp4", "nvfp4"):
-        assert stored_as(format, gpu) == format + stored
-        p = Problem(256, 256, 8, 2, stored_as(format, gpu))
+        p = stored_as(Problem(256, 256, 8, 2, format), gpu)
+        assert (p.format, p.panels) == (format + stored, not stored)
         assert path_of(p, 8192, gpu).name == (SCALED if stored else SORTED)
         assert (moe_gate_up_scaled.accepts(p, gpu) is None) is bool(stored)
-    assert stored_as("int4_group", gpu) == "int4_group"
+    plain = [Problem(256, 256, 8, 2, format) for format in ("int4_group", "bf16")]
+    assert [stored_as(p, gpu) for p in plain] == [dataclasses.replace(plain[0], panels=True), plain[1]]
 
 
 def test_what_has_no_such_product_is_refused() -> None:

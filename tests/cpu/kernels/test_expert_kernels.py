@@ -46,9 +46,17 @@ def test_kernels_equal_their_references_under_the_interpreter(format: str, group
         assert error < (FP8_LIMIT if rounded else LIMIT), (case, error)
 
 
-@pytest.mark.parametrize(("format", "group"), [("nvfp4", 16), ("int4_zero", 32)])
-def test_weights_in_panels_give_the_same(format: str, group: int) -> None:
-    errors = interpreted(format, str(group), "panels")
+@pytest.mark.parametrize(
+    ("format", "group", "panels"),
+    [
+        ("nvfp4", 16, "panels"),
+        ("int4_zero", 32, "panels"),
+        ("mxfp4", 32, "padded"),
+        ("int4_group", 64, "padded"),
+    ],
+)
+def test_weights_in_panels_give_the_same(format: str, group: int, panels: str) -> None:
+    errors = interpreted(format, str(group), panels)
     assert len(errors) == 2 * (4 + (format in WIDE)) + 2 * 2 + 2 * 3
     assert max(errors.values()) < LIMIT, errors
 

@@ -120,20 +120,20 @@ def test_help_is_true() -> None:
     assert not planned("glm-4.5-air-fp8", "gb10", context_length=tokens + 1).fits
 
 
-def test_a_width_that_no_tile_divides_is_counted_as_it_is_kept() -> None:
-    """gpt-oss-20b at tp 2: 24 layers of 32 experts keep 1,472 columns for 1,440, with 17 bytes for 32 codes
-    of MXFP4, and biases; the roof is about what has to be read."""
-    found = planned("gpt-oss-20b", "gb10", 2)
-    assert found.memory is not None and found.roof is not None and found.fits
-    one = planned("gpt-oss-20b", "gb10", 1)
-    assert one.memory is not None and one.roof is not None
-    whole = 24 * 32 * 2880 * (3 * 2880 * 17 // 32)
-    assert one.memory.weights["experts"] - whole == 24 * 32 * 2 * (2 * 2880 + 2880)
-    down_bias = 24 * 32 * 2 * 2880
-    half = (one.memory.weights["experts"] - down_bias) // 2
-    grown = half // 1440 * 1472 + down_bias
-    assert found.memory.weights["experts"] == pytest.approx(grown, abs=24 * 32 * 32)
-    assert one.roof.steps[64].weights / found.roof.steps[64].weights == pytest.approx(2, rel=0.01)
+def test_routed_experts_are_counted_as_they_are_kept() -> None:
+    """gpt-oss-20b, 24 layers of 32 experts: a row has its words, a byte for each 32 columns, of which there
+    are 16 · n, and a float32 bias. At tp 2 there are 1,472 columns for 1,440, and on an H200 panels of 128
+    columns, 23 for 22.5. The roof is about what has to be read."""
+    one, two, panels = (planned("gpt-oss-20b", *where) for where in (("gb10", 1), ("gb10", 2), ("h200", 1)))
+    for found, gate_up, down in (
+        (one, 5760 * (1440 + 96 + 4), 2880 * (1440 + 96 + 4)),
+        (two, 2944 * (1440 + 96 + 4), 2880 * (736 + 48 + 4)),
+        (panels, 5760 * (1472 + 92 + 4), 2880 * (1472 + 92 + 4)),
+    ):
+        assert found.memory is not None and found.fits
+        assert found.memory.weights["experts"] == 24 * 32 * (gate_up + down)
+    assert one.roof is not None and two.roof is not None
+    assert one.roof.steps[64].weights / two.roof.steps[64].weights == pytest.approx(2, rel=0.01)
 
 
 def test_glm_4_5_air_on_eight_keeps_192_columns_of_176() -> None:

@@ -150,7 +150,7 @@ def test_a_launch_that_is_not_made_in_between_is_not_listed_there(monkeypatch: p
     [
         ("gpt-oss-20b", 1, dataclasses.replace(OSS, format="mxfp4_nibbles")),
         ("glm-4.7-fp8", 4, GLM),
-        ("kimi-k2.5-int4", 8, Problem(7168, 256, 384, 8, "int4_group", residual=True)),
+        ("kimi-k2.5-int4", 8, Problem(7168, 256, 384, 8, "int4_group", residual=True, panels=True)),
         ("qwen3.5-397b-a17b-nvfp4", 4, Problem(4096, 256, 512, 10, "nvfp4_nibbles", residual=True)),
         ("qwen3-30b-a3b", 1, Problem(2048, 768, 128, 8, "bf16", residual=True)),
     ],
@@ -239,7 +239,8 @@ def test_integers_with_zero_points_are_planned(section: str, group: int) -> None
     found = moe("qwen3-30b-a3b", quantization_config=config)
     (routed,) = [o for o in found.operations if o.name == "experts"]
     assert routed.format == section
-    assert routed.problem == Problem(2048, 768, 128, 8, "int4_zero", residual=True, int4_columns=group)
+    expected = Problem(2048, 768, 128, 8, "int4_zero", residual=True, int4_columns=group, panels=True)
+    assert routed.problem == expected
     arranged = {row.op for row in planned(routed, GB10, 512)} >= {"moe_arrange"}
     assert arranged == (group == 32), "groups of 64 and 128 are read as they stand"
 

@@ -14,7 +14,7 @@ from firebox.formats.base import Cut, Format, PlainSlot, WeightSlot
 from firebox.hardware.base import find_gpu
 from firebox.planning._parts import shard_bytes
 from firebox.planning.memory import GIB, CacheBytes, Memory, Sizes, cache_bytes, ledger, reserve_bytes
-from tests.support.planning import planned
+from tests.support.planning import opened, planned
 
 META = torch.device("meta")
 GB = 10**9
@@ -137,7 +137,10 @@ def test_what_a_running_request_takes_beside_its_tokens() -> None:
     ],
 )
 def test_weights_are_what_the_makers_publish(card: str, published: float, unit: int, within: float) -> None:
-    assert memory(card).weights_bytes / unit == pytest.approx(published, abs=within)
+    """And up to 3 % more as kernels keep them: whole panels, padded scales, biases in float32."""
+    stored = sum(part.shard_bytes(1) for part in opened(card).parts)
+    assert stored / unit == pytest.approx(published, abs=within)
+    assert 1 <= memory(card).weights_bytes / stored < 1.03
 
 
 def test_glm_4_7_in_fp8() -> None:
