@@ -207,7 +207,6 @@ def linear_rows(
     PDL: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0)
-    let_next_launch_begin(PDL)
     begin = 0
     if SLICES > 1:
         begin = tl.program_id(1) * (HEAD + STEPS * DEPTH)
@@ -257,6 +256,7 @@ def linear_rows(
                 acc, w, tiles, n * ROWS, mine, scale_of_row, row_of_x, None, 0, None, live, first,
                 COLUMNS, ROWS, DEPTH, FORMAT, DTYPE, GROUP, 0, ASM, MASKED,
             )  # fmt: skip
+    let_next_launch_begin(PDL)
     if HEAD > 0:
         acc = _head_product(acc, head, wide, minus, of_column, x0, x1, x2, x3, GROUP, FORMAT, DTYPE, ASM)
     if factor is not None:

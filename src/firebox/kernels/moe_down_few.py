@@ -213,11 +213,12 @@ def down_few(
     TOP_K_PADDED: tl.constexpr, PADDED: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr,
     TOKENS: tl.constexpr, DEPTH: tl.constexpr, APART: tl.constexpr, FORMAT: tl.constexpr,
     DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, SUMMED: tl.constexpr,
-    RESIDUAL: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    RESIDUAL: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0)
     which = program_of_choices(MODE)
-    let_next_launch_begin(PDL)
+    if not LATE:
+        let_next_launch_begin(PDL)
     t = tl.arange(0, TOKENS)
     rows = n * ROWS + tl.arange(0, ROWS)
     expert = which
@@ -288,6 +289,8 @@ def down_few(
                     )  # fmt: skip
                     if before + TOKENS < count:
                         listed = tl.load(entry + 1 + before + TOKENS + t)
+    if LATE:
+        let_next_launch_begin(PDL)
     if not APART:
         tl.debug_barrier()  # every thread's products are written before the counter says so
         ended = tl.atomic_add(counters + n, 1, sem="acq_rel")
@@ -301,9 +304,10 @@ def down_few(
 
 
 def request(
-    problem: Problem, tokens: int, config: Config, gpu: Gpu, *, interpreted: bool = False
+    problem: Problem, tokens: int, config: Config, gpu: Gpu, *, late: bool = False, interpreted: bool = False
 ) -> CompileRequest:
-    """The compile of this problem for so many tokens. Token counts of one mode and padding share it."""
+    """The compile of this problem for so many tokens. Token counts of one mode and padding share it. `late`:
+    as in moe_gate_up_few."""
     how = mode(problem, tokens)
     types, absent = _experts.weight_arguments(
         problem, problem.inter, config.rows, config.depth, tma=config.tma and config.depth > 0
@@ -331,6 +335,7 @@ def request(
         "STAGES": config.stages,
         "SUMMED": SUMMED_TOKENS,
         "RESIDUAL": problem.residual,
+        "LATE": late,
     }
     return CompileRequest(
         kernel=down_few,

@@ -172,11 +172,13 @@ def gate_up_few(
     PADDED: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
     FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
     CLAMPED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    LATE: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0)
     which = program_of_choices(MODE)
     wait_for_launch_before(PDL)
-    let_next_launch_begin(PDL)
+    if not LATE:
+        let_next_launch_begin(PDL)
     t = tl.arange(0, TOKENS)
     rows = n * ROWS + tl.arange(0, ROWS)
     column = n * (ROWS // 2) + tl.arange(0, ROWS // 2)
@@ -232,6 +234,8 @@ def gate_up_few(
             HIDDEN, INTER, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, CLAMPED, LIMIT,
             ALPHA, ASM,
         )  # fmt: skip
+        if LATE:
+            let_next_launch_begin(PDL)
     else:
         for before in range(0, count, TOKENS):
             mine = (rank[None, :] == (before + t)[:, None]) & live[None, :]  # [TOKENS, PADDED]
@@ -248,9 +252,10 @@ def gate_up_few(
 
 
 def request(
-    problem: Problem, tokens: int, config: Config, gpu: Gpu, *, interpreted: bool = False
+    problem: Problem, tokens: int, config: Config, gpu: Gpu, *, late: bool = False, interpreted: bool = False
 ) -> CompileRequest:
-    """The compile of this problem for so many tokens. Token counts of one mode and padding share it."""
+    """The compile of this problem for so many tokens. Token counts of one mode and padding share it. `late`:
+    the next launch begins when the programs of this one are done with their tiles, not before."""
     how = mode(problem, tokens)
     types, absent = _experts.weight_arguments(
         problem, problem.hidden, config.rows, config.depth, tma=config.tma
@@ -275,6 +280,7 @@ def request(
         "CLAMPED": problem.activation == "clamped_swiglu",
         "LIMIT": problem.limit,
         "ALPHA": problem.alpha,
+        "LATE": late,
     }
     return CompileRequest(
         kernel=gate_up_few,

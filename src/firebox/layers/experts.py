@@ -195,8 +195,12 @@ def _multiplied(problem: Problem, path: str) -> str:
 def requests(problem: Problem, tokens: int, path: Path, gpu: Gpu) -> dict[str, CompileRequest]:
     """Every compile that so many tokens launch, by the name of its operation."""
     if path.name == FEW:
+        # One token's programs are few: where others wait beside them, they crowd on some multiprocessors.
+        late = tokens == 1 and path.down.depth > 0
         found = {
-            f"moe_{part}": module.request(problem, tokens, getattr(path, part), gpu, interpreted=INTERPRETED)
+            f"moe_{part}": module.request(
+                problem, tokens, getattr(path, part), gpu, late=late, interpreted=INTERPRETED
+            )
             for part, module in zip(("gate_up", "down"), MODULES[FEW], strict=True)
         }
         apart = moe_down_few.adds_apart(path.down, tokens)
