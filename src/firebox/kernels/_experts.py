@@ -194,6 +194,8 @@ def refuse(problem: Problem) -> str | None:
     for width in (problem.hidden, problem.inter):
         if not pipeline_depths(width, problem, remainder=False):
             return f"has no tile for {width} columns in {problem.format}"
+        if problem.group and width % ARRANGED:
+            return f"reads activations by {ARRANGED} columns, which do not divide {width}"
     return None
 
 

@@ -52,7 +52,8 @@ def test_a_model_that_fits(folder: Path) -> None:
     assert (found["model"], found["gpu"], found["tp"]) == ("gpt-oss-20b", "gb10", 1)
     assert found["checked"] == ["memory", "launches"]
     memory, roof = found["memory"], found["roof"]
-    assert memory["weights_bytes"] / 2**30 == pytest.approx(12.8, abs=0.05)
+    # 12.8 in the checkpoint; kept with scales padded to 16 groups and biases in float32
+    assert memory["weights_bytes"] / 2**30 == pytest.approx(12.866, abs=0.001)
     assert memory["kv_bytes_per_token"] == 24_576 and memory["kv_tokens"] > 1_000_000
     assert roof["tokens_per_s"]["1"] == pytest.approx(231e9 / roof["bytes_per_token"], rel=0.001)
     assert set(roof["tokens_per_s"]) == {"1", "8", "64"}

@@ -11,9 +11,20 @@ from typing import Any
 import pytest
 import torch
 
-from firebox.formats import awq, bf16, fp8_block, fp8_channel, fp8_tensor, gptq, int4_group, mxfp4, nvfp4
+from firebox.formats import (
+    awq,
+    bf16,
+    fp8_block,
+    fp8_channel,
+    fp8_tensor,
+    gptq,
+    int4_group,
+    layouts,
+    mxfp4,
+    nvfp4,
+)
 from firebox.formats.base import Cut, Format, FormatOf, OneOf, Slot
-from firebox.formats.layouts import E2M1_BITS, INT4_BITS, unpack_words
+from firebox.formats.layouts import E2M1_BITS, INT4_BITS, from_panels, unpack_words
 from firebox.hardware.base import find_gpu
 from firebox.kernels import _linear
 from firebox.kernels._experts import (
@@ -161,6 +172,20 @@ def test_what_was_put_in_is_what_the_oracle_reads(name: str) -> None:
         assert (weights.w[1].view(torch.uint8) == 0xFF).all()
         for scale in (weights.scale, weights.row_scale):
             assert scale is None or (scale[1].view(torch.uint8) == 0xFF).all()
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.panels])
+def test_what_is_left_of_the_last_panel_is_zeros(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in gpt-oss, whose 2,880 columns are 22.5 panels."""
+    monkeypatch.setattr(layouts, "PANELS", (512,))
+    monkeypatch.setattr(layouts, "PANELS_EMPTY", 1.0)
+    test_what_was_put_in_is_what_the_oracle_reads(name)
+    case = CASES[name]
+    store = case.store()
+    store.invent(torch.Generator().manual_seed(5))
+    for weights, columns in ((store.gate_up, HIDDEN), (store.down, INTER)):
+        behind = from_panels(weights.w.view(torch.uint8))[..., columns // 2 :]
+        assert behind.shape[-1] == (512 - columns) // 2 and not behind.any()
 
 
 def test_gate_and_up_rows_alternate_in_runs_of_eight() -> None:
