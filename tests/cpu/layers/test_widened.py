@@ -83,9 +83,7 @@ def test_the_least_width_that_works(format: str) -> None:
 def test_what_tensor_parallelism_leaves_of_the_cards() -> None:
     assert widened(OSS).inter == 1472
     panels = replace(OSS, panels=True)
-    assert widened(panels).inter == 1472, (
-        "activations lie in runs of 64, panels or not"
-    )
+    assert widened(panels).inter == 1472, "activations lie in runs of 64, panels or not"
     assert widened(Problem(4096, 176, 129, 9, "fp8_channel")).inter == 192
 
 
