@@ -95,9 +95,9 @@ def panel_columns(columns: int, group: int) -> int:
 
 def to_panels(rows: torch.Tensor, width: int) -> torch.Tensor:
     """[..., rows, n] → [..., panels, rows, width], zeros behind the n of the last panel."""
-    missing = -rows.shape[-1] % width
-    padded = torch.cat((rows, rows.new_zeros(*rows.shape[:-1], missing)), -1)
-    return torch.unflatten(padded, -1, (-1, width)).transpose(-3, -2).contiguous()
+    if missing := -rows.shape[-1] % width:
+        rows = torch.cat((rows, rows.new_zeros(*rows.shape[:-1], missing)), -1)
+    return torch.unflatten(rows, -1, (-1, width)).transpose(-3, -2).contiguous()
 
 
 def from_panels(panels: torch.Tensor) -> torch.Tensor:

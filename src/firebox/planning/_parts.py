@@ -72,10 +72,7 @@ class Part:
         """The same as the kernels' layers keep it: with what widths that no tile divides are grown by."""
         if self.block is not None:
             kept = moe_gpu.routed_bytes(self.block, setting)
-            if kept is not None:
-                return kept * self.layers
-            tp, ep = setting.expert_tp, setting.ep
-            return sum(count * shard_bytes(slot, tp) for slot, count in self.slots) // ep
+            return self.shard_bytes(setting.tp, setting.ep) if kept is None else kept * self.layers
         wide = self._grown(setting)
         return sum(count * shard_bytes(slot, setting.tp, wide) for slot, count in self.slots)
 

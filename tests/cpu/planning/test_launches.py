@@ -162,6 +162,16 @@ def test_the_experts_problem_is_the_models(card: str, tp: int, expected: Problem
     assert (routed, found.refusal) == (expected, None)
 
 
+def test_one_tokens_experts_let_the_next_launch_begin_late() -> None:
+    """Not where the second half loads its whole tile before it waits (Kimi-K2.5 at tp 8, measured)."""
+    h200 = find_gpu("h200")
+    kimi = Problem(7168, 256, 384, 8, "int4_group", residual=True, panels=True)
+    for problem, tokens, late in ((GLM, 1, True), (GLM, 2, False), (kimi, 1, False)):
+        found = requests(problem, tokens, path_of(problem, tokens, h200), h200)
+        halves = (found["moe_gate_up"], found["moe_down"])
+        assert [request.constexprs["LATE"] for request in halves] == [late, late], (problem, tokens)
+
+
 def test_a_quarter_of_glm() -> None:
     """96 query heads, 8 key heads of 128; dense layers of 12,288; 151,552 tokens."""
     kinds = model_layers("glm-4.7-fp8", 4)
