@@ -48,6 +48,7 @@ from firebox.layers.dense_gpu import (
     path_of,
     requests,
     rounds,
+    scratch,
 )
 from tests.support.experts import relative_error
 from tests.support.linear import DTYPES, random_weights
@@ -89,7 +90,7 @@ MANY_FROM = 32  # tokens from which the sweep tries kernels/linear.py too
 
 
 class Bench:
-    """One shape with copies of its weights, and a workspace that any tile fits."""
+    """One shape with copies of its weights, and a workspace that grows to what a tile needs."""
 
     def __init__(self, name: str, gpu: Gpu, max_tokens: int) -> None:
         self.name, self.problem, self.gpu = name, SHAPES[name], gpu
@@ -98,10 +99,9 @@ class Bench:
         first = random_weights(p, self.generator, "cuda")
         self.copies = [first] + [_copy(first) for _ in range(copies - 1)]
         self.workspace = Workspace([p], max_tokens, gpu, "cuda")
-        self.workspace.partial = torch.empty(64 * min(max_tokens, 64) * p.rows, device="cuda")
-        self.workspace.counters = torch.zeros(p.rows, dtype=torch.int32, device="cuda")
 
     def layer(self, weights: Weights, tokens: int, path: Path) -> LinearKernels:
+        self.workspace.hold(*scratch(self.problem, tokens, path))
         return LinearKernels(self.problem, weights, self.gpu, self.workspace, {tokens: path})
 
     def inputs(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

@@ -25,6 +25,7 @@ from tests.support.linear import DTYPES, random_weights
 pytestmark = pytest.mark.gpu
 
 KINDS = [(format, group) for format in FORMATS for group in GROUPS.get(format, (0,))]
+MANY_KINDS = [kind for kind in KINDS if kind[0] != "bf16"]
 MAX_TOKENS = 300
 # The output is rounded to bf16 (2⁻⁸ at most, 0.0017 RMS); a 4-bit integer or NVFP4 weight times its scale
 # once more. FP8 activations of many tokens are rounded to E4M3 (0.026 RMS).
@@ -140,6 +141,50 @@ def test_some_tiles_of_the_search_spaces(format: str, group: int, gpu: Gpu) -> N
     assert right > len(paths) // 2
 
 
+def slices_of(problem: Problem, gpu: Gpu, tma: bool) -> list[Path]:
+    """The default tile of many tokens, of so many slices as whole steps allow."""
+    tile = replace(linear.default(problem, 150, gpu), tma=tma)
+    return [Path(MANY, replace(tile, slices=slices), "test") for slices in (2, 3, 8)]
+
+
+@pytest.mark.parametrize("tma", [False, True])
+@pytest.mark.parametrize(("format", "group"), MANY_KINDS)
+def test_slices_of_many_tokens(format: str, group: int, tma: bool, gpu: Gpu) -> None:
+    """Parts of a tile, of a step and of a slice are left over; bias and residual are added once, into the
+    residual too."""
+    if tma and "tma" not in gpu.facts:
+        pytest.skip(f"{gpu.name} has no TMA")
+    unit = 128 if format == "fp8_block" else max(group, 32)  # 32: a row of words is a multiple of 16 bytes
+    for rows, columns in ((576, 1152), (200, -(-1880 // unit) * unit)):
+        for bias, residual in ((False, False), (True, True)):
+            layer = Layer(Problem(rows, columns, format, group, bias, residual), gpu)
+            for path in slices_of(layer.problem, gpu, tma):
+                for tokens in (17, 64, 150, 300):
+                    layer.check(tokens, path, in_place=residual and tokens > 64)
+
+
+def test_slices_of_large_tiles(gpu: Gpu) -> None:
+    """GLM-4.5-Air's o_proj, in every sliced tile of the search space that fits, and the same at every run."""
+    problem = Problem(4096, 12_288, "fp8_channel", bias=True, residual=True)
+    layer, right = Layer(problem, gpu), 0
+    sliced = [config for config in linear.search_space(problem, 256, gpu) if config.slices > 1]
+    for config in sliced:
+        path = Path(MANY, config, "test")
+        try:
+            layer.check(256, path)
+        except triton.runtime.errors.OutOfResources:
+            continue
+        kernels = LinearKernels(problem, layer.weights, gpu, layer.workspace, {256: path})
+        x = torch.randn(256, 12_288, generator=layer.generator, device="cuda").bfloat16()
+        residual = torch.randn(256, 4096, generator=layer.generator, device="cuda").bfloat16()
+        outs = [torch.empty_like(residual) for _ in range(8)]
+        for out in outs:
+            kernels(x, out, residual)
+        assert all(torch.equal(outs[0], out) for out in outs[1:]), config
+        right += 1
+    assert right > len(sliced) // 2
+
+
 @pytest.mark.parametrize("tokens", [1, 20, 64, 90, 300])
 @pytest.mark.parametrize(
     ("format", "group"), [("bf16", 0), ("fp8_channel", 0), ("fp8_block", 0), ("mxfp4", 32)]
@@ -222,6 +267,37 @@ def test_a_graph_of_layers_that_share_a_workspace(gpu: Gpu) -> None:
     one = start.float() @ up.matrix.T
     layers[0](start, inner)
     assert relative_error(inner, one) < FEW_LIMIT
+
+
+def test_a_graph_of_sliced_layers_that_share_a_workspace(gpu: Gpu) -> None:
+    """As above with many tokens: sums and counters of one launch are the next one's."""
+    up, down = (Layer(Problem(*size, "fp8_channel"), gpu) for size in ((2048, 1024), (1024, 2048)))
+    space, tile = up.workspace, linear.Config(64, 64, 128, 4, 3, slices=4)
+    paths = {200: Path(MANY, tile, "test")}
+    layers = [LinearKernels(one.problem, one.weights, gpu, space, paths) for one in (up, down)]
+    x = torch.randn(200, 1024, generator=up.generator, device="cuda").bfloat16()
+    inner = torch.empty(200, 2048, dtype=torch.bfloat16, device="cuda")
+    space.grow(down.workspace)
+
+    def turns() -> None:
+        for _ in range(6):
+            layers[0](x, inner)
+            layers[1](inner, x)
+
+    start = x.clone()
+    turns()
+    wanted = x.clone()
+    x.copy_(start)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        turns()
+    for _ in range(20):
+        x.copy_(start)
+        graph.replay()
+        assert torch.equal(x, wanted)
+    layers[0](start, inner)
+    assert relative_error(inner, start.float() @ up.matrix.T) < FP8_LIMIT
 
 
 def test_fp8_weights_and_activations_beyond_float16(gpu: Gpu) -> None:

@@ -4,6 +4,7 @@ other files; a test names the files of kernels/ that it launches, and conftest.p
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -158,7 +159,9 @@ def test_few_tokens_of_a_linear_layer(format: str, group: int, gpu: Gpu) -> None
 @pytest.mark.parametrize(("format", "group"), [kind for kind in test_linear.KINDS if kind[0] != "bf16"])
 def test_many_tokens_of_a_linear_layer(format: str, group: int, gpu: Gpu) -> None:
     layer = linear_layer(format, group, gpu)
-    layer.check(70, Path(MANY, linear.default(layer.problem, 70, gpu), "test"))
+    tile = linear.default(layer.problem, 70, gpu)
+    for slices in (1, 2):
+        layer.check(70, Path(MANY, replace(tile, slices=slices), "test"))
 
 
 # ---- attention

@@ -44,8 +44,9 @@ class Case:
         assert partial[-1] == 7.0 and counters[-1] == 7 and not counters[:-1].any()
         return self._error(out, self.x)
 
-    def many(self, config: linear.Config) -> float:
-        p, out, x, x_scale, exact = self.p, self._out(), self.x, None, self.x
+    def many(self, config: linear.Config, *, in_place: bool = False) -> float:
+        """With slices two launches, of the same counters and with other sums left over."""
+        p, x, x_scale, exact = self.p, self.x, None, self.x
         if linear.quantised(p):
             rows = quantise_fp8.Problem(p.columns, linear.x_group(p), p.dtype)
             x_scale = torch.full_like(quantise_fp8.reference(rows, x)[1], NAN)
@@ -54,7 +55,20 @@ class Case:
             wide = x.float().unflatten(-1, (-1, rows.group or p.columns)) * x_scale.view(self.tokens, -1, 1)
             exact = wide.flatten(-2)
         launcher = Launcher(linear.request(p, config, GPU, interpreted=True))
-        linear.run(launcher, p, x, x_scale, self.weights, self.residual, out[: self.tokens])
+        sums, tiles = linear.scratch(p, self.tokens, config)
+        partial, counters = torch.full((sums + 1,), NAN), torch.zeros(tiles + 1, dtype=torch.int32)
+        partial[-1], counters[-1] = 7.0, 7
+        outs = []
+        for left in (NAN, 1.0) if sums else (NAN,):
+            partial[:-1] = left
+            out, residual = self._out(), self.residual
+            if in_place and residual is not None:
+                out[: self.tokens] = residual
+                residual = out[: self.tokens]
+            linear.run(launcher, p, x, x_scale, self.weights, residual, partial, out[: self.tokens], counters)
+            assert partial[-1] == 7.0 and counters[-1] == 7 and not counters[:-1].any()
+            outs.append(out)
+        assert torch.equal(outs[0], outs[-1]), "what was left over is in the result"
         return self._error(out, exact)
 
     def _out(self) -> torch.Tensor:
@@ -89,8 +103,12 @@ def main(format: str, group: int) -> None:
             for name, config in tiles.items():
                 found[f"few {p.rows} × {p.columns} {tokens} {name}"] = case.few(config)
         if linear.accepts(p, GPU) is None:
-            case = Case(p, 70, generator)
-            found[f"many {p.rows} × {p.columns} 70"] = case.many(linear.Config(64, 32, deep, band=2))
+            case = Case(p, 40, generator)
+            for slices in (1, 2, 3):
+                config = linear.Config(64, 32, deep, warps=1, band=2, slices=slices)
+                assert linear.division(p, config)[1] == slices
+                name = f"many {p.rows} × {p.columns} {case.tokens} slices {slices}"
+                found[name] = case.many(config, in_place=slices == 3)
     print(json.dumps(found))
 
 

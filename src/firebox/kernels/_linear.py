@@ -340,3 +340,22 @@ def finish(y, bias, residual, out, at, live):
     if residual is not None:
         y += tl.load(residual + at, mask=live, other=0.0).to(tl.float32)
     tl.store(out + at, y.to(out.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def add_up(
+    partial, bias, residual, out, tokens, first, stop, rows, live_rows, R: tl.constexpr, ROWS: tl.constexpr,
+    SLICES: tl.constexpr, SUMMED: tl.constexpr,
+):  # fmt: skip
+    """The sums of all slices, `partial` [SLICES, tokens, R], of the tokens `first` … `stop` and these rows:
+    slice by slice, SUMMED tokens at a time, and then `finish`. Around the L1 cache (.cg), which may hold what
+    stood there before."""
+    for before in range(first, stop, SUMMED):
+        t = before + tl.arange(0, SUMMED)
+        live = (t < stop)[:, None] & live_rows[None, :]
+        at = t[:, None].to(tl.int64) * R + rows[None, :]
+        total = tl.zeros((SUMMED, ROWS), tl.float32)
+        for s in tl.static_range(SLICES):
+            of_slice = partial + tokens.to(tl.int64) * s * R
+            total += tl.load(of_slice + at, mask=live, other=0.0, cache_modifier=".cg")
+        finish(total, None if bias is None else tl.trans(bias), residual, out, at, live)

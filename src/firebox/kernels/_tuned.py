@@ -18,6 +18,7 @@ entries in the package from its fewest to its most tokens, but no prediction for
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -64,6 +65,17 @@ def measured(
 ) -> dict[str, Any] | None:
     """The same of another `file`, under `key`; of any path `but` these."""
     return _nearest(_file(gpu_name, file).get(key, {}), tokens, lambda found: found not in but)
+
+
+def last_of_runs(gpu_name: str, file: str, key: str, most_tokens: int) -> list[int]:
+    """Few numbers of tokens up to `most_tokens`: among them is the last one of every run of numbers to which
+    `measured` gives the same entry, whichever paths are left out."""
+    known = _file(gpu_name, file).get(key, {})
+    found = {most_tokens}
+    for one, other in itertools.combinations(known, 2):
+        middle = math.isqrt(one * other)  # as near to both, if it is their root: then the first one's
+        found |= {middle - 1, middle}
+    return sorted(n for n in found if 0 < n <= most_tokens)
 
 
 def how(entry: dict[str, Any]) -> str:

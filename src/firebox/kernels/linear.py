@@ -8,8 +8,13 @@ weights, which are rounded to bf16 after their group scale. W in the formats of 
 those products are cuBLAS's. residual [tokens, rows] bf16, which may be the same memory as y; y [tokens, rows]
 bf16 or float32. Sums, scales, bias and residual in float32, one rounding at the end.
 
-A program takes ROWS rows of W and TOKENS tokens. Programs go through BAND row tiles for each tile of tokens
-before they take the next, so that those that run together share rows and tokens in the L2.
+A program takes ROWS rows of W and TOKENS tokens: a tile. Programs go through BAND row tiles for each tile of
+tokens before they take the next, so that those that run together share rows and tokens in the L2.
+
+With more than one slice a program takes STEPS whole steps of the columns, as in linear_few.py: that is for
+tiles that are fewer than multiprocessors. Each writes its sums to `partial` [slices, tokens, rows] float32,
+and the last of a tile (a counter says so; it is zero before and after) adds them up, slice by slice: the sum
+does not depend on which program ends first.
 
 Source: own.
 """
@@ -27,7 +32,7 @@ from firebox.hardware.base import Gpu
 from firebox.kernels import _linear
 from firebox.kernels._expert_tiles import row_factors
 from firebox.kernels._experts import BLOCK, FP8
-from firebox.kernels._linear import Problem, Weights, finish, step
+from firebox.kernels._linear import Problem, Weights, add_up, finish, step
 from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
@@ -35,12 +40,17 @@ from firebox.kernels.launch import Launcher
 # ---- 1. the problem
 
 OP = "linear"
+SUMMED = 32  # sums of a thread that the last program of a tile adds up at a time
+SLICES = (2, 3, 4, 6, 8)
+FEWEST_STEPS = 4  # of a slice: fewer fill no pipeline
+FULL = 0.85  # of a wave of programs, which slices are for
+MOST_WAVES = 3  # of programs: more slices than that only write more sums
 
 
 @dataclass(frozen=True)
 class Config:
     """`rows` of weights and `tokens` of a tile, `depth` columns a step, `band`: row tiles that are taken
-    together."""
+    together, `slices` of the columns that are wanted (as many come out as whole steps allow)."""
 
     rows: int = 128
     tokens: int = 128
@@ -49,6 +59,7 @@ class Config:
     stages: int = 3
     band: int = 8
     tma: bool = False
+    slices: int = 1
 
 
 def accepts(problem: Problem, gpu: Gpu) -> str | None:
@@ -66,6 +77,18 @@ def quantised(problem: Problem) -> bool:
 def x_group(problem: Problem) -> int:
     """Columns of x that share a scale, 0 for all of a token's."""
     return BLOCK if problem.format == "fp8_block" else 0
+
+
+def division(problem: Problem, config: Config) -> tuple[int, int]:
+    """Steps of a slice, and how many slices there are."""
+    steps = -(-problem.columns // config.depth)
+    of_slice = -(-steps // config.slices)
+    return of_slice, -(-steps // of_slice)
+
+
+def tiles_of(problem: Problem, tokens: int, config: Config) -> int:
+    """Of so many tokens."""
+    return -(-problem.rows // config.rows) * -(-tokens // config.tokens)
 
 
 def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
@@ -89,6 +112,23 @@ def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
                     yield replace(config, tma=True)
                 if problem.group and depth == 64:
                     yield replace(config, depth=128)
+                yield from _sliced(problem, tokens, replace(config, tma="tma" in gpu.facts), gpu)
+
+
+def _sliced(problem: Problem, tokens: int, config: Config, gpu: Gpu) -> Iterator[Config]:
+    """Where the tiles alone would not fill the GPU once: as many slices as fill it, or as there can be."""
+    tiles, at_once = tiles_of(problem, tokens, config), max(gpu.sms, 1)
+    if tiles >= at_once:
+        return
+    found = [replace(config, slices=slices) for slices in SLICES if tiles * slices <= MOST_WAVES * at_once]
+    found = [sliced for sliced in found if _are_worth_it(problem, sliced)]
+    yield from (sliced for sliced in found if sliced == found[-1] or tiles * sliced.slices >= FULL * at_once)
+
+
+def _are_worth_it(problem: Problem, config: Config) -> bool:
+    """All slices come out, each with steps enough."""
+    steps, slices = division(problem, config)
+    return slices == config.slices and steps >= FEWEST_STEPS
 
 
 def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
@@ -106,10 +146,11 @@ def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
 
 @triton.jit
 def linear_tiles(
-    x, x_tiles, x_scale, w, tiles, scale, row_scale, bias, residual, out, tokens,
+    x, x_tiles, x_scale, w, tiles, scale, row_scale, bias, residual, partial, out, counters, tokens,
     R: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-    DEPTH: tl.constexpr, BAND: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr,
-    X_GROUP: tl.constexpr, STAGES: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    DEPTH: tl.constexpr, BAND: tl.constexpr, STEPS: tl.constexpr, SLICES: tl.constexpr, SUMMED: tl.constexpr,
+    FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr,
+    STAGES: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_launch_begin(PDL)
     program = tl.program_id(0)
@@ -135,8 +176,13 @@ def linear_tiles(
     scale_of_token = None
     if x_scale is not None:
         scale_of_token = x_scale + t * (COLUMNS // X_GROUP if X_GROUP > 0 else 1)
+    begin = 0
+    stop = COLUMNS
+    if SLICES > 1:
+        begin = tl.program_id(1) * (STEPS * DEPTH)
+        stop = tl.minimum(begin + STEPS * DEPTH, COLUMNS)
     acc = tl.zeros((ROWS, TOKENS), tl.float32)
-    for first in tl.range(0, COLUMNS, DEPTH, num_stages=STAGES):
+    for first in tl.range(begin, stop, DEPTH, num_stages=STAGES):
         acc = step(
             acc, w, tiles, n * ROWS, mine, scale_of_row, row_of_x, x_tiles, first_token, scale_of_token, live,
             first, COLUMNS, ROWS, DEPTH, FORMAT, DTYPE, GROUP, X_GROUP, ASM, MASKED,
@@ -149,7 +195,21 @@ def linear_tiles(
     if bias is not None:
         bias_of_row = tl.load(bias + mine)[:, None]
     at = t[None, :].to(tl.int64) * R + rows[:, None]
-    finish(acc, bias_of_row, residual, out, at, live[None, :] & (rows < R)[:, None])
+    stores = live[None, :] & (rows < R)[:, None]
+    if SLICES == 1:
+        finish(acc, bias_of_row, residual, out, at, stores)
+    else:
+        tl.store(partial + tokens.to(tl.int64) * tl.program_id(1) * R + at, acc, mask=stores)
+        tl.debug_barrier()  # every thread's sums are written before the counter says so
+        ended = tl.atomic_add(counters + program, 1, sem="acq_rel")
+        if ended == SLICES - 1:
+            tl.debug_barrier()
+            last = tl.minimum(first_token + TOKENS, tokens)
+            add_up(
+                partial, bias_of_row, residual, out, tokens, first_token, last, rows, rows < R, R, ROWS,
+                SLICES, SUMMED,
+            )  # fmt: skip
+            tl.store(counters + program, 0)
 
 
 # ---- 3. the launch
@@ -166,6 +226,9 @@ def request(problem: Problem, config: Config, gpu: Gpu, *, interpreted: bool = F
     }
     types |= {name: type for name, type in of_x.items() if type}
     absent |= {name: None for name, type in of_x.items() if not type}
+    steps, slices = division(problem, config)
+    types |= {"partial": "*fp32", "counters": "*i32"} if slices > 1 else {}
+    absent |= {} if slices > 1 else {"partial": None, "counters": None}
     constants = _linear.constants(problem, gpu, interpreted=interpreted)
     constants |= {
         "DTYPE": None if native else constants["DTYPE"],
@@ -173,6 +236,9 @@ def request(problem: Problem, config: Config, gpu: Gpu, *, interpreted: bool = F
         "TOKENS": config.tokens,
         "DEPTH": config.depth,
         "BAND": config.band,
+        "STEPS": steps,
+        "SLICES": slices,
+        "SUMMED": min(config.tokens, SUMMED * 32 * config.warps // config.rows),
         "X_GROUP": x_group(problem),
         "STAGES": config.stages,
         "MASKED": problem.columns % config.depth != 0,
@@ -190,6 +256,14 @@ def request(problem: Problem, config: Config, gpu: Gpu, *, interpreted: bool = F
     )
 
 
+def scratch(problem: Problem, tokens: int, config: Config) -> tuple[int, int]:
+    """How many float32 of partial sums and how many int32 counters a launch needs."""
+    slices = division(problem, config)[1]
+    if slices == 1:
+        return 0, 0
+    return slices * tokens * problem.rows, tiles_of(problem, tokens, config)
+
+
 def run(
     launcher: Launcher,
     problem: Problem,
@@ -197,18 +271,22 @@ def run(
     x_scale: torch.Tensor | None,
     weights: Weights,
     residual: torch.Tensor | None,
+    partial: torch.Tensor,
     out: torch.Tensor,
+    counters: torch.Tensor,
 ) -> None:
-    """Launches `request(...)` for as many tokens as `x` [tokens, columns] has. Writes `out`. All
-    contiguous."""
+    """Launches `request(...)` for as many tokens as `x` [tokens, columns] has. Writes `out` and, as far as
+    `scratch` says, `partial`; `counters` are zero and come back zero. All contiguous."""
     constants, tokens = launcher.request.constexprs, x.shape[0]
     given = _linear.bound(launcher, weights, residual)
     if x_scale is not None:
         given["x_scale"] = x_scale
     if "x_tiles" in launcher.request.signature:
         given["x_tiles"] = _linear.descriptor(x, launcher.request.signature["x_tiles"])
-    programs = -(-problem.rows // constants["ROWS"]) * -(-tokens // constants["TOKENS"])
-    launcher((programs, 1, 1), **given, x=x, out=out, tokens=tokens)
+    if constants["SLICES"] > 1:
+        given |= {"partial": partial, "counters": counters}
+    tiles = -(-problem.rows // constants["ROWS"]) * -(-tokens // constants["TOKENS"])
+    launcher((tiles, constants["SLICES"], 1), **given, x=x, out=out, tokens=tokens)
 
 
 # ---- 4. the reference: _linear.reference; `x` dequantised, if it was quantised

@@ -37,6 +37,7 @@ from firebox.kernels._experts import BLOCK
 from firebox.kernels._linear import (
     Problem,
     Weights,
+    add_up,
     as_operand,
     columns_of_x,
     finish,
@@ -181,23 +182,6 @@ def _head_product(
 
 
 @triton.jit
-def _add_up(
-    partial, bias, residual, out, tokens, columns, live_rows, R: tl.constexpr, ROWS: tl.constexpr,
-    SLICES: tl.constexpr, SUMMED: tl.constexpr,
-):  # fmt: skip
-    """Around the L1 cache (.cg), which may hold what stood there before."""
-    for before in range(0, tokens, SUMMED):
-        t = before + tl.arange(0, SUMMED)
-        live = (t < tokens)[:, None] & live_rows[None, :]
-        at = t[:, None].to(tl.int64) * R + columns[None, :]
-        total = tl.zeros((SUMMED, ROWS), tl.float32)
-        for s in tl.static_range(SLICES):
-            of_slice = partial + tokens.to(tl.int64) * s * R
-            total += tl.load(of_slice + at, mask=live, other=0.0, cache_modifier=".cg")
-        finish(total, None if bias is None else tl.trans(bias), residual, out, at, live)
-
-
-@triton.jit
 def linear_rows(
     x, w, tiles, scale, row_scale, bias, residual, partial, out, counters, tokens,
     R: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
@@ -272,7 +256,10 @@ def linear_rows(
         ended = tl.atomic_add(counters + n, 1, sem="acq_rel")
         if ended == SLICES - 1:
             tl.debug_barrier()
-            _add_up(partial, bias_of_row, residual, out, tokens, rows, live_rows, R, ROWS, SLICES, SUMMED)
+            add_up(
+                partial, bias_of_row, residual, out, tokens, 0, tokens, rows, live_rows, R, ROWS, SLICES,
+                SUMMED,
+            )  # fmt: skip
             tl.store(counters + n, 0)
 
 

@@ -169,22 +169,28 @@ def like(tokens: int, path: Path) -> int:
     return linear_few.padded(tokens) if path.name == FEW else 1
 
 
+def scratch(problem: Problem, tokens: int, path: Path) -> tuple[int, int]:
+    """How many float32 of partial sums and how many int32 counters so many tokens need."""
+    if path.name == CUBLAS:
+        return 0, 0
+    if path.name == FEW:
+        return linear_few.scratch(problem, tokens, path.config)
+    return linear.scratch(problem, tokens, path.config)
+
+
 class Workspace:
     """The memory between the launches of all of `problems` for up to `max_tokens`; layers that run one after
-    the other share it. `partial` and `counters` are linear_few's, `x` and `x_scale` FP8 activations; `y` a
-    library's FP8 product, before the residual whose place it takes is added."""
+    the other share it. `partial` and `counters` are for divided columns (`scratch`), `x` and `x_scale` FP8
+    activations; `y` a library's FP8 product, before the residual whose place it takes is added."""
 
     def __init__(
         self, problems: Iterable[Problem], max_tokens: int, gpu: Gpu, device: torch.device | str
     ) -> None:
         sums = tiles = codes = scales = products = 1
-        few = min(max_tokens, linear_few.MAX_TOKENS)
         for p in dict.fromkeys(problems):
-            for tokens in range(1, few + 1):
-                path = _path_of(p, tokens, gpu)
-                if path.name == FEW:
-                    needed = linear_few.scratch(p, tokens, path.config)
-                    sums, tiles = max(sums, needed[0]), max(tiles, needed[1])
+            for tokens in _that_need_most(p, max_tokens, gpu):
+                needed = scratch(p, tokens, _path_of(p, tokens, gpu))
+                sums, tiles = max(sums, needed[0]), max(tiles, needed[1])
             if linear.quantised(p):
                 groups = p.columns // (linear.x_group(p) or p.columns)
                 codes, scales = max(codes, max_tokens * p.columns), max(scales, max_tokens * groups)
@@ -195,6 +201,14 @@ class Workspace:
         self.x = torch.empty(codes, dtype=torch.float8_e4m3fn, device=device)
         self.x_scale = torch.empty(scales, dtype=torch.float32, device=device)
         self.y = torch.empty(products, dtype=torch.bfloat16, device=device)
+
+    def hold(self, sums: int, tiles: int) -> None:
+        """Makes room for what `scratch` says."""
+        device = self.partial.device
+        if sums > self.partial.numel():
+            self.partial = torch.empty(sums, dtype=torch.float32, device=device)
+        if tiles > self.counters.numel():
+            self.counters = torch.zeros(tiles, dtype=torch.int32, device=device)
 
     def grow(self, other: Workspace) -> None:
         """Becomes as large as `other`, part by part."""
@@ -227,31 +241,22 @@ class LinearKernels:
         if tokens == 0:
             return
         assert (residual is not None) == self.problem.residual, f"a residual, or none: {self.problem}"
-        path = self.paths.get(tokens) or _path_of(self.problem, tokens, self.gpu)
-        launchers = _launchers(self.problem, like(tokens, path), path, self.gpu)
+        p, space = self.problem, self.workspace
+        path = self.paths.get(tokens) or _path_of(p, tokens, self.gpu)
+        launchers = _launchers(p, like(tokens, path), path, self.gpu)
+        sums, tiles = scratch(p, tokens, path)
+        assert sums <= space.partial.numel() and tiles <= space.counters.numel(), (p, path)
+        last = (self.weights, residual, space.partial, out, space.counters)
         if path.name == FEW:
-            self._few(path, launchers[linear_few.OP], x, out, residual)
+            linear_few.run(launchers[linear_few.OP], p, x, *last)
             return
         x_scale = None
-        if rounds(self.problem, path.name):
+        if rounds(p, path.name):
             x, x_scale = self._rounded(launchers[quantise_fp8.OP], x)
         if path.name == CUBLAS:
             self._cublas(x, x_scale, out, residual)
         else:
-            linear.run(launchers[linear.OP], self.problem, x, x_scale, self.weights, residual, out)
-
-    def _few(
-        self,
-        path: Path,
-        launcher: Launcher,
-        x: torch.Tensor,
-        out: torch.Tensor,
-        residual: torch.Tensor | None,
-    ) -> None:
-        p, space = self.problem, self.workspace
-        sums, tiles = linear_few.scratch(p, x.shape[0], path.config)
-        assert sums <= space.partial.numel() and tiles <= space.counters.numel(), (p, path)
-        linear_few.run(launcher, p, x, self.weights, residual, space.partial, out, space.counters)
+            linear.run(launchers[linear.OP], p, x, x_scale, *last)
 
     def _rounded(self, launcher: Launcher, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`x` as FP8 codes, and their scales."""
@@ -274,6 +279,16 @@ class LinearKernels:
         else:
             y = self.workspace.y
             _dense_library.row_wise(x, x_scale, self.weights, self._bias, out, residual, y)
+
+
+def _that_need_most(problem: Problem, max_tokens: int, gpu: Gpu) -> Iterator[int]:
+    """Numbers of tokens, of 1 … `max_tokens`; among them is that of the largest scratch. As far as a tile
+    with slices may depend on the very number, all; then the last of every run that shares an entry, since
+    more tokens of one tile need no less."""
+    single = WIDEST_TILE if _fitting.is_limited(gpu) else linear_few.MAX_TOKENS
+    yield from range(1, min(max_tokens, single) + 1)
+    last = _tuned.last_of_runs(gpu.name, TUNED, key(problem), max_tokens)
+    yield from (tokens for tokens in last if tokens > single)
 
 
 def _most_in_library(problem: Problem, max_tokens: int, gpu: Gpu) -> int:

@@ -82,12 +82,11 @@ class LinearBench:
         p, tokens, gpu = self.problem, self._tokens, self._layer.gpu
         space = Workspace([p], tokens, gpu, "cuda")
         if tokens <= linear_few.MAX_TOKENS:
-            tiles = (linear_few.default(p, tokens, gpu), *linear_few.search_space(p, tokens, gpu))
-            sums, counters = zip(*(linear_few.scratch(p, tokens, tile) for tile in tiles), strict=True)
-            if max(sums) > space.partial.numel():
-                space.partial = torch.empty(max(sums), dtype=torch.float32, device="cuda")
-            if max(counters) > space.counters.numel():
-                space.counters = torch.zeros(max(counters), dtype=torch.int32, device="cuda")
+            for few in (linear_few.default(p, tokens, gpu), *linear_few.search_space(p, tokens, gpu)):
+                space.hold(*linear_few.scratch(p, tokens, few))
+        if linear.accepts(p, gpu) is None:
+            for many in linear.search_space(p, tokens, gpu):
+                space.hold(*linear.scratch(p, tokens, many))
         return space
 
     # ---- calls
@@ -101,10 +100,10 @@ class LinearBench:
         x, x_scale = self._rounded(candidate)
         assert candidate.request is not None
         chosen = launcher(candidate.request)
+        space = self._space
+        last = (self._residual, space.partial, self._out, space.counters)
         return [
-            functools.partial(
-                linear.run, chosen, self.problem, x, x_scale, weights, self._residual, self._out
-            )
+            functools.partial(linear.run, chosen, self.problem, x, x_scale, weights, *last)
             for weights in self._layer.copies
         ]
 

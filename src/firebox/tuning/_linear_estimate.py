@@ -1,7 +1,7 @@
 """How long a dense linear layer should take: tuning/estimate.py's bounds, for products of one matrix.
 
     few      its program, one expert, whose columns are divided too; what the slices cost is added
-    many     the tiles of a product in which no tile is emptier than it must be
+    many     the tiles of a product in which no tile is emptier than it must be, columns divided as well
     cublas   a launch, and a fixed share of the roof, of an FP8 product the same one: no such was measured
 
 The numbers in RATES were fitted to the 36 entries of tuned/nvidia_h200/linear.json, within 28 % of each. They
@@ -72,8 +72,7 @@ def few_us(
     found = _us(q, tile, (config.head / config.depth, steps), programs, gpu, rates)
     if slices == 1:
         return found
-    partial = 4 * slices * tokens * p.rows
-    return found + rates.slices + 2 * partial / (read_rate(gpu) * estimate.RATES.l2)
+    return found + rates.slices + 2 * _sums_us(slices * tokens * p.rows, gpu)
 
 
 def many_us(
@@ -83,8 +82,13 @@ def many_us(
     """Of kernels/linear.py alone, in microseconds."""
     q = product(p, tokens, few=False)
     tile = _tile(q, config.rows, config.tokens, config, compiled)
-    programs = -(-p.rows // config.rows) * -(-tokens // config.tokens)
-    return _us(q, tile, (0, -(-p.columns // config.depth)), programs, gpu, rates)
+    (steps, slices), tiles = linear.division(p, config), linear.tiles_of(p, tokens, config)
+    found = _us(q, tile, (0, steps), tiles * slices, gpu, rates)
+    if slices == 1:
+        return found
+    waves = -(-tiles // gpu.sms)  # of the programs that add up, each on a multiprocessor of its own
+    read = waves * gpu.sms * slices * min(tokens, config.tokens) * config.rows
+    return found + rates.slices + _sums_us(slices * tokens * p.rows, gpu) + _sums_us(read, gpu)
 
 
 def cublas_us(p: Problem, tokens: int, gpu: Gpu, rates: Rates = RATES) -> float:
@@ -137,6 +141,11 @@ def _us(q: Product, tile: Tile, division: tuple[float, int], programs: int, gpu:
     alone = waves * (steps * chain + head * work + ends + rates.program * seen)
     busy = of_each_sm * ((head + steps) * norm(power, loads, alu, mma) + ends / 2)
     return rates.begin + norm(power, _moved(q) / (read_rate(gpu) * rates.read), busy, alone)
+
+
+def _sums_us(numbers: int, gpu: Gpu) -> float:
+    """Writing or reading partial sums, which lie in the L2, by all multiprocessors."""
+    return 4 * numbers / (read_rate(gpu) * estimate.RATES.l2)
 
 
 def _hidden(of_each_sm: float, resident: int, gpu: Gpu) -> float:

@@ -30,8 +30,9 @@ ROUNDED_TWICE = (("int4_zero", "few"), ("int4_zero", "many"), ("fp8_block", "who
 
 @pytest.mark.parametrize(("format", "group"), KINDS)
 def test_kernels_equal_their_references_under_the_interpreter(format: str, group: int) -> None:
-    """Odd numbers of rows and columns, one slice and several, heads and none, bias and residual. FP8
-    activations are compared as the kernel quantised them, so the interpreter's truncation does not show."""
+    """Odd numbers of rows and columns, one slice and several, heads and none, bias and residual, written over
+    as well. FP8 activations are compared as the kernel quantised them, so the interpreter's truncation does
+    not show."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.interpreted_linear", format, str(group)],
@@ -43,7 +44,7 @@ def test_kernels_equal_their_references_under_the_interpreter(format: str, group
     )
     assert done.returncode == 0, done.stderr
     errors = json.loads(done.stdout.splitlines()[-1])
-    assert len(errors) == 16 + (0 if format == "bf16" else 2)
+    assert len(errors) == 16 + (0 if format == "bf16" else 6)
     for case, error in errors.items():
         exact = "192 ×" in case and not any(format == f and part in case for f, part in ROUNDED_TWICE)
         assert error < (F32_LIMIT if exact else LIMIT), (case, error)
@@ -98,6 +99,56 @@ def test_slices_cover_every_column_once(name: str, rows: int, columns: int, form
             assert last >= config.head or constants["HEAD_MASKED"], config
             assert last <= config.head or (last - config.head) % config.depth == 0 or constants["MASKED"]
             assert 128 % config.rows == 0  # a head's rows lie in one row of blocks
+
+
+@pytest.mark.parametrize(("format", "group"), [(f, g) for f, g in KINDS if f != "bf16"])
+@pytest.mark.parametrize(("rows", "columns"), [(80, 2944), (4096, 12_288), (5120, 3072), (2048, 512)])
+@pytest.mark.parametrize("name", ["gb10", "h200"])
+def test_slices_of_many_tokens_are_for_tiles_that_leave_the_gpu_empty(
+    name: str, rows: int, columns: int, format: str, group: int
+) -> None:
+    """They cover every column once; a tile without them stands beside each."""
+    p, gpu = Problem(rows, columns, format, group), find_gpu(name)
+    for tokens in (16, 64, 256, 512, 4096):
+        space = list(linear.search_space(p, tokens, gpu))
+        assert len(set(space)) == len(space)
+        sliced = [config for config in space if config.slices > 1]
+        assert len(sliced) <= 48
+        for config in sliced:
+            (steps, slices), tiles = linear.division(p, config), linear.tiles_of(p, tokens, config)
+            width = steps * config.depth
+            assert (slices - 1) * width < columns <= slices * width, config
+            assert slices == config.slices and steps >= linear.FEWEST_STEPS, config
+            assert tiles < gpu.sms and tiles * slices <= linear.MOST_WAVES * gpu.sms, config
+            assert replace(config, slices=1) in space
+            assert linear.scratch(p, tokens, config) == (slices * tokens * rows, tiles)
+            assert linear.scratch(p, tokens, replace(config, slices=1)) == (0, 0)
+    assert all(config.slices == 1 for config in linear.search_space(p, 4096, gpu)) or rows < 4096
+    assert linear.division(p, linear.Config(slices=10**6)) == (1, -(-columns // 128))
+
+
+def test_few_rows_of_many_columns_are_sliced() -> None:
+    """GLM-4.5-Air's o_proj of 256 tokens: 64 tiles for 132 multiprocessors."""
+    p, gpu = Problem(4096, 12_288, "fp8_channel", residual=True), find_gpu("h200")
+    tile = linear.Config(128, 128, 128, 4, 3, tma=True)
+    slices = [c.slices for c in linear.search_space(p, 256, gpu) if replace(c, slices=1) == tile]
+    assert slices == [1, 2, 3, 4, 6]
+
+
+def test_adding_up_takes_no_registers_that_the_product_does_not() -> None:
+    """One slice's compile has no trace of the others, and where there are several next to nothing spills."""
+    sizes = ((128, 128, 4), (128, 256, 8), (64, 64, 4))
+    wanted = []
+    for name, stages in (("h200", 3), ("gb10", 2)):
+        p, gpu = Problem(4096, 12_288, "fp8_channel", bias=True, residual=True), find_gpu(name)
+        for rows, wide, warps in sizes:
+            config = linear.Config(rows, wide, 128, warps, stages, tma=True)
+            alone = linear.request(p, config, gpu)
+            assert not {"partial", "counters"} & set(alone.signature) and alone.constexprs["SLICES"] == 1
+            wanted.append(linear.request(p, replace(config, slices=4), gpu))
+    for request, compiled in zip(wanted, compile_all(wanted), strict=True):
+        assert compiled.fits and compiled.native, (request.constexprs, compiled)
+        assert compiled.spill_bytes <= 16, (request.constexprs, compiled.registers, compiled.spill_bytes)
 
 
 def test_the_default_fills_the_gpu() -> None:

@@ -241,6 +241,14 @@ def test_slices_that_fill_the_gpu_are_better_than_one_and_than_many() -> None:
     assert times[8] < times[1] and times[8] < times[64]
 
 
+def test_slices_of_many_tokens_pay_where_tiles_are_few() -> None:
+    """GLM-4.5-Air's o_proj: 64 tiles of 256 tokens, 1,024 of 4,096."""
+    tile = many.Config(128, 128, 128, 4, 3, tma=True)
+    for tokens, pays in ((256, True), (4096, False)):
+        times = {n: many_us(WIDE, tokens, replace(tile, slices=n), None, H200) for n in (1, 2, 4)}
+        assert (times[2] < times[1], times[4] < times[1]) == (pays, pays), times
+
+
 def test_products_of_many_tokens_are_bound_by_arithmetic() -> None:
     """Twice the tokens, twice the time: 4,096 tokens of a square matrix are beyond any ridge."""
     p = Problem(8192, 8192, "fp8_channel")
