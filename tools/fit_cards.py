@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from firebox.cli._fit_model import source_of
 from firebox.config import EngineConfig
 from firebox.hardware.base import find_gpu
-from firebox.kernels import cpu_moe_block
+from firebox.kernels._blocks import MOE_BLOCK
 from firebox.layers.launches import Launch, rows
 from firebox.planning.fit import Fit, Opened, compiled, open_source, plan
 from firebox.planning.memory import GIB
@@ -100,7 +100,7 @@ def _memory(fit: Fit) -> str:
 def _refused(fit: Fit) -> str:
     """All layers of any kind; of experts it is an answer of fit that the model does not run."""
     refused = (layers for layers in fit.layers if layers.refusal is not None)
-    return "; ".join(f"{'experts' if e.op == cpu_moe_block.OP else e.op}: {e.refusal}" for e in refused)
+    return "; ".join(f"{'experts' if e.op == MOE_BLOCK else e.op}: {e.refusal}" for e in refused)
 
 
 def _names(launches: list[Launch]) -> str:

@@ -15,6 +15,7 @@ of tokens in the step. A measured tile of decode serves requests whose rows make
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -119,6 +120,16 @@ def made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
 
     tuned = tuple(_measured(kernel, problem, gpu, tokens) for kernel in (DECODE, EXTEND))
     return _made(problem, min(tokens, MAX_QUERIES + 1), tuned, _failed(problem, gpu, tokens), gpu)
+
+
+def turns(problem: Problem, max_tokens: int, gpu: Gpu) -> Iterator[int]:
+    """See kernels/plan.py: those of either kernel's tiles, and one request's up to where extend begins."""
+    from firebox.kernels import _tuned
+    from firebox.kernels.attention_decode import MAX_QUERIES
+
+    yield from range(1, MAX_QUERIES + 2)
+    for kernel in (DECODE, EXTEND):
+        yield from _tuned.turns(gpu.name, TUNED_FILE, key(kernel, problem))
 
 
 @remembers

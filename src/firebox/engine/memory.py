@@ -20,7 +20,7 @@ from firebox.config import MemoryLine, Resolved
 from firebox.engine.messages import Memory
 from firebox.hardware.base import Gpu
 from firebox.hardware.probe import forget_gpu_peak, gpu_memory, resident_bytes
-from firebox.kernels import cpu_head
+from firebox.kernels._blocks import HEAD
 from firebox.layers.decoder import Decoder
 
 if TYPE_CHECKING:  # Triton is imported where there is a GPU, and not before
@@ -64,7 +64,7 @@ def token_bytes(model: Decoder, layers: Sequence[Layers]) -> int:
     from firebox.layers.launches import SAMPLING
 
     table = model.embedding.weight
-    blocks = [alike for alike in layers if alike.op not in (cpu_head.OP, SAMPLING)]
+    blocks = [alike for alike in layers if alike.op not in (HEAD, SAMPLING)]
     widest = max((sum(map(_made_bytes, alike.operations)) for alike in blocks), default=0)
     return 4 * table.shape[1] * table.itemsize + widest
 

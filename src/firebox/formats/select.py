@@ -55,19 +55,25 @@ def formats_of(config: Mapping[str, Any]) -> FormatOf:
 def matches_compressed_tensors(path: str, patterns: Sequence[str]) -> bool:
     """As `compressed_tensors.utils.match.is_match`; "Linear" means every module here, since only linear ones
     are asked about."""
-    return _rank(path, patterns) is not None
+    return _ranks(patterns)(path) is not None
 
 
-def _rank(path: str, patterns: Sequence[str]) -> tuple[int, str] | None:
-    """How closely the closest of the patterns means the module, the smallest first: by its name, by a regular
-    expression (the first in the alphabet), by its class. None: not at all."""
-    ranks = (
-        (0 if pattern == path else 1 if pattern.startswith("re:") else 2, pattern)
-        for pattern in patterns
-        if pattern in (path, "Linear")
-        or (pattern.startswith("re:") and re.match(pattern.removeprefix("re:"), path))
-    )
-    return min(ranks, default=None)
+def _ranks(patterns: Sequence[str]) -> Callable[[str], tuple[int, str] | None]:
+    """How closely the closest of the patterns means a module, the smallest first: by its name, by a regular
+    expression (the first in the alphabet), by its class. None: not at all. A model asks of each of its
+    experts' matrices, tens of thousands."""
+    names, by_class = frozenset(patterns), "Linear" in patterns
+    expressions = [(p, re.compile(p.removeprefix("re:"))) for p in sorted(names) if p.startswith("re:")]
+
+    def rank(path: str) -> tuple[int, str] | None:
+        if path in names:
+            return 0, path
+        for pattern, expression in expressions:
+            if expression.match(path):
+                return 1, pattern
+        return (2, "Linear") if by_class else None
+
+    return rank
 
 
 def matches_transformers(path: str, patterns: Sequence[str]) -> bool:
@@ -92,13 +98,11 @@ def matches_modelopt(path: str, patterns: Sequence[str]) -> bool:
 
 
 def _all_but(format: Format, exceptions: Sequence[str], match: Match) -> FormatOf:
-    return lambda path: PLAIN if _excepted(path, exceptions, match) else format
+    return lambda path: PLAIN if _excepted(path, lambda name: match(name, exceptions)) else format
 
 
-def _excepted(path: str, exceptions: Sequence[str], match: Match) -> bool:
-    return match(path, exceptions) or (
-        path.startswith(LANGUAGE_MODEL) and match(path.removeprefix(LANGUAGE_MODEL), exceptions)
-    )
+def _excepted(path: str, excepts: Callable[[str], bool]) -> bool:
+    return excepts(path) or (path.startswith(LANGUAGE_MODEL) and excepts(path.removeprefix(LANGUAGE_MODEL)))
 
 
 def _not_converted(quantization: Mapping[str, Any]) -> list[str]:
@@ -115,15 +119,15 @@ def _compressed_tensors(quantization: Mapping[str, Any]) -> FormatOf:
     if sparsity != "dense":
         raise UnsupportedFormat(f"the checkpoint is sparse ({sparsity})", hint="supported: dense weights")
     groups = [
-        (list(group.get("targets") or ()), _compressed_group(group, quantization.get("format")))
+        (_ranks(group.get("targets") or ()), _compressed_group(group, quantization.get("format")))
         for group in _need(quantization, "config_groups").values()
     ]
-    ignore = list(quantization.get("ignore") or ())
+    ignored = _ranks(quantization.get("ignore") or ())
 
     def format_of(path: str) -> Format:
-        if _excepted(path, ignore, matches_compressed_tensors):
+        if _excepted(path, lambda name: ignored(name) is not None):
             return PLAIN
-        found = ((_rank(path, targets), format) for targets, format in groups)
+        found = ((rank(path), format) for rank, format in groups)
         ranked = [(rank, format) for rank, format in found if rank is not None]
         return min(ranked, key=lambda pair: pair[0])[1] if ranked else PLAIN
 

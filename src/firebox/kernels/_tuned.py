@@ -21,7 +21,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -67,15 +67,14 @@ def measured(
     return _nearest(_file(gpu_name, file).get(key, {}), tokens, lambda found: found not in but)
 
 
-def last_of_runs(gpu_name: str, file: str, key: str, most_tokens: int) -> list[int]:
-    """Few numbers of tokens up to `most_tokens`: among them is the last one of every run of numbers to which
-    `measured` gives the same entry, whichever paths are left out."""
-    known = _file(gpu_name, file).get(key, {})
-    found = {most_tokens}
-    for one, other in itertools.combinations(known, 2):
-        middle = math.isqrt(one * other)  # as near to both, if it is their root: then the first one's
-        found |= {middle - 1, middle}
-    return sorted(n for n in found if 0 < n <= most_tokens)
+def turns(gpu_name: str, file: str, key: str) -> Iterator[int]:
+    """The numbers of tokens from which another entry of a problem may be the nearest, whatever paths are
+    looked at, or there is none within REACH."""
+    tokens = sorted(_file(gpu_name, file).get(key, {}))
+    for fewer, more in itertools.combinations(tokens, 2):
+        middle = math.isqrt(fewer * more)  # as near to both, if its square is their product
+        yield from (middle, middle + 1)
+    yield from (REACH * most + 1 for most in tokens[-1:])
 
 
 def how(entry: dict[str, Any]) -> str:

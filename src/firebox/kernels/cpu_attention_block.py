@@ -17,7 +17,6 @@ Measured: EPYC, one thread, 2026-11-21, see docs/log/2026-11-21-first-light.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,36 +25,14 @@ import torch
 from numba import prange
 
 from firebox.hardware.base import Gpu
+from firebox.kernels import _blocks
 from firebox.kernels._cpu import F0, exp, jit, matmul, pack, rms_norm, rotate
 from firebox.step import Pages, Step
 
 # ---- 1. the problem
 
-OP = "attention_block"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Sizes and kinds of one grouped-query attention layer. `rotary_dim`: how many of `head_dim` are rotated.
-    `qk_norm`: "head" for a norm of each head, "row" for one over all heads of q and one over all of k, "" for
-    none. `window_tokens`: a token sees only so many last ones. `sinks`: a logit per head that only takes part
-    in the softmax. `output_gate`: what is attended is multiplied by the sigmoid of a gate that q_proj makes
-    beside q. `o_bias`: the output map has one too."""
-
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    rotary_dim: int
-    qk_norm: str
-    bias: bool
-    eps: float
-    window_tokens: int | None = None
-    sinks: bool = False
-    output_gate: bool = False
-    o_bias: bool = False
-    dtype: torch.dtype = torch.float32
-    kv_dtype: torch.dtype = torch.float32
+OP = _blocks.ATTENTION_BLOCK
+Problem = _blocks.AttentionProblem
 
 
 def accepts(problem: Problem, gpu: Gpu) -> str | None:

@@ -10,7 +10,6 @@ float32 or bf16 bits. Measured: EPYC, one thread, 2026-11-21, see docs/log/2026-
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,21 +17,13 @@ import torch
 from numba import prange
 
 from firebox.hardware.base import Gpu
+from firebox.kernels import _blocks
 from firebox.kernels._cpu import jit, matmul, pack, rms_norm, silu_mul
 
 # ---- 1. the problem
 
-OP = "dense_block"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Sizes of one dense MLP layer."""
-
-    hidden: int
-    inter: int
-    eps: float
-    dtype: torch.dtype = torch.float32
+OP = _blocks.DENSE_BLOCK
+Problem = _blocks.DenseProblem
 
 
 def accepts(problem: Problem, gpu: Gpu) -> str | None:

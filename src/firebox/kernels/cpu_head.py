@@ -7,7 +7,6 @@ Measured: EPYC, one thread, 2026-11-21, see docs/log/2026-11-21-first-light.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,21 +14,13 @@ import torch
 from numba import prange
 
 from firebox.hardware.base import Gpu
+from firebox.kernels import _blocks
 from firebox.kernels._cpu import jit, matmul, pack, rms_norm
 
 # ---- 1. the problem
 
-OP = "head"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Sizes of the final norm and the output matrix."""
-
-    hidden: int
-    vocab: int
-    eps: float
-    dtype: torch.dtype = torch.float32
+OP = _blocks.HEAD
+Problem = _blocks.HeadProblem
 
 
 def accepts(problem: Problem, gpu: Gpu) -> str | None:

@@ -14,7 +14,6 @@ its choices, shared experts last, so the sum does not depend on the batch. Measu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,40 +21,13 @@ import torch
 from numba import prange
 
 from firebox.hardware.base import Gpu
+from firebox.kernels import _blocks
 from firebox.kernels._cpu import F0, exp, jit, matmul, pack, rms_norm, silu_mul
 
 # ---- 1. the problem
 
-OP = "moe_block"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Sizes and kinds of one MoE layer.
-
-    `scoring`: "sigmoid" (with a correction bias that takes part in the choice only), "softmax" over all
-    experts, or "softmax_top_k" over the chosen ones. `shared_experts`: how many experts of size `inter` every
-    token takes; `shared_gate`: their sum is weighted by a sigmoid. `expert_groups` above 1 means
-    group-limited routing. `biases`: the router and the experts have them. `activation` "silu_mul", or
-    "clamped_swiglu" with `limit` and `alpha` (gpt-oss).
-    """
-
-    hidden: int
-    inter: int
-    experts: int
-    top_k: int
-    shared_experts: int
-    scoring: str
-    renormalise: bool
-    routed_scale: float
-    eps: float
-    expert_groups: int = 1
-    shared_gate: bool = False
-    biases: bool = False
-    activation: str = "silu_mul"
-    limit: float = 0.0
-    alpha: float = 0.0
-    dtype: torch.dtype = torch.float32
+OP = _blocks.MOE_BLOCK
+Problem = _blocks.MoeProblem
 
 
 def accepts(problem: Problem, gpu: Gpu) -> str | None:

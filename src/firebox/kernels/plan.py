@@ -5,14 +5,15 @@
     Planned     one compile, and the numbers of tokens that launch it
 
 What launches an operation says what it launches: `made` of layers/dense_gpu.py, layers/experts.py,
-attention/triton_paged.py and kernels/sample.py, `request` of a kernel that has one compile. The engine asks
-the same functions when it launches.
+layers/delta_gpu.py, attention/triton_paged.py and kernels/sample.py, `request` of a kernel that has one
+compile. The engine asks the same functions when it launches. Between two of the numbers of tokens that
+`turns` names `made` says the same, so the plan of thousands of numbers asks at some hundred of them.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
@@ -90,9 +91,10 @@ class Made:
 @dataclass(frozen=True)
 class Operation:
     """`name`: what the layer calls it; `format`: of its weights, or of what it computes in. `source`: the
-    module whose `made(problem, tokens, gpu)` says what is launched; `TUNED` in it is the file of tuned/<gpu>/
-    that its configurations come from, if they come from one. `times`: as many tokens as in a step of
-    one group of GPUs may meet here."""
+    module whose `made(problem, tokens, gpu)` says what is launched, and whose `turns(problem, max_tokens,
+    gpu)` from which numbers of tokens on that may be something else; `TUNED` in it is the file of
+    tuned/<gpu>/ that its configurations come from, if they come from one. `times`: as many tokens as in a
+    step of one group of GPUs may meet here."""
 
     name: str
     format: str
@@ -105,6 +107,12 @@ class Operation:
         found: Made = self.source.made(self.problem, tokens, gpu)
         return found
 
+    def turns(self, max_tokens: int, gpu: Gpu) -> Iterable[int]:
+        """The numbers of tokens, among others and in any order, at which `made` says something else than for
+        one token less."""
+        found: Iterable[int] = self.source.turns(self.problem, max_tokens, gpu)
+        return found
+
 
 @dataclass(frozen=True)
 class Single(Operation):
@@ -115,6 +123,10 @@ class Single(Operation):
         """See Operation."""
         return _single(self.source, self.problem, gpu)
 
+    def turns(self, max_tokens: int, gpu: Gpu) -> Iterable[int]:
+        """There are none."""
+        return ()
+
 
 @dataclass(frozen=True)
 class Library(Operation):
@@ -123,6 +135,10 @@ class Library(Operation):
     def made(self, tokens: int, gpu: Gpu) -> Made:
         """See Operation."""
         return _library(self.problem)
+
+    def turns(self, max_tokens: int, gpu: Gpu) -> Iterable[int]:
+        """There are none."""
+        return ()
 
 
 @dataclass(frozen=True)
@@ -190,11 +206,8 @@ def all_requests(operations: Sequence[Operation], gpu: Gpu, max_tokens: int) -> 
 
 def _runs(operation: Operation, gpu: Gpu, max_tokens: int) -> Iterator[tuple[int, int, Made]]:
     """Successive numbers of tokens that make the very same."""
-    if isinstance(operation, Single | Library):
-        yield 1, max_tokens, operation.made(1, gpu)
-        return
     first, before = 1, operation.made(1, gpu)
-    for tokens in range(2, max_tokens + 1):
+    for tokens in sorted({n for n in operation.turns(max_tokens, gpu) if 1 < n <= max_tokens}):
         made = operation.made(tokens, gpu)
         if made is not before:
             yield first, tokens - 1, before

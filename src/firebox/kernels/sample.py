@@ -436,6 +436,11 @@ def made(vocab: int, rows: int, gpu: Gpu) -> Made:
     return _made(vocab, gpu)
 
 
+def turns(vocab: int, max_rows: int, gpu: Gpu) -> tuple[int, ...]:
+    """See kernels/plan.py; there are none."""
+    return ()
+
+
 @functools.cache
 def _made(vocab: int, gpu: Gpu) -> Made:
     found = []

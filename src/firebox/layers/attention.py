@@ -13,8 +13,7 @@ from firebox.attention.base import PagedSpec, WindowSpec
 from firebox.attention.base import select as select_backend
 from firebox.formats.base import Cut, PlainSlot, Slots
 from firebox.formats.kv.base import scale_slots
-from firebox.kernels import cpu_attention_block
-from firebox.kernels.cpu_attention_block import Problem
+from firebox.kernels._blocks import ATTENTION_BLOCK, AttentionProblem
 from firebox.kernels.select import TORCH, Choice, select
 from firebox.layers import attention_gpu
 from firebox.layers.base import Build
@@ -48,7 +47,7 @@ class AttentionBlock:
         norm_plus_one: bool = False,
         **options: Any,
     ) -> None:
-        p = self.problem = Problem(
+        p = self.problem = AttentionProblem(
             hidden=norm.weight.shape[0],
             kv_heads=spec.kv_heads,
             head_dim=spec.head_dim,
@@ -90,7 +89,7 @@ class AttentionBlock:
         self._run: Callable[[torch.Tensor, Step], torch.Tensor] = self._compose
         # a backend that is asked for by name runs inside the layer composed of torch operators
         wanted = "auto" if build.attention_backend == "auto" else TORCH
-        self._choice = select(cpu_attention_block.OP, p, build.gpu, wanted)
+        self._choice = select(ATTENTION_BLOCK, p, build.gpu, wanted)
         self.backend: ModuleType | None = None
         if self._choice.kernel is None:
             self.backend = select_backend(p.heads, spec, build.gpu, build.attention_backend)

@@ -31,6 +31,11 @@ def made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
     return _made(problem, tokens > FEW_TOKENS, gpu)
 
 
+def turns(problem: Problem, max_tokens: int, gpu: Gpu) -> tuple[int, ...]:
+    """See kernels/plan.py."""
+    return (FEW_TOKENS + 1,)
+
+
 @functools.cache
 def _made(problem: Problem, many: bool, gpu: Gpu) -> Made:
     decode, chunk = _launchers(problem, gpu)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from firebox.formats.base import Cut, Slots
-from firebox.kernels import cpu_dense_block
+from firebox.kernels._blocks import DENSE_BLOCK, DenseProblem
 from firebox.kernels.select import TORCH, Choice, select
 from firebox.layers.base import Build
 from firebox.layers.device import KERNEL_DTYPES
@@ -32,14 +32,14 @@ class DenseBlock:
         self.gate_up = Linear(build, hidden, gate_up, cuts=(rows, rows), unit=INNER_UNIT)
         down = {f"{name}.down_proj": hidden}
         self.down = Linear(build, inter, down, cuts=(columns,), residual=True, unit=INNER_UNIT)
-        self._problem = cpu_dense_block.Problem(hidden, inter, norm.eps, build.dtype)
-        self._choice = select(cpu_dense_block.OP, self._problem, build.gpu)
+        self._problem = DenseProblem(hidden, inter, norm.eps, build.dtype)
+        self._choice = select(DENSE_BLOCK, self._problem, build.gpu)
         self._threads = build.threads
         self._run: Callable[[torch.Tensor], torch.Tensor] = self._compose
         self._build = build
         if build.shared is not None and not (self.gate_up.refusal or self.down.refusal):
             losers = {TORCH: "slower"}
-            self._choice = Choice(cpu_dense_block.OP, None, "kernels of kernels/", losers, "dense_gpu")
+            self._choice = Choice(DENSE_BLOCK, None, "kernels of kernels/", losers, "dense_gpu")
         build.choices.append(self._choice)
 
     @property

@@ -30,6 +30,7 @@ from firebox.layers import _dense_library, _fitting
 FEW, MANY, CUBLAS = "few", "many", "cublas"
 TUNED = "linear"  # the file in tuned/<gpu>/
 WIDEST_TILE = 256  # tokens of a tile of linear.py
+DEFAULT_TILE = 128  # tokens of those that linear.py's default counts
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 
@@ -152,6 +153,14 @@ def made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
     """What so many tokens launch, for the plan."""
     path = _path_of(problem, tokens, gpu)
     return _made(problem, like(tokens, path), path, gpu)
+
+
+def turns(problem: Problem, max_tokens: int, gpu: Gpu) -> Iterator[int]:
+    """See kernels/plan.py: all up to the widest tile, then those of the measurements and of the default,
+    which counts tiles."""
+    yield from range(1, WIDEST_TILE + 1)
+    yield from range(WIDEST_TILE + 1, max_tokens + 1, DEFAULT_TILE)
+    yield from _tuned.turns(gpu.name, TUNED, key(problem))
 
 
 @functools.cache
@@ -287,8 +296,8 @@ def _that_need_most(problem: Problem, max_tokens: int, gpu: Gpu) -> Iterator[int
     more tokens of one tile need no less."""
     single = WIDEST_TILE if _fitting.is_limited(gpu) else linear_few.MAX_TOKENS
     yield from range(1, min(max_tokens, single) + 1)
-    last = _tuned.last_of_runs(gpu.name, TUNED, key(problem), max_tokens)
-    yield from (tokens for tokens in last if tokens > single)
+    last = {first - 1 for first in _tuned.turns(gpu.name, TUNED, key(problem))} | {max_tokens}
+    yield from (tokens for tokens in sorted(last) if single < tokens <= max_tokens)
 
 
 def _most_in_library(problem: Problem, max_tokens: int, gpu: Gpu) -> int:

@@ -163,8 +163,13 @@ def stock_path(problem: Problem, tokens: int, gpu: Gpu) -> Path:
     if tokens <= FEW_UNMEASURED:
         return default_path(problem, FEW, tokens, gpu)
     native = tokens >= _block_scaled.native_from(problem, gpu)
-    block = 32 if tokens * problem.top_k < 64 * problem.experts else 64
+    block = 32 if tokens < _wide_from(problem) else 64
     return default_path(problem, SCALED if native else SORTED, block, gpu)
+
+
+def _wide_from(problem: Problem) -> int:
+    """The number of tokens from which an expert has 64 choices."""
+    return -(-64 * problem.experts // problem.top_k)
 
 
 def default_path(problem: Problem, name: str, tokens: int, gpu: Gpu) -> Path:
@@ -252,6 +257,14 @@ def made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
     """What so many tokens launch, for the plan."""
     path = _path_of(problem, tokens, gpu)
     return _made(problem, like(problem, tokens, path), path, gpu)
+
+
+def turns(problem: Problem, max_tokens: int, gpu: Gpu) -> Iterator[int]:
+    """See kernels/plan.py: all of few tokens, then those of the measurements and of `stock_path`."""
+    yield from range(1, max(moe_gate_up_few.MAX_TOKENS, FEW_UNMEASURED) + 2)
+    yield _wide_from(problem)
+    yield _block_scaled.native_from(problem, gpu)
+    yield from _tuned.turns(gpu.name, TUNED, key(problem))
 
 
 @functools.cache

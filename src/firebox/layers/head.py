@@ -10,7 +10,7 @@ import torch
 
 from firebox.formats import bf16
 from firebox.formats.base import Cut, Slots
-from firebox.kernels import cpu_head
+from firebox.kernels._blocks import HEAD, HeadProblem
 from firebox.kernels.select import TORCH, Choice, select
 from firebox.layers.base import Build
 from firebox.layers.device import KERNEL_DTYPES
@@ -37,13 +37,13 @@ class Head:
         self._tied = tied
         if tied is not None and self.linear.refusal is not None:
             self.linear.tie(tied)
-        self._problem = cpu_head.Problem(hidden, vocab, norm.eps, build.dtype)
-        self._choice = select(cpu_head.OP, self._problem, build.gpu)
+        self._problem = HeadProblem(hidden, vocab, norm.eps, build.dtype)
+        self._choice = select(HEAD, self._problem, build.gpu)
         self._threads = build.threads
         self._run: Callable[..., torch.Tensor] = self._compose
         self._build = build
         if self.linear.refusal is None:
-            self._choice = Choice(cpu_head.OP, None, "kernels of kernels/", {TORCH: "slower"}, "head_gpu")
+            self._choice = Choice(HEAD, None, "kernels of kernels/", {TORCH: "slower"}, "head_gpu")
         build.choices.append(self._choice)
 
     def slots(self) -> Slots:

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from firebox.hardware.base import Gpu
-from firebox.kernels import cpu_attention_block, cpu_dense_block, cpu_head, cpu_moe_block, sample
+from firebox.kernels import sample
+from firebox.kernels._blocks import ATTENTION_BLOCK, DENSE_BLOCK, HEAD, MOE_BLOCK
 from firebox.kernels.compile import Compiled, CompileRequest, compile_all, limit_bytes
 from firebox.kernels.plan import CUBLAS, Operation, Planned, Setting, planned
 from firebox.layers import delta_gpu, dense_gpu, experts, gated_delta, latent_attention
@@ -31,9 +32,9 @@ from firebox.layers.moe import MoeBlock
 NO_TENSOR_CORE = "none"
 SAMPLING = "sampling"
 OPS = {
-    AttentionBlock: cpu_attention_block.OP,
-    MoeBlock: cpu_moe_block.OP,
-    DenseBlock: cpu_dense_block.OP,
+    AttentionBlock: ATTENTION_BLOCK,
+    MoeBlock: MOE_BLOCK,
+    DenseBlock: DENSE_BLOCK,
     LatentAttentionBlock: latent_attention.OP,
     GatedDeltaBlock: gated_delta.OP,
 }
@@ -128,7 +129,7 @@ def layers_of(model: Decoder, setting: Setting) -> tuple[Layers, ...]:
     """What one of `setting.tp` GPUs launches, which the weights' cuts allow, in the order of a step."""
     blocks = (block for pair in model.blocks for block in pair)
     found = [_layers(OPS[type(block)], block, setting) for block in blocks]
-    head = _layers(cpu_head.OP, model.head, setting)
+    head = _layers(HEAD, model.head, setting)
     drawn = (Operation("sample", "f32", sample, model.head.vocab),)
     return (*_counted(found), head, Layers(SAMPLING, 1, "f32", drawn))
 

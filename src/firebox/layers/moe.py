@@ -12,8 +12,7 @@ import torch.nn.functional as F
 
 from firebox.errors import ConfigError
 from firebox.formats.base import Cut, Format, OneOf, PlainSlot, Slot, Slots, WeightSlot
-from firebox.kernels import cpu_moe_block
-from firebox.kernels.cpu_moe_block import Problem
+from firebox.kernels._blocks import MOE_BLOCK, MoeProblem
 from firebox.kernels.select import TORCH, Choice, select
 from firebox.layers.base import Build
 from firebox.layers.linear import INNER_UNIT, Linear, fitted
@@ -49,7 +48,7 @@ class MoeBlock:
         **options: Any,
     ) -> None:
         hidden = norm.weight.shape[0]
-        p = self.problem = Problem(hidden=hidden, eps=norm.eps, dtype=build.dtype, **options)
+        p = self.problem = MoeProblem(hidden=hidden, eps=norm.eps, dtype=build.dtype, **options)
         self.norm, self.names = norm, names
         self._rows, self._columns = (Cut(axis, p.inter, inter_key) for axis in (0, 1))
         self.format_of, self.kept_groups, self._interleaved = build.format_of, kept_groups, interleaved
@@ -109,12 +108,12 @@ class MoeBlock:
 
     def _chosen(self, build: Build) -> Choice:
         if build.shared is None:
-            return select(cpu_moe_block.OP, self.problem, build.gpu, build.moe_backend)
+            return select(MOE_BLOCK, self.problem, build.gpu, build.moe_backend)
         if self._kernels is not None:
-            return Choice(cpu_moe_block.OP, None, "kernels of kernels/moe_*.py", {TORCH: "slower"}, ON_GPU)
+            return Choice(MOE_BLOCK, None, "kernels of kernels/moe_*.py", {TORCH: "slower"}, ON_GPU)
         if build.moe_backend == TORCH:
-            return Choice(cpu_moe_block.OP, None, "asked for", {ON_GPU: f"{TORCH} was asked for"})
-        return Choice(cpu_moe_block.OP, None, "no kernel accepts", {ON_GPU: self._why_not or ""})
+            return Choice(MOE_BLOCK, None, "asked for", {ON_GPU: f"{TORCH} was asked for"})
+        return Choice(MOE_BLOCK, None, "no kernel accepts", {ON_GPU: self._why_not or ""})
 
     @property
     def format(self) -> str:
@@ -135,6 +134,17 @@ class MoeBlock:
 
     def slots(self) -> Slots:
         """The norm's tensor, the router's, the experts' one by one or all in one, and the shared experts'."""
+        yield from self._router_slots()
+        yield from self._kernels.slots(self._interleaved) if self._kernels else self.expert_slots()
+        yield from self._shared_slots()
+
+    def other_slots(self) -> Slots:
+        """All but the routed experts', of a plan."""
+        assert self._kernels is None, "a plan has no kernels"
+        yield from self._router_slots()
+        yield from self._shared_slots()
+
+    def _router_slots(self) -> Slots:
         p, names = self.problem, self.names
         yield from self.norm.slots()
         yield PlainSlot(f"{names.router}.weight", self.router)
@@ -142,7 +152,9 @@ class MoeBlock:
             yield PlainSlot(f"{names.router}.bias", self.router_bias)
         if p.scoring == "sigmoid":
             yield PlainSlot(names.correction_bias, self.correction_bias)
-        yield from self._kernels.slots(self._interleaved) if self._kernels else self.expert_slots()
+
+    def _shared_slots(self) -> Slots:
+        p = self.problem
         if p.shared_experts and not (self._kernels and self._kernels.fused):
             yield from self.shared_gate_up.slots()
             yield from self.shared_down.slots()
@@ -159,17 +171,35 @@ class MoeBlock:
             fused = (tuple(self._all_in_one()),) if self.names.fused else ()
             yield OneOf((tuple(self._one_by_one()), *fused))
 
-    def _one_by_one(self) -> Iterator[Slot]:
-        inter, names = self.problem.inter, self.names
+    def counted_expert_slots(self) -> Iterator[tuple[Slot, int]]:
+        """`expert_slots` of a plan, in their first layout: those of one of the experts whose formats are
+        alike, and how many experts that are."""
+        assert self._kernels is None, "a plan has no kernels"
+        if self._interleaved:
+            yield from ((slot, 1) for slot in self._gpt_oss())
+            return
+        names, alike = self.names, dict[tuple[Format, ...], list[int]]()
         for e in range(self.problem.experts):
             expert = names.expert.format(e=e)
-            for part, target, cut in (
-                (names.gate, self.gate_up[e, :inter], self._rows),
-                (names.up, self.gate_up[e, inter:], self._rows),
-                (names.down, self.down[e], self._columns),
-            ):
-                path = f"{expert}.{part}"
-                yield WeightSlot(path, self.format_of(path), target, cut=cut)
+            parts = (names.gate, names.up, names.down)
+            alike.setdefault(tuple(self.format_of(f"{expert}.{part}") for part in parts), []).append(e)
+        for experts in alike.values():
+            yield from ((slot, len(experts)) for slot in self._of_expert(experts[0]))
+
+    def _one_by_one(self) -> Iterator[Slot]:
+        for e in range(self.problem.experts):
+            yield from self._of_expert(e)
+
+    def _of_expert(self, e: int) -> Iterator[Slot]:
+        inter, names = self.problem.inter, self.names
+        expert = names.expert.format(e=e)
+        for part, target, cut in (
+            (names.gate, self.gate_up[e, :inter], self._rows),
+            (names.up, self.gate_up[e, inter:], self._rows),
+            (names.down, self.down[e], self._columns),
+        ):
+            path = f"{expert}.{part}"
+            yield WeightSlot(path, self.format_of(path), target, cut=cut)
 
     def _all_in_one(self) -> Iterator[Slot]:
         """Unquantised: [experts, 2 · inter, hidden], gate rows first, and [experts, hidden, inter]."""

@@ -171,8 +171,8 @@ def _sparse(
     """MoE layers: routers, norms and shared experts, then the routed experts of those that are alike."""
     rest, experts = Counter[Hashable](), dict[Hashable, tuple[MoeBlock, int, Counter[Hashable]]]()
     for block in blocks:
-        routed = _count(block.expert_slots(), kinds)
-        rest += _count(block.slots(), kinds) - routed
+        rest += _count(block.other_slots(), kinds)
+        routed = _counted(block.counted_expert_slots(), kinds)
         key = (block.problem, frozenset(routed.items()))
         _, layers, _ = experts.get(key, (block, 0, routed))
         experts[key] = (block, layers + 1, routed)
@@ -226,10 +226,14 @@ def _spec_bytes(spec: TensorSpec) -> int:
 
 
 def _count(slots: Slots, kinds: dict[Hashable, Slot]) -> Counter[Hashable]:
+    return _counted(((slot, 1) for slot in first_layout(slots)), kinds)
+
+
+def _counted(slots: Iterable[tuple[Slot, int]], kinds: dict[Hashable, Slot]) -> Counter[Hashable]:
     counted: Counter[Hashable] = Counter()
-    for slot in first_layout(slots):
+    for slot, count in slots:
         target, format, stored = slot.target, getattr(slot, "format", None), getattr(slot, "stored", None)
         kind = (format, stored, target.shape, target.dtype, slot.cut)
         kinds.setdefault(kind, slot)
-        counted[kind] += 1
+        counted[kind] += count
     return counted

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from firebox.hardware.base import Gpu
-from firebox.kernels import cpu_moe_block
+from firebox.kernels._blocks import MOE_BLOCK
 from firebox.kernels.plan import Library, Setting
 from firebox.layers.launches import Launch, Layers
 from firebox.layers.linear import DENSE
@@ -32,7 +32,7 @@ def problems(
             f"{memory.context_tokens} tokens"
         )
     for alike in layers:
-        if alike.refusal is not None and alike.op == cpu_moe_block.OP:
+        if alike.refusal is not None and alike.op == MOE_BLOCK:
             yield f"no kernel runs the experts of {alike.layers} layers ({alike.format}): {alike.refusal}"
     for launch in launches:
         if launch.problem is not None:

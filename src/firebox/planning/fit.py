@@ -18,7 +18,7 @@ from typing import Any
 from firebox.config import EngineConfig
 from firebox.errors import ConfigError, FireboxError, UnsupportedFormat
 from firebox.hardware.base import Gpu
-from firebox.kernels import cpu_attention_block, cpu_dense_block, cpu_head, cpu_moe_block
+from firebox.kernels._blocks import ATTENTION_BLOCK, DENSE_BLOCK, HEAD, MOE_BLOCK
 from firebox.kernels.plan import Setting
 from firebox.layers import gated_delta, latent_attention, launches
 from firebox.layers.launches import Launch, Layers
@@ -35,10 +35,10 @@ __all__ = ["Fit", "Opened", "Source", "compiled", "open_source", "plan"]
 CONTEXT_TOKENS = 4096  # unless --context-length says otherwise
 MAX_TOKENS = 8192  # launches are planned for at least so many tokens a step
 PLANNED = (
-    cpu_attention_block.OP,
-    cpu_moe_block.OP,
-    cpu_dense_block.OP,
-    cpu_head.OP,
+    ATTENTION_BLOCK,
+    MOE_BLOCK,
+    DENSE_BLOCK,
+    HEAD,
     latent_attention.OP,
     gated_delta.OP,
 )
@@ -220,7 +220,7 @@ def _other_sizes(opened: Opened, fit: Fit, engine: EngineConfig) -> Iterator[str
 def _all_run(opened: Opened, setting: Setting) -> bool:
     """Are there kernels for all expert layers?"""
     layers = launches.layers_of(opened.model, setting)
-    return all(alike.refusal is None for alike in layers if alike.op == cpu_moe_block.OP)
+    return all(alike.refusal is None for alike in layers if alike.op == MOE_BLOCK)
 
 
 def _fits_with(opened: Opened, setting: Setting, engine: EngineConfig, **other: Any) -> bool:

@@ -330,6 +330,7 @@ def tuned(monkeypatch: pytest.MonkeyPatch, keys: set[str] | None) -> None:
             512: {"path": "sorted", "gate_up": many, "down": many, "how": "predicted"},
         },
         "linear": {1: {"path": "few", "config": {}}, 64: {"path": "cublas"}},
+        "attention": {},
     }
 
     class File(dict[str, Any]):

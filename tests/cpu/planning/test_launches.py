@@ -116,7 +116,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, paths: dict[int, str]) -> list[Pla
     """What GLM launches for up to 8 tokens if these paths, by the number of tokens, were measured."""
     tiles = {"few": FEW_TILE, "sorted": SORTED_TILE}
     entries = {n: {"path": p, "gate_up": tiles[p], "down": tiles[p]} for n, p in paths.items()}
-    monkeypatch.setattr(_tuned, "_file", lambda name: {_tuned.key(GLM): entries})
+    monkeypatch.setattr(_tuned, "_file", lambda *name: {_tuned.key(GLM): entries})
     experts._path_of.cache_clear()
     try:
         return planned(operation(GLM), GB10, 8)
