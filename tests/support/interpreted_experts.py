@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import triton
 
 from firebox.formats import layouts
 from firebox.hardware.base import find_gpu
@@ -58,26 +59,44 @@ def in_depths(config: Any, p: Problem, columns: int) -> Any:
     return replace(config, depth=64) if p.panel(columns) == 128 and p.group <= 64 else config
 
 
+def unspread(config: Any) -> Any:
+    """The same tile of tokens that are columns of their own."""
+    return replace(config, tokens=max(config.tokens, moe_gate_up_few.COLUMNS_UP_TO))
+
+
+def spread(p: Problem, config: Any, depth: int) -> dict[str, Any]:
+    """The same tile of so few tokens that groups of its `depth` columns have columns of their own."""
+    if p.group == 0:
+        return {}
+    least = max(1, moe_gate_up_few.COLUMNS_UP_TO * p.group // depth)
+    return {f" spread {n}": replace(config, tokens=n) for n in (least, 2 * least) if n < 8}
+
+
 def few(
     p: Problem, tokens: int, gate_up: Weights, down: Weights, generator: torch.Generator
 ) -> dict[str, float]:
     ids, weights = random_routing(p, tokens, generator)
     x = torch.randn(tokens, p.hidden, generator=generator).half()
-    h = torch.full((tokens * p.top_k, p.inter), NAN, dtype=torch.float16)
-    table = torch.full(
-        (moe_gate_up_few.programs(p, tokens), 1 + moe_gate_up_few.padded(tokens)), -1, dtype=torch.int32
-    )
-    config = in_depths(moe_gate_up_few.default(p, tokens, GPU), p, p.hidden)
-    launcher = Launcher(moe_gate_up_few.request(p, tokens, config, GPU, interpreted=True))
-    moe_gate_up_few.run(launcher, p, x, gate_up, ids, h, table)
     wanted = moe_gate_up_few.reference(p, x, gate_up, ids)
-    found = {f"few {tokens} gate_up": relative_error(h, wanted)}
+    found = {}
+    config = unspread(in_depths(moe_gate_up_few.default(p, tokens, GPU), p, p.hidden))
+    for name, tile in {"": config, **spread(p, config, config.depth)}.items():
+        h = torch.full((tokens * p.top_k, p.inter), NAN, dtype=torch.float16)
+        table = torch.full(
+            (moe_gate_up_few.programs(p, tokens), 1 + moe_gate_up_few.padded(tokens)), -1, dtype=torch.int32
+        )
+        launcher = Launcher(moe_gate_up_few.request(p, tokens, tile, GPU, interpreted=True))
+        moe_gate_up_few.run(launcher, p, x, gate_up, ids, h, table)
+        found[f"few {tokens} gate_up{name}"] = relative_error(h, wanted)
     wanted = moe_down_few.reference(p, h, down, ids, weights)
-    config = in_depths(moe_down_few.default(p, tokens, GPU), p, p.inter)
-    tiles = {"": config}
+    config = unspread(in_depths(moe_down_few.default(p, tokens, GPU), p, p.inter))
+    tiles = {"": config, **spread(p, config, config.depth)}
     if tokens <= moe_gate_up_few.COLUMNS_UP_TO:
         whole = moe_down_few.Config(rows=config.rows, depth=0, warps=config.warps)
         tiles |= {" whole": whole, " apart": replace(config, apart=True)}
+        if tokens == 1:
+            wide = triton.next_power_of_2(p.inter)
+            tiles |= {f" whole{name}": tile for name, tile in spread(p, whole, wide).items()}
     for name, tile in tiles.items():
         out = torch.full((tokens + 1, p.hidden), NAN, dtype=torch.float16)
         out[-1] = 7.0

@@ -39,7 +39,7 @@ ARRANGED = 64  # columns of activations that are put in another order together
 PANELS = (128, 64, 32)  # columns
 PANELS_EMPTY = 1 / 20  # of the columns, the most that may be added
 INT4_BITS = tuple(tuple(range(4 * j + 3, 4 * j - 1, -1)) for j in range(PER_WORD))
-E2M1_BITS = ((15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (14, 13, 11, 10))
+E2M1_BITS = ((15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (11, 10, 14, 13))
 
 
 def interleave(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

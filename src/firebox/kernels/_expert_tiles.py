@@ -7,6 +7,14 @@ can then be handed over in registers.
 
 A 4-bit word holds four codes (formats/layouts.py). Each of the four becomes a matrix of its own with the
 columns it stands for (kernels/_words.py), so a chunk of 4-bit weights is four products.
+
+SPREAD: a tile has fewer tokens than the 8 columns of the least product, so each of a chunk's SPREAD groups
+has columns of its own, where x is zero in all other groups:
+
+    acc [ROWS, TOKENS · SPREAD] += (codes · xᵀ) · scales [ROWS, SPREAD of each token]
+
+and the sum over groups comes last. Scales then multiply sums in float32, one for each row and group, where
+otherwise they multiply every weight. That took 15 of 64 instructions for 16 weights (sm_90, MXFP4).
 """
 
 from __future__ import annotations
@@ -14,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from firebox.kernels._words import decode, scales_of
+from firebox.kernels._words import decode, lifted, scales_of, spread_scales
 
 
 @triton.jit
@@ -22,15 +30,18 @@ def four_products(
     acc, words, wide_scale, minus, x, token_live, first, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     GROUP: tl.constexpr,
     FORMAT: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr, MASKED: tl.constexpr,
-    X_RUN: tl.constexpr = None,
+    X_RUN: tl.constexpr = None, of_group=None,
 ):  # fmt: skip
     """acc + Σ over the four codes of a word. `x` points at rows [TOKENS, 1], whose columns lie in order, or,
     with X_RUN columns to a code, as layouts.arranged_columns says. MASKED: columns from COLUMNS on are not
-    there."""
+    there. `wide_scale` None: codes are multiplied as they are; `of_group` [TOKENS]: the only group of the
+    DEPTH columns where a row of x is not zero."""
     RUN: tl.constexpr = GROUP // 4 if X_RUN is None else X_RUN
     i = tl.arange(0, DEPTH // 4)
     column = first + (i // RUN) * (4 * RUN) + i % RUN
     live = token_live[:, None]
+    if of_group is not None:
+        live = live & ((i // (GROUP // 4))[None, :] == of_group[:, None])
     if MASKED:
         live = live & (column < COLUMNS)[None, :]
     x0 = tl.load(x + column[None, :], mask=live, other=0.0)
@@ -38,10 +49,34 @@ def four_products(
     x2 = tl.load(x + (column + 2 * RUN)[None, :], mask=live, other=0.0)
     x3 = tl.load(x + (column + 3 * RUN)[None, :], mask=live, other=0.0)
     w0, w1, w2, w3 = decode(words, minus, FORMAT, DTYPE, ASM)
-    acc = tl.dot(w0 * wide_scale, tl.trans(x0), acc)
-    acc = tl.dot(w1 * wide_scale, tl.trans(x1), acc)
-    acc = tl.dot(w2 * wide_scale, tl.trans(x2), acc)
-    return tl.dot(w3 * wide_scale, tl.trans(x3), acc)
+    if wide_scale is None:
+        acc = tl.dot(w0, tl.trans(lifted(x0, FORMAT, ASM)), acc)
+        acc = tl.dot(w1, tl.trans(lifted(x1, FORMAT, ASM)), acc)
+        acc = tl.dot(w2, tl.trans(lifted(x2, FORMAT, ASM)), acc)
+        return tl.dot(w3, tl.trans(lifted(x3, FORMAT, ASM)), acc)
+    else:
+        acc = tl.dot(w0 * wide_scale, tl.trans(x0), acc)
+        acc = tl.dot(w1 * wide_scale, tl.trans(x1), acc)
+        acc = tl.dot(w2 * wide_scale, tl.trans(x2), acc)
+        return tl.dot(w3 * wide_scale, tl.trans(x3), acc)
+
+
+@triton.jit
+def spread(of_token, TOKENS: tl.constexpr, SPREAD: tl.constexpr):
+    """[TOKENS] → [TOKENS · SPREAD], each as often as there are groups; as it is without SPREAD."""
+    if SPREAD == 0:
+        return of_token
+    else:
+        return tl.reshape(tl.broadcast_to(of_token[:, None], (TOKENS, SPREAD)), (TOKENS * SPREAD,))
+
+
+@triton.jit
+def added_groups(acc, ROWS: tl.constexpr, TOKENS: tl.constexpr, SPREAD: tl.constexpr):
+    """[ROWS, TOKENS · SPREAD] → [ROWS, TOKENS]; as it is without SPREAD."""
+    if SPREAD == 0:
+        return acc
+    else:
+        return tl.sum(tl.reshape(acc, (ROWS, TOKENS, SPREAD)), axis=2)
 
 
 @triton.jit
@@ -84,6 +119,36 @@ def words_and_scales(
 
 
 @triton.jit
+def spread_chunk(
+    acc, w, tiles, first_row, rows, scale, x, token_live, first,
+    ALL: tl.constexpr, COLUMNS: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    DEPTH: tl.constexpr, PANEL: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr,
+    ASM: tl.constexpr, SPREAD: tl.constexpr,
+):  # fmt: skip
+    """As four_bit_chunk for `acc` [ROWS, TOKENS · SPREAD]; `x` and `token_live` are `spread`. DEPTH has
+    SPREAD groups at most."""
+    STEP: tl.constexpr = DEPTH if PANEL == 0 or DEPTH < PANEL else PANEL
+    of_group = tl.arange(0, TOKENS * SPREAD) % SPREAD
+    part = tl.zeros((ROWS, TOKENS * SPREAD), tl.float32)
+    for step in tl.static_range(DEPTH // STEP):
+        at = first + step * STEP
+        words, _, minus = words_and_scales(
+            w, tiles, first_row, rows, scale, at,
+            ALL, STORED, ROWS, STEP, PANEL, FORMAT, DTYPE, GROUP, ASM, "evict_first",
+        )  # fmt: skip
+        part = four_products(
+            part, words, None, minus, x, token_live, at,
+            COLUMNS, STEP, GROUP, FORMAT, DTYPE, ASM, STORED > COLUMNS, None,
+            of_group - step * (STEP // GROUP),
+        )  # fmt: skip
+    live = None
+    if DEPTH // GROUP < SPREAD:
+        live = tl.arange(0, SPREAD) < DEPTH // GROUP
+    factors = spread_scales(scale, first, live, ROWS, TOKENS, SPREAD, GROUP, FORMAT, ASM, PANEL // GROUP, ALL)
+    return acc + part * factors
+
+
+@triton.jit
 def four_bit_chunk(
     acc, w, tiles, first_row, rows, scale, x, token_live, first,
     ALL: tl.constexpr, COLUMNS: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
@@ -109,14 +174,21 @@ def four_bit_chunk(
 @triton.jit
 def chunk(
     acc, w, tiles, first_row, rows, scale, x, token_live, first,
-    ALL: tl.constexpr, COLUMNS: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    ALL: tl.constexpr, COLUMNS: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    DEPTH: tl.constexpr,
     PANEL: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr,
+    SPREAD: tl.constexpr,
 ):  # fmt: skip
     """acc [ROWS, TOKENS] += the columns `first` … first + DEPTH. `w` points at the expert's matrix of ALL
     rows, `tiles` is a tensor descriptor of all experts' or None. DTYPE: what weights are turned into, None
     for a product of their own type. `scale`: with groups, points at the rows' [ROWS, 1]; with blocks, at the
     rows' blocks; or None."""
-    if GROUP > 0:
+    if SPREAD > 0:
+        acc = spread_chunk(
+            acc, w, tiles, first_row, rows, scale, x, token_live, first,
+            ALL, COLUMNS, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, ASM, SPREAD,
+        )  # fmt: skip
+    elif GROUP > 0:
         acc = four_bit_chunk(
             acc, w, tiles, first_row, rows, scale, x, token_live, first,
             ALL, COLUMNS, STORED, ROWS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, ASM, "evict_first",
@@ -143,22 +215,23 @@ def tile(
     w, tiles, first_row, rows, scale, x, token_live,
     ALL: tl.constexpr, COLUMNS: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     DEPTH: tl.constexpr, PANEL: tl.constexpr, FORMAT: tl.constexpr,
-    DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+    DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
-    """Σ over all columns: chunks of DEPTH in a pipeline of STAGES, then what is left."""
-    acc = tl.zeros((ROWS, TOKENS), tl.float32)
+    """Σ over all columns: chunks of DEPTH in a pipeline of STAGES, then what is left. With SPREAD, `x` and
+    `token_live` are `spread`."""
+    acc = tl.zeros((ROWS, TOKENS if SPREAD == 0 else TOKENS * SPREAD), tl.float32)
     WHOLE: tl.constexpr = STORED // DEPTH * DEPTH
     for first in tl.range(0, WHOLE, DEPTH, num_stages=STAGES):
         acc = chunk(
             acc, w, tiles, first_row, rows, scale, x, token_live, first,
-            ALL, COLUMNS, STORED, ROWS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, ASM,
+            ALL, COLUMNS, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, ASM, SPREAD,
         )  # fmt: skip
     if WHOLE < STORED:
         acc = chunk(
             acc, w, None, first_row, rows, scale, x, token_live, WHOLE,
-            ALL, COLUMNS, STORED, ROWS, STORED - WHOLE, PANEL, FORMAT, DTYPE, GROUP, ASM,
+            ALL, COLUMNS, STORED, ROWS, TOKENS, STORED - WHOLE, PANEL, FORMAT, DTYPE, GROUP, ASM, SPREAD,
         )  # fmt: skip
-    return acc
+    return added_groups(acc, ROWS, TOKENS, SPREAD)
 
 
 @triton.jit

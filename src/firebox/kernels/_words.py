@@ -35,15 +35,14 @@ def int4_asm(words):
 
 @triton.jit
 def e2m1_asm(words):
-    """Sign to bit 15, magnitude to bits 8 … 6: the value times 2⁻¹²⁶, also where it is subnormal."""
+    """Sign to bit 15, magnitude to bits 8 … 6: the value times 2⁻¹²⁶, also where it is subnormal. The last
+    code's bits, which three shifts would bring there, one multiplication does: 2,081 = 2¹¹ + 2⁵ + 1."""
     return tl.inline_asm_elementwise(
-        """{ .reg .b32 a, b, c;
+        """{ .reg .b32 a;
         and.b32 $0, $4, 0x81C081C0;
         shl.b32 a, $4, 3; and.b32 $1, a, 0x81C081C0;
         shl.b32 a, $4, 6; and.b32 $2, a, 0x81C081C0;
-        shl.b32 a, $4, 1; shr.u32 b, $4, 5; shr.u32 c, $4, 4;
-        and.b32 a, a, 0x80008000; and.b32 b, b, 0x01000100;
-        lop3.b32 a, a, c, 0x00C000C0, 0xF8; or.b32 $3, a, b; }""",
+        shr.u32 a, $4, 7; and.b32 a, a, 0x00D800D8; mul.lo.u32 a, a, 2081; and.b32 $3, a, 0x81C081C0; }""",
         "=r,=r,=r,=r,r",
         [words],
         dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
@@ -89,7 +88,7 @@ def e2m1_plain(words, DTYPE: tl.constexpr):
         _e2m1_value(w >> 15 & 1, w >> 6 & 7, DTYPE),
         _e2m1_value(w >> 12 & 1, w >> 3 & 7, DTYPE),
         _e2m1_value(w >> 9 & 1, w & 7, DTYPE),
-        _e2m1_value(w >> 14 & 1, (w >> 11 & 4) | (w >> 10 & 3), DTYPE),
+        _e2m1_value(w >> 11 & 1, (w >> 8 & 4) | (w >> 13 & 3), DTYPE),
     )
 
 
@@ -210,6 +209,44 @@ def group_scales(
             factor = (stored.to(tl.float32) * 3.3230699894622253e35).to(DTYPE)  # 2¹¹⁸
     wide = tl.broadcast_to(factor[:, :, None], (ROWS, DEPTH // GROUP, GROUP // 4))
     return tl.reshape(wide, (ROWS, DEPTH // 4))
+
+
+@triton.jit
+def spread_scales(
+    scale, first, live, ROWS: tl.constexpr, TOKENS: tl.constexpr, SPREAD: tl.constexpr, GROUP: tl.constexpr,
+    FORMAT: tl.constexpr, ASM: tl.constexpr, TOGETHER: tl.constexpr = 0, ALL: tl.constexpr = 0,
+):  # fmt: skip
+    """float32 [ROWS, TOKENS · SPREAD]: for each token the scales of SPREAD groups from the column `first` on.
+    `live` [SPREAD], TOGETHER and ALL as in `group_scales`. With ASM an E2M1 product is times 2⁻¹²⁶ · LIFT."""
+    group = in_panels(0, first // GROUP + tl.arange(0, SPREAD), ALL, 0, TOGETHER)
+    if live is None:
+        stored = tl.load(scale + group[None, :])
+    else:
+        stored = tl.load(
+            scale + group[None, :], mask=live[None, :], other=0 if FORMAT == "int4_zero" else 0.0
+        )
+    if FORMAT == "mxfp4" or FORMAT == "mxfp4_nibbles":
+        if ASM:
+            factor = ((stored.to(tl.int32) + 26) << 23).to(tl.float32, bitcast=True)
+        else:
+            factor = tl.exp2(stored.to(tl.float32) - 127.0)
+    elif FORMAT == "int4_zero":
+        factor = (stored << 16).to(tl.float32, bitcast=True)
+    else:
+        factor = stored.to(tl.float32)
+        if (FORMAT == "nvfp4" or FORMAT == "nvfp4_nibbles") and ASM:
+            factor *= 67108864.0  # 2²⁶
+    wide = tl.broadcast_to(factor[:, None, :], (ROWS, TOKENS, SPREAD))
+    return tl.reshape(wide, (ROWS, TOKENS * SPREAD))
+
+
+@triton.jit
+def lifted(x, FORMAT: tl.constexpr, ASM: tl.constexpr):
+    """`x` times LIFT = 2¹⁰⁰ where ASM leaves codes times 2⁻¹²⁶, so that float32 holds their products."""
+    if ASM and (FORMAT != "int4_group" and FORMAT != "int4_zero"):
+        return x * 1.2676506002282294e30
+    else:
+        return x
 
 
 @triton.jit

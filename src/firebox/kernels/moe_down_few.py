@@ -32,10 +32,18 @@ import triton.language as tl
 
 from firebox.hardware.base import Gpu
 from firebox.kernels import _experts
-from firebox.kernels._expert_tiles import four_products, row_factors, row_of_tile, tile, together
+from firebox.kernels._expert_tiles import (
+    added_groups,
+    four_products,
+    row_factors,
+    row_of_tile,
+    spread,
+    tile,
+    together,
+)
 from firebox.kernels._experts import Problem, Weights
 from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before
-from firebox.kernels._words import in_panels, scales_of
+from firebox.kernels._words import in_panels, scales_of, spread_scales
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
 from firebox.kernels.moe_gate_up_few import (
@@ -46,6 +54,8 @@ from firebox.kernels.moe_gate_up_few import (
     padded,
     program_of_choices,
     programs,
+    spread_groups,
+    usual_width,
     widths,
 )
 
@@ -86,7 +96,7 @@ def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
         for warps in (1, 2, 4, 8):
             per_thread_bytes = rows * triton.next_power_of_2(problem.inter) * width / (32 * warps)
             if tokens < APART_FROM and 32 <= per_thread_bytes <= 384:
-                yield Config(rows, COLUMNS_UP_TO, 0, warps, 1)
+                yield Config(rows, _whole_width(problem, tokens), 0, warps, 1)
         for depth in _experts.pipeline_depths(problem.inter, problem, remainder=True):
             chunk_bytes = rows * depth * width
             for warps in (1, 2, 4, 8):
@@ -98,11 +108,17 @@ def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
                         yield from _variants(config, problem, tokens, gpu)
 
 
+def _whole_width(problem: Problem, tokens: int) -> int:
+    """Tokens of a tile that is a program's whole width."""
+    wide = triton.next_power_of_2(problem.inter)
+    return widths(problem, 1, wide)[0] if tokens == 1 else COLUMNS_UP_TO
+
+
 def _variants(config: Config, problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
     """With and without TMA; as wide as an expert's tokens ask for."""
     tma = "tma" in gpu.facts and (config.depth // 4 if problem.group else config.depth) <= 256
     for found in (config, replace(config, tma=True)) if tma else (config,):
-        for width in widths(problem, tokens) if tokens > COLUMNS_UP_TO else (COLUMNS_UP_TO,):
+        for width in widths(problem, tokens, config.depth):
             yield replace(found, tokens=width, apart=tokens >= APART_FROM)
 
 
@@ -111,7 +127,8 @@ def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
     rows = next(rows for rows in (64, 32, 16) if problem.hidden % rows == 0)
     depths = _experts.pipeline_depths(problem.inter, problem, remainder=True)
     depth = max(d for d in depths if d <= (128 if problem.group == 0 else 256))
-    return Config(rows=rows, depth=depth, warps=rows // 16, apart=tokens >= APART_FROM)
+    width = usual_width(problem, tokens, depth)
+    return Config(rows, width, depth, warps=rows // 16, apart=tokens >= APART_FROM)
 
 
 # ---- 2. the device code
@@ -134,11 +151,12 @@ def _pass(
     HIDDEN: tl.constexpr, INTER: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     DEPTH: tl.constexpr, PANEL: tl.constexpr,
     FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+    SPREAD: tl.constexpr,
 ):  # fmt: skip
-    row_of_h = h + place[:, None].to(tl.int64) * INTER
+    row_of_h = h + spread(place, TOKENS, SPREAD)[:, None].to(tl.int64) * INTER
     acc = tile(
-        matrix, tiles, first_row, rows, scale, row_of_h, live,
-        HIDDEN, INTER, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, ASM,
+        matrix, tiles, first_row, rows, scale, row_of_h, spread(live, TOKENS, SPREAD),
+        HIDDEN, INTER, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, ASM, SPREAD,
     )  # fmt: skip
     _store(acc, factor, bias, routing_weights, products, rows, place, live, HIDDEN)
 
@@ -148,11 +166,12 @@ def _whole_tile(
     h, matrix, scale, factor, bias, routing_weights, products, rows, first_in_expert, place, live,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     PANEL: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr,
-    PDL: tl.constexpr,
+    SPREAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The weights first, then the wait, then h. WIDE: INTER up to a power of two."""
-    row_of_h = h + place[:, None].to(tl.int64) * INTER
-    acc = tl.zeros((ROWS, TOKENS), tl.float32)
+    row_of_h = h + spread(place, TOKENS, SPREAD)[:, None].to(tl.int64) * INTER
+    live_h = spread(live, TOKENS, SPREAD)
+    acc = tl.zeros((ROWS, TOKENS if SPREAD == 0 else TOKENS * SPREAD), tl.float32)
     if GROUP > 0:
         i = tl.arange(0, WIDE // 4)
         words = tl.load(
@@ -163,10 +182,20 @@ def _whole_tile(
         wide, minus = scales_of(
             scale, 0, groups_live, ROWS, WIDE, GROUP, FORMAT, DTYPE, ASM, PANEL // GROUP, HIDDEN
         )
+        of_group = None
+        if SPREAD > 0:
+            of_group = tl.arange(0, TOKENS * SPREAD) % SPREAD
+            factors = spread_scales(
+                scale, 0, groups_live, ROWS, TOKENS, SPREAD, GROUP, FORMAT, ASM, PANEL // GROUP, HIDDEN
+            )
+            wide = None
         wait_for_launch_before(PDL)
         acc = four_products(
-            acc, words, wide, minus, row_of_h, live, 0, INTER, WIDE, GROUP, FORMAT, DTYPE, ASM, WIDE > INTER
-        )
+            acc, words, wide, minus, row_of_h, live_h, 0, INTER, WIDE, GROUP, FORMAT, DTYPE, ASM,
+            WIDE > INTER, None, of_group,
+        )  # fmt: skip
+        if SPREAD > 0:
+            acc = added_groups(acc * factors, ROWS, TOKENS, SPREAD)
     else:
         i = tl.arange(0, WIDE)
         there = i < INTER
@@ -213,7 +242,7 @@ def down_few(
     TOP_K_PADDED: tl.constexpr, PADDED: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr,
     TOKENS: tl.constexpr, DEPTH: tl.constexpr, APART: tl.constexpr, FORMAT: tl.constexpr,
     DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, SUMMED: tl.constexpr,
-    RESIDUAL: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr, LATE: tl.constexpr,
+    RESIDUAL: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr, LATE: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0)
     which = program_of_choices(MODE)
@@ -233,12 +262,19 @@ def down_few(
         c = tl.arange(0, PADDED * TOP_K_PADDED)
         chosen = tl.load(expert_ids + c, mask=c < choices, other=-1)
         mine = tl.min(tl.where(chosen == expert, c, choices)) == which
+    IN_PASSES: tl.constexpr = MODE == "columns" and TOKENS < PADDED  # otherwise the table says who is next
     if MODE == "columns":
+        all_t = tl.arange(0, PADDED)
         k = tl.arange(0, TOP_K_PADDED)
-        place2 = t[:, None] * TOP_K + k[None, :]
-        chosen2 = tl.load(expert_ids + place2, mask=(t < tokens)[:, None] & (k < TOP_K)[None, :], other=-1)
+        place2 = all_t[:, None] * TOP_K + k[None, :]
+        chosen2 = tl.load(
+            expert_ids + place2, mask=(all_t < tokens)[:, None] & (k < TOP_K)[None, :], other=-1
+        )
         place = tl.max(tl.where(chosen2 == expert, place2, -1), axis=1)
         live = place >= 0
+        if IN_PASSES:
+            count = tl.sum(live.to(tl.int32))
+            rank = tl.cumsum(live.to(tl.int32), 0) - 1
     e = expert.to(tl.int64)
     factor = None
     bias_of_row = None
@@ -252,7 +288,7 @@ def down_few(
             blocks = scale + e * (HIDDEN // 128 * (INTER // 128))
             scale_of_row = blocks + (rows // 128)[:, None] * (INTER // 128)
     if row_scale is not None:
-        factor = row_factors(row_scale, e * HIDDEN + rows, FORMAT, ASM)
+        factor = row_factors(row_scale, e * HIDDEN + rows, FORMAT, ASM and SPREAD == 0)
     if bias is not None:
         bias_of_row = tl.load(bias + e * HIDDEN + rows)
     first_row = row_of_tile(expert, n * ROWS, HIDDEN, STORED, PANEL)
@@ -263,18 +299,29 @@ def down_few(
             _whole_tile(
                 h, matrix, scale_of_row, factor, bias_of_row, routing_weights, products, rows, n * ROWS,
                 place, live,
-                HIDDEN, INTER, WIDE, ROWS, TOKENS, PANEL, FORMAT, DTYPE, GROUP, ASM, PDL,
+                HIDDEN, INTER, WIDE, ROWS, TOKENS, PANEL, FORMAT, DTYPE, GROUP, ASM, SPREAD, PDL,
             )  # fmt: skip
         else:
             wait_for_launch_before(PDL)
     else:
         wait_for_launch_before(PDL)
         if mine:
-            if MODE == "one" or MODE == "columns":
+            if IN_PASSES:
+                for before in range(0, count, TOKENS):
+                    next_ones = (rank[None, :] == (before + t)[:, None]) & live[None, :]  # [TOKENS, PADDED]
+                    moved = tl.sum(tl.where(next_ones, place[None, :], 0), axis=1)
+                    _pass(
+                        h, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row,
+                        routing_weights, products, moved, before + t < count,
+                        HIDDEN, INTER, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, ASM,
+                        SPREAD,
+                    )  # fmt: skip
+            elif MODE == "one" or MODE == "columns":
                 _pass(
                     h, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row, routing_weights,
                     products, place, live,
                     HIDDEN, INTER, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, ASM,
+                    SPREAD,
                 )  # fmt: skip
             else:
                 entry = table + which * (PADDED + 1)
@@ -286,6 +333,7 @@ def down_few(
                         h, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row,
                         routing_weights, products, tl.where(there, listed, 0), there,
                         HIDDEN, INTER, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, ASM,
+                        SPREAD,
                     )  # fmt: skip
                     if before + TOKENS < count:
                         listed = tl.load(entry + 1 + before + TOKENS + t)
@@ -322,8 +370,9 @@ def request(
     else:
         absent["table"] = None
     constants = _experts.weight_constants(problem, problem.inter, gpu, interpreted=interpreted)
+    wide = triton.next_power_of_2(problem.inter)
     constants |= {
-        "WIDE": triton.next_power_of_2(problem.inter),
+        "WIDE": wide,
         "TOP_K": problem.top_k,
         "TOP_K_PADDED": triton.next_power_of_2(problem.top_k),
         "PADDED": padded(tokens),
@@ -336,6 +385,7 @@ def request(
         "SUMMED": SUMMED_TOKENS,
         "RESIDUAL": problem.residual,
         "LATE": late,
+        "SPREAD": spread_groups(problem, config.tokens, config.depth or wide),
     }
     return CompileRequest(
         kernel=down_few,

@@ -30,7 +30,15 @@ import triton.language as tl
 
 from firebox.hardware.base import Gpu
 from firebox.kernels import _experts
-from firebox.kernels._expert_tiles import activation, block_of_row, row_factors, row_of_tile, tile, together
+from firebox.kernels._expert_tiles import (
+    activation,
+    block_of_row,
+    row_factors,
+    row_of_tile,
+    spread,
+    tile,
+    together,
+)
 from firebox.kernels._experts import Problem, Weights
 from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before
 from firebox.kernels.compile import CompileRequest
@@ -41,6 +49,8 @@ from firebox.kernels.launch import Launcher
 OP = "moe_gate_up"
 MAX_TOKENS = 128
 COLUMNS_UP_TO = 8  # tokens that stand in the product as they are
+SPREAD_COLUMNS = (8, 16)  # of the product, tokens times groups
+MOST_SPREAD = 4  # tokens of an expert; of more, each pass would decode the weights again
 
 
 @dataclass(frozen=True)
@@ -81,19 +91,34 @@ def programs(problem: Problem, tokens: int) -> int:
     return problem.experts if mode(problem, tokens) == "experts" else tokens * problem.top_k
 
 
-def widths(problem: Problem, tokens: int) -> tuple[int, ...]:
-    """Tokens of a tile: as many as an expert has, or half of them."""
+def spread_groups(problem: Problem, tokens: int, depth: int) -> int:
+    """How many groups of a step of `depth` columns have columns of their own in a tile of so few tokens; 0:
+    they have not (_expert_tiles.py)."""
+    return depth // problem.group if tokens < COLUMNS_UP_TO and problem.group else 0
+
+
+def widths(problem: Problem, tokens: int, depth: int) -> tuple[int, ...]:
+    """Tokens of a tile of `depth` columns a step: as many as an expert has, or half of them; fewer than 8
+    where a step's groups make 8 or 16 columns of them, but for integers: those were slower so (Kimi-K2.5 TP8
+    on an H200, one token, 25 us in place of 20)."""
     each = tokens * problem.top_k / problem.experts
-    return (8,) if each <= 3 else (8, 16) if each <= 8 else (16,)
+    wide = (8,) if tokens <= COLUMNS_UP_TO or each <= 3 else (8, 16) if each <= 8 else (16,)
+    few = [n for n in (1, 2, 4) if spread_groups(problem, n, depth) * n in SPREAD_COLUMNS]
+    if not few or each > MOST_SPREAD or problem.format in _experts.INTEGERS:
+        return wide
+    if tokens == 1:
+        return (few[0],)
+    return tuple(few) if each <= 1 else (*few, *wide)
+
+
+def usual_width(problem: Problem, tokens: int, depth: int) -> int:
+    """Of `widths`, that of a tile for want of a measurement."""
+    few = tokens * problem.top_k <= problem.experts or tokens == 1
+    return widths(problem, tokens, depth)[0] if few else COLUMNS_UP_TO
 
 
 def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
     """Tiles that are worth compiling; whether they fit is the compiler's to say."""
-    for width in widths(problem, tokens) if tokens > COLUMNS_UP_TO else (COLUMNS_UP_TO,):
-        yield from _of_width(width, problem, gpu)
-
-
-def _of_width(width: int, problem: Problem, gpu: Gpu) -> Iterator[Config]:
     for rows in (16, 32, 64, 128):
         if 2 * problem.inter % rows:
             continue
@@ -106,9 +131,9 @@ def _of_width(width: int, problem: Problem, gpu: Gpu) -> Iterator[Config]:
                     continue
                 for stages in (2, 3, 5):
                     if 8192 <= chunk_bytes * stages <= gpu.smem_per_block_bytes:
-                        yield from _with_and_without_tma(
-                            Config(rows, width, depth, warps, stages), problem, gpu
-                        )
+                        for width in widths(problem, tokens, depth):
+                            config = Config(rows, width, depth, warps, stages)
+                            yield from _with_and_without_tma(config, problem, gpu)
 
 
 def _with_and_without_tma(config: Config, problem: Problem, gpu: Gpu) -> Iterator[Config]:
@@ -123,7 +148,7 @@ def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
     rows = next(rows for rows in (64, 32, 16) if 2 * problem.inter % rows == 0)
     depths = _experts.pipeline_depths(problem.hidden, problem, remainder=True)
     depth = max(d for d in depths if d <= (128 if problem.group == 0 else 256))
-    return Config(rows=rows, depth=depth, warps=rows // 16)
+    return Config(rows, usual_width(problem, tokens, depth), depth, warps=rows // 16)
 
 
 # ---- 2. the device code
@@ -136,13 +161,13 @@ def _pass(
     DEPTH: tl.constexpr, PANEL: tl.constexpr,
     FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
     CLAMPED: tl.constexpr,
-    LIMIT: tl.constexpr, ALPHA: tl.constexpr, ASM: tl.constexpr,
+    LIMIT: tl.constexpr, ALPHA: tl.constexpr, ASM: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS by TOKENS; `place` [TOKENS]: where each token's choice stands."""
-    row_of_x = x + token[:, None].to(tl.int64) * HIDDEN
+    row_of_x = x + spread(token, TOKENS, SPREAD)[:, None].to(tl.int64) * HIDDEN
     acc = tile(
-        w, tiles, first_row, rows, scale, row_of_x, live,
-        2 * INTER, HIDDEN, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, ASM,
+        w, tiles, first_row, rows, scale, row_of_x, spread(live, TOKENS, SPREAD),
+        2 * INTER, HIDDEN, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, ASM, SPREAD,
     )  # fmt: skip
     if factor is not None:
         acc *= factor[:, None]
@@ -172,13 +197,14 @@ def gate_up_few(
     PADDED: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
     FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
     CLAMPED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
-    LATE: tl.constexpr,
+    LATE: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0)
     which = program_of_choices(MODE)
     wait_for_launch_before(PDL)
     if not LATE:
         let_next_launch_begin(PDL)
+    IN_PASSES: tl.constexpr = MODE != "one" and (MODE != "columns" or TOKENS < PADDED)
     t = tl.arange(0, TOKENS)
     rows = n * ROWS + tl.arange(0, ROWS)
     column = n * (ROWS // 2) + tl.arange(0, ROWS // 2)
@@ -202,9 +228,10 @@ def gate_up_few(
         )
         place = tl.max(tl.where(chosen2 == expert, place2, -1), axis=1)  # [PADDED]
         live = place >= 0
-        if MODE != "columns":
+        if IN_PASSES:
             count = tl.sum(live.to(tl.int32))
             rank = tl.cumsum(live.to(tl.int32), 0) - 1
+        if MODE != "columns":
             if n == 0:
                 entry = table + which * (PADDED + 1)
                 tl.store(entry, count)
@@ -225,14 +252,14 @@ def gate_up_few(
             block = block_of_row(rows, INTER)
             scale_of_row = scale + (e * (2 * INTER // 128) + block)[:, None] * (HIDDEN // 128)
     if row_scale is not None:
-        factor = row_factors(row_scale, e * (2 * INTER) + rows, FORMAT, ASM)
+        factor = row_factors(row_scale, e * (2 * INTER) + rows, FORMAT, ASM and SPREAD == 0)
     if bias is not None:
         bias_of_row = tl.load(bias + e * (2 * INTER) + rows)
-    if MODE == "one" or MODE == "columns":
+    if not IN_PASSES:
         _pass(
             x, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row, h, t, place, live, column,
             HIDDEN, INTER, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, CLAMPED, LIMIT,
-            ALPHA, ASM,
+            ALPHA, ASM, SPREAD,
         )  # fmt: skip
         if LATE:
             let_next_launch_begin(PDL)
@@ -244,7 +271,7 @@ def gate_up_few(
                 x, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row, h, moved // TOP_K,
                 moved, before + t < count, column,
                 HIDDEN, INTER, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, CLAMPED,
-                LIMIT, ALPHA, ASM,
+                LIMIT, ALPHA, ASM, SPREAD,
             )  # fmt: skip
 
 
@@ -281,6 +308,7 @@ def request(
         "LIMIT": problem.limit,
         "ALPHA": problem.alpha,
         "LATE": late,
+        "SPREAD": spread_groups(problem, config.tokens, config.depth),
     }
     return CompileRequest(
         kernel=gate_up_few,

@@ -112,6 +112,8 @@ def _chosen(problem: Problem, tokens: int, gpu: Gpu) -> Path:
         )
         if entry["path"] == FEW and tokens > moe_gate_up_few.COLUMNS_UP_TO and down.depth == 0:
             down = moe_down_few.default(problem, tokens, gpu)
+        if entry["path"] == FEW and tokens > 1 and down.depth == 0:  # a whole tile's tokens come in one pass
+            down = replace(down, tokens=moe_gate_up_few.COLUMNS_UP_TO)
         return Path(entry["path"], gate_up, down, _tuned.how(entry) + _multiplied(problem, entry["path"]))
     return stock_path(problem, tokens, gpu)
 

@@ -22,6 +22,7 @@ from firebox.hardware.base import Gpu
 from firebox.kernels import _block_scaled, _experts, moe_gate_up_few
 from firebox.kernels._experts import FP8, Problem
 from firebox.kernels.compile import Compiled
+from firebox.kernels.moe_gate_up_few import COLUMNS_UP_TO
 
 WARP = 32
 MOST_BLOCKS = 32  # of a multiprocessor
@@ -63,12 +64,14 @@ class Rates:
 
 
 RATES = Rates()
+SPREAD_DECODE = 0.7  # of the instructions for a weight, where its scale multiplies sums
 
 
 @dataclass(frozen=True)
 class Tile:
-    """What the estimate reads of a config and of its compile. `width`: of tokens; `tiles`: of rows, one after
-    the other in a program; `depth` columns a step, all of them where there is no pipeline."""
+    """What the estimate reads of a config and of its compile. `width`: of tokens; `spread`: groups of a step
+    with columns of their own, 0 without; `tiles`: of rows, one after the other in a program; `depth` columns
+    a step, all of them where there is no pipeline."""
 
     rows: int
     width: int
@@ -80,6 +83,7 @@ class Tile:
     shared_bytes: int
     registers: int
     spill_bytes: int
+    spread: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,8 @@ class Product:
     """One launch's work. `few`: no sorting. `rows`, `columns`: of an expert's matrix;
     `experts`: how many are touched, of `all_experts`; `launched`: tiles of tokens that are launched, whether
     they find work or not. Bytes of a weight and its scale, of a number of x, of a result. `fp8`: both
-    operands; `blocked`: sums are scaled step by step; `scaled`: the kind of a block-scaled product, ""
-    for others."""
+    operands; `blocked`: sums are scaled step by step; `group`: columns that share a scale; `scaled`: the kind
+    of a block-scaled product, "" for others."""
 
     few: bool
     rows: int
@@ -102,6 +106,7 @@ class Product:
     out_bytes: float
     fp8: bool
     blocked: bool
+    group: int = 0
     scaled: str = ""
 
     @property
@@ -147,9 +152,10 @@ def expert_product(p: Problem, tokens: int, path: str, part: str) -> Product:
         choices=tokens * p.top_k,
         weight_bytes=_experts.weight_bytes(p) + scale,
         x_bytes=SCALED_BYTES.get(scaled, inner),
-        out_bytes=inner / 2 if gate_up else 4 if few and tokens <= moe_gate_up_few.COLUMNS_UP_TO else 2,
+        out_bytes=inner / 2 if gate_up else 4 if few and tokens <= COLUMNS_UP_TO else 2,
         fp8=rounds,
         blocked=p.format == "fp8_block",
+        group=p.group,
         scaled=scaled,
         all_experts=p.experts,
         launched=moe_gate_up_few.programs(p, tokens) if few else 0,
@@ -171,19 +177,20 @@ def tile_of(product: Product, config: Any, compiled: Compiled | None) -> Tile:
     compiling."""
     width = config.tokens
     depth = config.depth or product.columns
+    spread = depth // product.group if product.few and product.group and width < COLUMNS_UP_TO else 0
     shape = (config.rows, width, depth, config.warps, config.stages if config.depth else 2)
     further = (config.tma, getattr(config, "tiles", 1))
     if compiled is not None:
         usage = (compiled.shared_bytes, compiled.registers, compiled.spill_bytes)
-        return Tile(*shape, *further, *usage)
+        return Tile(*shape, *further, *usage, spread)
     threads = WARP * config.warps
     stored = min(2.0, product.weight_bytes if product.weight_bytes >= 1 else 0.5)
     x_bytes = width * depth * product.x_bytes
     loads = config.rows * depth * stored + (x_bytes if product.fp8 else 0)
     shared = (config.stages * loads if config.depth else 4096) + (0 if product.fp8 else x_bytes)
-    sums = config.rows * width / threads * (2 if product.blocked else 1)
+    sums = config.rows * width * max(1, spread) / threads * (2 if product.blocked or spread else 1)
     operands = 0 if product.fp8 else config.rows * depth / threads / (8 if config.depth else 4)
-    return Tile(*shape, *further, int(shared), int(min(255, 40 + sums + operands)), 0)
+    return Tile(*shape, *further, int(shared), int(min(255, 40 + sums + operands)), 0, spread)
 
 
 def tile_us(q: Product, tile: Tile, gpu: Gpu, rates: Rates = RATES) -> float:
@@ -227,9 +234,11 @@ def step_parts(q: Product, tile: Tile, gpu: Gpu, rates: Rates, of_sm: float) -> 
         each = rates.decode
     else:
         each = rates.convert if q.weight_bytes < 2 and not q.fp8 else rates.plain
+    if tile.spread:
+        each *= SPREAD_DECODE
     alu = tile.rows * tile.depth * each * 1e-6 + rates.issue * tile.warps / 4
     alu += rates.spill * tile.spill_bytes * tile.warps * 1e-3
-    mma = 2 * tile.rows * tile.depth * tile.width / tensor
+    mma = 2 * tile.rows * tile.depth * tile.width * max(1, tile.spread) / tensor
     loads = tile.depth * (tile.rows * q.weight_bytes + tile.width * q.x_bytes) / (of_sm * rates.l2)
     return alu, mma, loads
 
