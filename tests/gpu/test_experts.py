@@ -20,7 +20,7 @@ from firebox.kernels import (
     quantise_groups,
 )
 from firebox.kernels._block_scaled import GROUPS, KINDS, Rounded
-from firebox.kernels._experts import FORMATS, FOUR_BIT, FP8, INT4_ZERO, INTEGERS, MXFP4, Problem
+from firebox.kernels._experts import FORMATS, FOUR_BIT, FP8, INT4_ZERO, INTEGERS, MXFP4, NIBBLES, Problem
 from firebox.kernels.launch import Launcher
 from firebox.layers.experts import FEW, SCALED, SORTED, Experts, Path, Workspace, default_path, path_of
 from tests.support.experts import random_routing, random_weights, relative_error
@@ -156,6 +156,28 @@ def test_weights_in_panels(format: str, hidden: int, inter: int, gpu: Gpu) -> No
             tiles = (replace(half.default(p, block, gpu), tma=tma) for half in (moe_gate_up, moe_down))
             found = layer.error(tokens, Path(SORTED, *tiles, "test"))
             assert found < SORTED_LIMIT[format], (tokens, block, tma, found)
+
+
+@pytest.mark.parametrize(
+    ("format", "panels"),
+    [
+        *((format, False) for format in FOUR_BIT),
+        *((format, True) for format in FOUR_BIT if format not in NIBBLES),
+    ],
+)
+def test_groups_as_columns_of_the_product(format: str, panels: bool, gpu: Gpu) -> None:
+    """Tiles of fewer than 8 tokens: one that looks for them, lists of several passes, one token's whole
+    width."""
+    layer = Layer(problem(format, panels=panels), gpu)
+    p = layer.problem
+    for tokens in (1, 2, 7, 9, 40):
+        for width, depth in ((1, 256), (2, 128), (4, 128)):
+            gate_up = replace(moe_gate_up_few.default(p, tokens, gpu), tokens=width, depth=depth)
+            down = replace(moe_down_few.default(p, tokens, gpu), tokens=width, depth=depth)
+            found = layer.error(tokens, Path(FEW, gate_up, down, "test"))
+            assert found < FEW_LIMIT[format], (tokens, width, depth, found)
+    whole = replace(moe_down_few.default(p, 1, gpu), tokens=1, depth=0, stages=1)
+    assert layer.error(1, Path(FEW, moe_gate_up_few.default(p, 1, gpu), whole, "test")) < FEW_LIMIT[format]
 
 
 @pytest.mark.parametrize("format", ["bf16", "fp8_channel", "mxfp4"])

@@ -8,12 +8,13 @@ numbers next to each other, so weights are arranged once, when they are loaded.
                                         and word i holds columns i, i + 8, i + 16, i + 24 of its group (of 16:
                                         4 words; i, i + 4, …), so that each of the four is a run of columns
       int4    code j in bits 4j … 4j + 3, stored plus 8
-      e2m1    sign and magnitude of code j where one shift brings them to a bf16's sign and top exponent bits:
+      e2m1    sign and magnitude of code j where one shift brings them to a bf16's sign and top exponent bits,
+              or, of the last, one multiplication:
               j   sign   magnitude
               0   15      8  7  6
               1   12      5  4  3
               2    9      2  1  0
-              3   14     13 11 10
+              3   11     10 14 13
       nibbles e2m1 codes in bits 4j … 4j + 3 as they are, for GPUs whose tensor cores multiply them: read as
               bytes, a row is what a block-scaled product takes
     activations                         for many tokens: of 64 columns first all that code 0 stands for, then

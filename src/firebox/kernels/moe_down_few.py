@@ -185,8 +185,9 @@ def _whole_tile(
         of_group = None
         if SPREAD > 0:
             of_group = tl.arange(0, TOKENS * SPREAD) % SPREAD
+            spread_live = tl.arange(0, SPREAD) < INTER // GROUP
             factors = spread_scales(
-                scale, 0, groups_live, ROWS, TOKENS, SPREAD, GROUP, FORMAT, ASM, PANEL // GROUP, HIDDEN
+                scale, 0, spread_live, ROWS, TOKENS, SPREAD, GROUP, FORMAT, ASM, PANEL // GROUP, HIDDEN
             )
             wide = None
         wait_for_launch_before(PDL)

@@ -92,9 +92,11 @@ def programs(problem: Problem, tokens: int) -> int:
 
 
 def spread_groups(problem: Problem, tokens: int, depth: int) -> int:
-    """How many groups of a step of `depth` columns have columns of their own in a tile of so few tokens; 0:
-    they have not (_expert_tiles.py)."""
-    return depth // problem.group if tokens < COLUMNS_UP_TO and problem.group else 0
+    """How many groups of a step of `depth` columns have columns of their own in a tile of so few tokens, as
+    many as make 8 columns at least; 0: they have none (_expert_tiles.py)."""
+    if tokens >= COLUMNS_UP_TO or not problem.group:
+        return 0
+    return max(depth // problem.group, COLUMNS_UP_TO // tokens)
 
 
 def widths(problem: Problem, tokens: int, depth: int) -> tuple[int, ...]:
@@ -103,7 +105,7 @@ def widths(problem: Problem, tokens: int, depth: int) -> tuple[int, ...]:
     on an H200, one token, 25 us in place of 20)."""
     each = tokens * problem.top_k / problem.experts
     wide = (8,) if tokens <= COLUMNS_UP_TO or each <= 3 else (8, 16) if each <= 8 else (16,)
-    few = [n for n in (1, 2, 4) if spread_groups(problem, n, depth) * n in SPREAD_COLUMNS]
+    few = [n for n in (1, 2, 4) if problem.group and depth // problem.group * n in SPREAD_COLUMNS]
     if not few or each > MOST_SPREAD or problem.format in _experts.INTEGERS:
         return wide
     if tokens == 1:
