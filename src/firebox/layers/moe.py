@@ -50,8 +50,9 @@ class MoeBlock:
         hidden = norm.weight.shape[0]
         p = self.problem = MoeProblem(hidden=hidden, eps=norm.eps, dtype=build.dtype, **options)
         self.norm, self.names = norm, names
-        self._rows, self._columns = (Cut(axis, p.inter, inter_key) for axis in (0, 1))
         self.format_of, self.kept_groups, self._interleaved = build.format_of, kept_groups, interleaved
+        unit = max(format.cut_unit(axis) for format in self.expert_formats for axis in (0, 1))
+        self._rows, self._columns = (Cut(axis, p.inter, inter_key, unit=unit) for axis in (0, 1))
         self.requantises: Callable[[str], bool] = build.requantises
         self._kernels = self._of_a_gpu(build)
         self.router = build.empty(p.experts, p.hidden)
@@ -95,6 +96,10 @@ class MoeBlock:
         if self._why_not is not None or build.moe_backend == TORCH:
             return None
         return moe_gpu.MoeKernels(build, p, names, self.kept_groups, (self._rows, self._columns))
+
+    def inner_share(self, tp: int) -> int:
+        """Columns of a routed expert that one of `tp` GPUs has at most, where the cut allows so many."""
+        return self._rows.share(self.problem.inter, tp)
 
     @property
     def expert_formats(self) -> set[Format]:

@@ -49,6 +49,10 @@ class Layer(Protocol):
         """Of an expert's matrices."""
         ...
 
+    def inner_share(self, tp: int) -> int:
+        """Columns of an expert on one of `tp` GPUs."""
+        ...
+
 
 def refusal(gpu: Gpu, p: Problem, formats: set[Format]) -> str | None:
     """Why the kernels of `gpu` cannot run such a layer, or None."""
@@ -75,7 +79,7 @@ def operations(layer: Layer, setting: Setting) -> tuple[Operation, ...] | str:
     from firebox.layers import dense_gpu, experts
 
     p = layer.problem
-    share = _share(p, setting)
+    share = _share(layer, setting)
     formats = layer.expert_formats
     why = refusal(setting.gpu, share, formats)
     if why is not None:
@@ -94,12 +98,11 @@ def operations(layer: Layer, setting: Setting) -> tuple[Operation, ...] | str:
     )
 
 
-def _share(p: Problem, setting: Setting) -> Problem:
+def _share(layer: Layer, setting: Setting) -> Problem:
     """Of the routed experts on one of `setting.gpus`. A token's choices may all lie there."""
+    p, inter = layer.problem, layer.inner_share(setting.expert_tp)
     experts = p.experts // setting.ep
-    return dataclasses.replace(
-        p, inter=p.inter // setting.expert_tp, experts=experts, top_k=min(p.top_k, experts)
-    )
+    return dataclasses.replace(p, inter=inter, experts=experts, top_k=min(p.top_k, experts))
 
 
 def _fused_in(layer: Layer, setting: Setting) -> int:
@@ -112,7 +115,7 @@ def _fused_in(layer: Layer, setting: Setting) -> int:
 def shared_width(layer: Layer, setting: Setting) -> int:
     """Columns of the shared expert as one GPU keeps them, for the count of its memory: a share grows where no
     tile divides it. As they are where no kernel runs the layer."""
-    p, share, formats = layer.problem, _share(layer.problem, setting), layer.expert_formats
+    p, share, formats = layer.problem, _share(layer, setting), layer.expert_formats
     shared = p.shared_experts * p.inter // setting.tp
     if refusal(setting.gpu, share, formats) is not None:
         return shared
@@ -125,7 +128,7 @@ def routed_bytes(layer: Layer, setting: Setting) -> int | None:
     """Of a layer's routed experts as one GPU keeps them, or None where no kernel runs the layer."""
     from firebox.layers._expert_store import ExpertStore
 
-    share, formats = _share(layer.problem, setting), layer.expert_formats
+    share, formats = _share(layer, setting), layer.expert_formats
     if refusal(setting.gpu, share, formats) is not None:
         return None
     problem = _experts_problem(share, next(iter(formats)), setting.gpu)

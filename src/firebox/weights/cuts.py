@@ -7,6 +7,8 @@ a scale covers a block or a group of weights, a word holds several, and half of 
     q, k, v, gate, up, output matrix, embedding    along their output features: heads, MLP columns, tokens
     o, down                                        along their input features: what the former put out
     norms, routers, latent projections             not at all: every rank has them whole
+
+Shares are equal, but for the columns of routed experts, which groups may divide nearly so (Cut.unit).
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def test_columns_by_flag() -> None:
         (("-", "--column", "TPOT (ms)=speed"), GOOD, "no such field"),
         (("-", "--column", "speed=tpot_ms"), GOOD, "no column is called 'speed'"),
         (("-", "--card", "gpt-oss-120b"), GOOD, "belong together"),
-        (("-", "--card", "gpt-oss-120b", "--gpu", "gb10", "--tp", "4"), GOOD, "cannot be cut"),
+        (("-", "--card", "gpt-oss-120b", "--gpu", "gb10", "--tp", "3"), GOOD, "cannot be cut"),
         (("-", "--card", "gpt-oss-120b", "--gpu", "gb10", "--tp", "1", "--gpus", "1"), GOOD, "say the same"),
         (("-", "--concurrency", "0"), GOOD, "--concurrency 0"),
         (("no-such-file.csv",), None, "cannot be read"),

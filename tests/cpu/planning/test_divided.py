@@ -93,10 +93,11 @@ def test_the_roof_reads_the_same_share_of_experts() -> None:
 
 
 def test_gpt_oss_on_four_gpus_has_its_experts_divided() -> None:
-    """A quarter of 2,880 columns is no whole number of groups; whole experts need no cut."""
-    assert not divided("gpt-oss-120b", 4, 1).fits
-    found = divided("gpt-oss-120b", 4, 4)
-    assert found.fits and found.working_tp == (1, 2, 4, 8)
+    """A quarter of 2,880 columns is no whole number of groups and grows; whole experts need no cut."""
+    cut, found = divided("gpt-oss-120b", 4, 1), divided("gpt-oss-120b", 4, 4)
+    assert cut.fits and found.fits and found.working_tp == (1, 2, 4, 8, 16)
+    assert cut.memory is not None and found.memory is not None
+    assert cut.memory.weights["experts"] > 1.03 * found.memory.weights["experts"]
     assert found.planned_only == ("--ep 4: the engine does not divide experts among GPUs yet",)
     document = found.document()
     assert (document["ep"], document["gpus"], document["tp"]) == (4, 4, 4)

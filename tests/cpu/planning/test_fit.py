@@ -17,6 +17,7 @@ from firebox.hardware.base import find_gpu
 from firebox.hardware.probe import probe_cpu
 from firebox.kernels import _tuned
 from firebox.kernels.compile import Compiled
+from firebox.kernels.plan import Operation
 from firebox.kernels.plan import planned as plan_of
 from firebox.layers import dense_gpu, experts, launches
 from firebox.planning.fit import Fit, compiled, open_source, plan
@@ -31,7 +32,7 @@ LEAST = {
     "glm-4.5-air-fp8": {"gb10": 1, "rtx-pro-6000": 4, "rtx-5090": 4, "h200": 1},
     "glm-4.7-fp8": {"gb10": 4, "rtx-pro-6000": 4, "rtx-5090": None, "h200": 4},
     "glm-4.7-nvfp4": {"gb10": 2, "rtx-pro-6000": 4, "rtx-5090": 8, "h200": 4},
-    "gpt-oss-120b": {"gb10": 1, "rtx-pro-6000": 1, "rtx-5090": None, "h200": 1},
+    "gpt-oss-120b": {"gb10": 1, "rtx-pro-6000": 1, "rtx-5090": 4, "h200": 1},
     "gpt-oss-20b": {"gb10": 1, "rtx-pro-6000": 1, "rtx-5090": 1, "h200": 1},
     "kimi-k2-thinking-nvfp4": {"gb10": None, "rtx-pro-6000": 8, "rtx-5090": None, "h200": 8},
     "kimi-k2.5-int4": {"gb10": None, "rtx-pro-6000": 8, "rtx-5090": None, "h200": 8},
@@ -40,23 +41,19 @@ LEAST = {
 }
 
 
+def experts_of(found: Fit) -> Operation:
+    """What the routed experts launch, alike in all layers."""
+    (operation,) = {o for layers in found.layers for o in layers.operations if o.name == "experts"}
+    return operation
+
+
 @pytest.mark.parametrize("gpu", SIZES)
 @pytest.mark.parametrize("card", CARDS)
 def test_every_card_answers_on_every_gpu(card: str, gpu: str) -> None:
     answers = {tp: planned(card, gpu, tp) for tp in SIZES[gpu]}
     fitting = [tp for tp, found in answers.items() if found.fits]
     assert min(fitting, default=None) == LEAST[card][gpu]
-    for tp, found in answers.items():
-        if "gpt-oss" in card and tp > 2:
-            smaller = " or ".join(str(n) for n in (1, 2) if planned(card, gpu, n).fits)
-            assert not found.fits and found.working_tp == (1, 2)
-            assert found.help == ((f"--tp {smaller}",) if smaller else ())
-            assert (
-                f"--tp {tp}: model.layers.0.mlp.experts.down_proj: intermediate_size 2880 / {tp}"
-                in found.problems[0]
-            )
-            assert (found.memory, found.roof, found.checked) == (None, None, ("tp",))
-            continue
+    for found in answers.values():
         assert found.memory is not None and found.roof is not None
         assert found.memory.kv_tokens >= 4096 or not found.fits
         assert found.document()["memory"]["kv_tokens"] == found.memory.kv_tokens
@@ -66,11 +63,10 @@ def test_every_card_answers_on_every_gpu(card: str, gpu: str) -> None:
 
 @pytest.mark.parametrize("card", CARDS)
 def test_every_card_has_its_launches_on_four_gb10(card: str) -> None:
-    """No layer is refused, and 1 to 8192 tokens find their experts. gpt-oss cannot be cut into four; its
-    experts can be divided."""
-    found = plan(opened(card), find_gpu("gb10"), 4, EngineConfig(), ep=4 if "gpt-oss" in card else 1)
+    """No layer is refused, and 1 to 8192 tokens find their experts."""
+    found = plan(opened(card), find_gpu("gb10"), 4, EngineConfig())
     assert [layers.refusal for layers in found.layers if layers.refusal] == []
-    (operation,) = {o for layers in found.layers for o in layers.operations if o.name == "experts"}
+    operation = experts_of(found)
     made = plan_of(operation, found.gpu, found.max_tokens)
     routed = [row for row in made if row.op == "moe_gate_up"]
     assert (routed[0].first, routed[-1].last) == (1, 8192)
@@ -157,6 +153,18 @@ def test_fewer_requests_may_help() -> None:
     found = planned("qwen3.5-397b-a17b-nvfp4", "h200", 2, **asked)
     assert not found.fits and "fewer --max-running-requests" in found.help
     assert planned("qwen3.5-397b-a17b-nvfp4", "h200", 2, **asked | {"max_running_requests": 1}).fits
+
+
+def test_groups_that_cannot_be_shared_out_equally() -> None:
+    """gpt-oss has 90 groups of 32 columns an expert; a rank's 23 and 12 are grown to what tiles divide."""
+    whole = planned("gpt-oss-120b", "rtx-pro-6000", 1).memory
+    for tp, columns in ((4, 768), (8, 384)):
+        found = planned("gpt-oss-120b", "rtx-pro-6000", tp)
+        assert found.fits and found.working_tp == (1, 2, 4, 8, 16)
+        assert experts_of(found).problem.inter == columns
+        assert whole is not None and found.memory is not None
+        share = found.memory.weights["experts"] / whole.weights["experts"] * tp
+        assert share == pytest.approx(columns * tp / 2880, rel=0.03)
 
 
 def test_a_cut_that_the_format_does_not_allow() -> None:

@@ -171,8 +171,8 @@ def test_a_weight_that_nothing_cuts() -> None:
         ("qwen3.5-397b-a17b-nvfp4", FP8_BLOCK | {"modules_to_not_convert": NARROW}, (1, 2, 4, 8)),  # 128, 64
         ("qwen3.5-397b-a17b-nvfp4", FP8_BLOCK, (1,)),  # in_proj_a has 64 rows: half a block
         # 2880 in groups of 32: 90 groups
-        ("gpt-oss-120b", None, (1, 2)),  # 1440 = 45 groups, 720 = 22.5
-        ("gpt-oss-20b", None, (1, 2)),
+        ("gpt-oss-120b", None, (1, 2, 4, 8, 16)),  # 45 groups, then 23 at most, 12, 6
+        ("gpt-oss-20b", None, (1, 2, 4, 8, 16)),
         # 2048, 64 heads
         ("kimi-k2.5-int4", None, (1, 2, 4, 8, 16)),
         ("kimi-k2-thinking-nvfp4", None, (1, 2, 4, 8, 16)),
@@ -200,6 +200,27 @@ def test_a_refusal_names_module_rule_numbers_and_what_works() -> None:
     # 89 sparse layers and the MTP layer, each with 160 experts and a shared one, three matrices each
     assert said.endswith(f", and {90 * 161 * 3 - 1} more")
     assert caught.value.hint == "tensor-parallel sizes that work: 1, 2, 4"
+
+
+@pytest.mark.parametrize(
+    ("columns", "unit", "tp", "most"),
+    [
+        (2880, 32, 2, 1440),  # 45 groups each
+        (2880, 32, 4, 736),  # 23, 23, 22, 22
+        (2880, 32, 8, 384),  # 12, 12, then 11
+        (2880, 32, 3, 960),
+        (768, 128, 4, 192),  # 2, 2, 1, 1 blocks were a third above the mean: left to the format to refuse
+        (1536, 128, 8, 192),
+        (1408, 1, 16, 88),
+        (1408, 1, 3, None),
+    ],
+)
+def test_shares_that_groups_divide_nearly(columns: int, unit: int, tp: int, most: int | None) -> None:
+    cut = Cut(1, columns, "intermediate_size", unit=unit)
+    assert cut.pieces(tp) == most
+    if most is not None:
+        assert cut.share(2 * columns, tp) == 2 * most, "gate and up in one"
+        assert most * tp >= columns, "every column has its place"
 
 
 def test_heads_that_do_not_divide() -> None:
