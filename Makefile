@@ -51,7 +51,8 @@ compile: setup
 test-gpu:
 	@ls tests/gpu/test_*.py >/dev/null 2>&1 || { echo 'error: there is no GPU code yet, so there are no GPU tests' >&2; exit 1; }
 	@if [ '$(PYTHON)' = '$(VENV)/bin/python' ]; then $(MAKE) setup; fi
-	$(PYTHON) -m pytest tests/gpu -m gpu -n 8
+	$(PYTHON) -m pytest tests/gpu -m 'gpu and timing'
+	$(PYTHON) -m pytest tests/gpu -m 'gpu and not timing' -n 8
 
 test-gpu-sanitize:
 	@if [ '$(PYTHON)' = '$(VENV)/bin/python' ]; then \

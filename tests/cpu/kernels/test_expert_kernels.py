@@ -23,7 +23,7 @@ ROOT = FilePath(__file__).resolve().parents[3]
 # One rounding to float16 (2⁻¹² at most, 1.4 · 10⁻⁴ RMS of it) of h or of the output; a 4-bit weight times its
 # scale once more.
 LIMIT = 5e-4
-SCATTERED = ((15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (14, 13, 11, 10))  # sign and magnitude of a code
+SCATTERED = ((15, 8, 7, 6), (12, 5, 4, 3), (9, 2, 1, 0), (11, 10, 14, 13))  # sign and magnitude of a code
 NIBBLES = ((3, 2, 1, 0), (7, 6, 5, 4), (11, 10, 9, 8), (15, 14, 13, 12))
 # The interpreter truncates where the GPU rounds to E4M3: 2⁻³ at most, 0.06 RMS.
 FP8_LIMIT = 7e-2
