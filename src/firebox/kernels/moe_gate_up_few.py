@@ -14,9 +14,10 @@ must then stay below 2²⁸ in MXFP4 and NVFP4.
 A program takes ROWS interleaved rows of one expert and all tokens that chose it, so an expert's weights are
 read once: the program of its first choice does the work and the others end (MODE "pairs"), or there is one
 for every expert (MODE "experts"). Up to 8 tokens are columns of the product as they stand ("columns"; "one"
-for a single token); with more, those that chose the expert are moved together, and `table` [choices or
-experts, 1 + tokens padded] int32 keeps how many and which for the second half. An expert that more chose than
-TOKENS takes a pass for each so many; a wider second pass would cost every program registers.
+for a single token), or passes of those that chose the expert where a tile has fewer; with more, those that
+chose the expert are moved together, and `table` [choices or experts, 1 + tokens padded] int32 keeps how many
+and which for the second half. An expert that more chose than TOKENS takes a pass for each so many; a wider
+second pass would cost every program registers.
 
 Source: own. Measured: H200, 2026-11-21, docs/log/2026-11-21-gpu-kernels.md.
 """
@@ -50,7 +51,7 @@ from firebox.kernels.launch import Launcher
 
 OP = "moe_gate_up"
 MAX_TOKENS = 128
-COLUMNS_UP_TO = 8  # tokens that stand in the product as they are
+COLUMNS_UP_TO = 8  # tokens that stand in the product as they are, and the columns of the least product
 SPREAD_COLUMNS = (8, 16)  # of the product, tokens times groups
 MOST_SPREAD = 4  # tokens of an expert; of more, each pass would decode the weights again
 
