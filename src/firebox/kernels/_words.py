@@ -4,7 +4,8 @@ expert kernels share. How a word's four codes lie is said in formats/layouts.py.
 `ASM` decodes two words at a time with bit operations on packed pairs; without it the same in plain Triton,
 for the interpreter and for float16. E2M1 codes come out of `ASM` times 2⁻¹²⁶, and the group scale brings the
 factor back; where scales multiply sums, x does its part of that (`lifted`). A zero point is the constant that
-decoding an integer subtracts anyway, so it costs no instruction: bf16 holds 128 + code and 128 + zero exactly.
+decoding an integer subtracts anyway, so it costs no instruction: bf16 holds 128 + code and 128 + zero
+exactly.
 """
 
 from __future__ import annotations
