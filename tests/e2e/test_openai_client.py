@@ -11,6 +11,8 @@ import httpx
 import openai
 import pytest
 
+from tests.support.server_process import wait_for
+
 MODEL = "firebox-tiny"
 PROMPT = "def fibonacci(n):\n"
 CHAT = [{"role": "user", "content": "def add(a, b):"}]
@@ -54,8 +56,19 @@ def test_completion_streamed_equals_whole(client):
     whole = complete(client, max_tokens=100)
     chunks = list(complete(client, max_tokens=100, stream=True))
     assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
-    assert len(chunks) > 5, "it must come while it is generated"
     assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+
+
+def test_a_stream_comes_while_it_is_generated(server, client):
+    """Told by what the server is still doing, not by the number of pieces: a server that gets little
+    processor sends several tokens in one."""
+    before = server.metrics()["firebox_generated_tokens_total"]
+    with complete(client, max_tokens=3000, stream=True, extra_body={"ignore_eos": True}) as chunks:
+        assert next(iter(chunks)).choices[0].text
+        metrics = server.metrics()
+    assert metrics["firebox_requests_running"] == 1
+    assert metrics["firebox_generated_tokens_total"] < before + 3000
+    wait_for(lambda: server.metrics()["firebox_requests_running"] == 0, 10)
 
 
 def test_the_model_has_learnt_python(client):
