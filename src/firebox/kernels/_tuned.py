@@ -6,7 +6,7 @@ attention.json. Kernels read them; who finds them writes them.
          "256": {"path": "sorted", "gate_up": …, "down": …}, …}, …}
     {"fp8_channel rows=3584 columns=5120":
         {"16": {"path": "few", "config": {…Config…}}, "512": {"path": "many", "config": …}, …}, …}
-    {"decode bfloat16 kv=bfloat16 heads=24 …":  (attention/triton_paged.py, `key`)
+    {"decode bfloat16 kv=bfloat16 heads=24 …":  (_attention_choice.py, `key`)
         {"8": {"path": "decode", "config": {…Config…}}, …}, …}
 
 A number of tokens takes the entry of the nearest number that is there, by ratio; an expert layer with more
