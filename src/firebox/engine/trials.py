@@ -40,7 +40,7 @@ from firebox.kernels._experts import FP8
 from firebox.kernels.attention_decode import MAX_QUERIES, block_rows
 from firebox.kernels.launch import INTERPRETED
 from firebox.kernels.plan import Library, Operation, Single
-from firebox.layers import dense_gpu, experts, rope_decode_gpu
+from firebox.layers import dense_gpu, experts, norm_gpu, rope_decode_gpu
 from firebox.layers._expert_store import ExpertStore
 from firebox.layers._invented import invented, relative_error, vary
 
@@ -72,6 +72,8 @@ def trial_of(operation: Operation, setup: Setup) -> Trial | None:
         return ExpertsTrial(operation.problem, setup)
     if operation.source is sample:
         return functools.partial(_small_trials.draw, operation.problem, setup)
+    if operation.source is norm_gpu:
+        return functools.partial(_small_trials.normalises, operation.problem, setup)
     if operation.source is rope_decode_gpu:
         return RopeDecodeTrial(operation.problem, setup)
     return AttentionTrial(operation.problem, setup) if operation.source is triton_paged else None
@@ -171,7 +173,11 @@ class ExpertsTrial:
         before = out.float() if p.residual else torch.zeros((), device=setup.device)
         layer = experts.Experts(p, self._gate_up, self._down, setup.gpu, space)
         setup.settle()
-        layer(x, self._ids[:tokens], self._shares[:tokens], out)
+        codes = None
+        if p.normed and experts.rounds_at(p, tokens, setup.gpu):
+            columns = quantise_fp8.Problem(p.hidden, moe_gate_up.x_group(p), p.dtype)
+            codes = quantise_fp8.reference(columns, x)
+        layer(x, self._ids[:tokens], self._shares[:tokens], out, codes)
         at, rounds = _checked(tokens), path.name == experts.SCALED or self._in_fp8(path)
         finite = bool(torch.isfinite(out).all())
         wanted = self._reference(path, at) + (before[at] if p.residual else before)

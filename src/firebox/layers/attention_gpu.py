@@ -61,9 +61,9 @@ def refusal(gpu: Gpu, p: Problem, backend: ModuleType) -> str | None:
 def operations(layer: Layer, setting: Setting) -> tuple[Operation, ...] | str:
     """What such a layer launches on one of `setting.tp` GPUs, for the plan; or why the kernels cannot run
     it."""
-    from firebox.kernels import rms_norm, rope_write, sigmoid_mul
+    from firebox.kernels import rope_write, sigmoid_mul
     from firebox.kernels.plan import Operation, Single
-    from firebox.layers import rope_decode_gpu
+    from firebox.layers import norm_gpu, rope_decode_gpu
 
     gpu, tp, p = setting.gpu, setting.tp, layer.problem
     shared = max(1, p.kv_heads // tp)
@@ -78,7 +78,7 @@ def operations(layer: Layer, setting: Setting) -> tuple[Operation, ...] | str:
     both = _rope_decode_problem(p, setting.page_tokens, gpu)
     in_one = (Operation("rope_attention", kv, rope_decode_gpu, both),) if both else ()
     return (
-        Single("norm", dtype, rms_norm, _norm_problem(p)),
+        Operation("norm", dtype, norm_gpu, norm_gpu.Problem(_norm_problem(p), (layer.qkv.problem(tp),))),
         layer.qkv.operation("qkv", setting),
         *in_one,
         Single("rope_write", kv, rope_write, _rope_problem(p)),
@@ -142,12 +142,14 @@ class AttentionKernels:
     """See above; bound to a layer whose slots are filled."""
 
     def __init__(self, layer: Layer, build: Build) -> None:
-        from firebox.kernels import rms_norm, rope_write, sigmoid_mul
+        from firebox.kernels import rope_write, sigmoid_mul
+        from firebox.layers import norm_gpu
 
         p, device = layer.problem, build.shared
         assert device is not None
         self._layer, self._p, self._gpu = layer, p, build.gpu
-        self._norm = device.launcher(rms_norm, _norm_problem(p))
+        behind = (layer.qkv.problem(),)
+        self._norm = norm_gpu.NormKernels(norm_gpu.Problem(_norm_problem(p), behind), build.gpu)
         self._rope = device.launcher(rope_write, _rope_problem(p))
         self._given = {"cos": layer.tables[0], "sin": layer.tables[1]}
         if p.qk_norm:
@@ -161,14 +163,13 @@ class AttentionKernels:
 
     def __call__(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         """`x` [tokens, hidden], which becomes the result."""
-        from firebox.kernels import rms_norm, sigmoid_mul
+        from firebox.kernels import sigmoid_mul
 
         layer, p = self._layer, self._p
         pages = step.full if p.window_tokens is None else step.window
         assert pages is not None
-        h = torch.empty_like(x)
-        rms_norm.run(self._norm, x, layer.norm.weight, out=h)
-        qkv = layer.qkv(h)
+        h, codes = self._norm(x, layer.norm.weight)
+        qkv = layer.qkv(h, codes=codes)
         attended = self._attended(qkv, step, pages).flatten(1)
         if p.output_gate:
             gated = torch.empty_like(attended)

@@ -136,9 +136,8 @@ def requests(problem: Problem, tokens: int, gpu: Gpu, path: Path | None = None) 
         request = linear_few.request(problem, tokens, path.config, gpu, interpreted=INTERPRETED)
         return {linear_few.OP: request}
     found = {}
-    if rounds(problem, path.name):
-        rows = quantise_fp8.Problem(problem.columns, linear.x_group(problem), problem.dtype)
-        found[quantise_fp8.OP] = quantise_fp8.request(rows, gpu, interpreted=INTERPRETED)
+    if rounds(problem, path.name) and not problem.normed:
+        found[quantise_fp8.OP] = _rounder(problem, gpu).request
     if path.name == MANY:
         found[linear.OP] = linear.request(problem, path.config, gpu, interpreted=INTERPRETED)
     return found
@@ -147,6 +146,11 @@ def requests(problem: Problem, tokens: int, gpu: Gpu, path: Path | None = None) 
 def rounds(problem: Problem, path: str) -> bool:
     """Does this path round the activations to FP8?"""
     return path != FEW and linear.quantised(problem)
+
+
+def rounds_at(problem: Problem, tokens: int, gpu: Gpu) -> bool:
+    """Does the path of so many tokens?"""
+    return rounds(problem, _path_of(problem, tokens, gpu).name)
 
 
 def made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
@@ -202,7 +206,8 @@ class Workspace:
                 sums, tiles = max(sums, needed[0]), max(tiles, needed[1])
             if linear.quantised(p):
                 groups = p.columns // (linear.x_group(p) or p.columns)
-                codes, scales = max(codes, max_tokens * p.columns), max(scales, max_tokens * groups)
+                if not p.normed:
+                    codes, scales = max(codes, max_tokens * p.columns), max(scales, max_tokens * groups)
                 if p.residual:
                     products = max(products, _most_in_library(p, max_tokens, gpu) * p.rows)
         self.partial = torch.empty(sums, dtype=torch.float32, device=device)
@@ -243,9 +248,16 @@ class LinearKernels:
         self.paths = paths or {}
         self._bias = None if weights.bias is None else weights.bias.to(DTYPES[problem.dtype])
 
-    def __call__(self, x: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None = None) -> None:
+    def __call__(
+        self,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        codes: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
         """`x` [tokens, columns] → `out` [tokens, rows], plus `residual`, the same shape, where the problem
-        has one; `out` may be `residual`. All contiguous."""
+        has one; `out` may be `residual`. All contiguous. `codes`: x as FP8 and its scales, if the problem is
+        `normed` and the path one that `rounds`."""
         tokens = x.shape[0]
         if tokens == 0:
             return
@@ -261,19 +273,23 @@ class LinearKernels:
             return
         x_scale = None
         if rounds(p, path.name):
-            x, x_scale = self._rounded(launchers[quantise_fp8.OP], x)
+            x, x_scale = codes or self._rounded(x)
         if path.name == CUBLAS:
             self._cublas(x, x_scale, out, residual)
         else:
             linear.run(launchers[linear.OP], p, x, x_scale, *last)
 
-    def _rounded(self, launcher: Launcher, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`x` as FP8 codes, and their scales."""
+    def _rounded(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`x` as FP8 codes, and their scales; in memory of their own where a norm is to give them, but there
+        is none: in a block that torch composes."""
         p, space = self.problem, self.workspace
-        groups = p.columns // (linear.x_group(p) or p.columns)
-        codes = space.x[: x.numel()].view(x.shape)
-        x_scale = space.x_scale[: x.shape[0] * groups]
-        quantise_fp8.run(launcher, x, codes, x_scale)
+        scales = x.shape[0] * (p.columns // (linear.x_group(p) or p.columns))
+        if p.normed:
+            codes = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+            x_scale = x.new_empty(scales, dtype=torch.float32)
+        else:
+            codes, x_scale = space.x[: x.numel()].view(x.shape), space.x_scale[:scales]
+        quantise_fp8.run(_rounder(p, self.gpu), x, codes, x_scale)
         return codes, x_scale
 
     def _cublas(
@@ -312,6 +328,12 @@ def _most_in_library(problem: Problem, max_tokens: int, gpu: Gpu) -> int:
 @_tuned.cached
 def _path_of(problem: Problem, tokens: int, gpu: Gpu) -> Path:
     return path_of(problem, tokens, gpu)
+
+
+@functools.cache
+def _rounder(problem: Problem, gpu: Gpu) -> Launcher:
+    rows = quantise_fp8.Problem(problem.columns, linear.x_group(problem), problem.dtype)
+    return Launcher(quantise_fp8.request(rows, gpu, interpreted=INTERPRETED))
 
 
 @functools.cache

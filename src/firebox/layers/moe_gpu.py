@@ -74,9 +74,9 @@ def refusal(gpu: Gpu, p: Problem, formats: set[Format]) -> str | None:
 
 def operations(layer: Layer, setting: Setting) -> tuple[Operation, ...] | str:
     """What such a layer launches on one of `setting.gpus`, for the plan; or why the kernels cannot run it."""
-    from firebox.kernels import moe_route, rms_norm
+    from firebox.kernels import moe_route
     from firebox.kernels.plan import Operation, Single
-    from firebox.layers import dense_gpu, experts
+    from firebox.layers import dense_gpu, experts, norm_gpu
 
     p = layer.problem
     share = _share(layer, setting)
@@ -86,10 +86,12 @@ def operations(layer: Layer, setting: Setting) -> tuple[Operation, ...] | str:
         return why
     dtype, format = KERNEL_DTYPES[p.dtype], next(iter(formats))
     fused = _fused_in(layer, setting)
-    routed = _experts_problem(share, format, setting.gpu, fused)
+    # Tokens of other GPUs come without their codes.
+    routed = _experts_problem(share, format, setting.gpu, fused, normed=setting.ep == 1)
+    norm = norm_gpu.Problem(_norm_problem(p), (router_problem(p),), (routed,))
     gate = (layer.shared_gate.operation("shared_gate", setting),) if p.shared_gate else ()
     return (
-        Single("norm", dtype, rms_norm, _norm_problem(p)),
+        Operation("norm", dtype, norm_gpu, norm),
         Operation("router", "bf16", dense_gpu, router_problem(p)),
         *gate,
         Single("route", "f32", moe_route, _route_problem(p, fused, layer.kept_groups)),
@@ -177,7 +179,7 @@ def _activation_problem(p: Problem) -> Any:
     return silu_mul.Problem(wide, p.activation, p.limit or 7.0, p.alpha or 1.702, dtype=dtype)
 
 
-def _experts_problem(p: Problem, format: Format, gpu: Gpu, shared: int = 0) -> Any:
+def _experts_problem(p: Problem, format: Format, gpu: Gpu, shared: int = 0, *, normed: bool = False) -> Any:
     from firebox.kernels import _experts
     from firebox.layers import _pack, experts
 
@@ -187,7 +189,8 @@ def _experts_problem(p: Problem, format: Format, gpu: Gpu, shared: int = 0) -> A
         further |= {"limit": p.limit, "alpha": p.alpha}
     return _experts.widened(experts.stored_as(_experts.Problem(
         p.hidden, p.inter, p.experts + shared, p.top_k + shared, name, p.activation,
-        biases=p.biases, dtype=KERNEL_DTYPES[p.dtype], residual=True, shared=shared, **further,
+        biases=p.biases, dtype=KERNEL_DTYPES[p.dtype], residual=True, shared=shared,
+        normed=normed and name in _experts.FP8, **further,
     ), gpu))  # fmt: skip
 
 
@@ -211,7 +214,7 @@ class MoeKernels:
         self._build, self._p, self._names, self._cuts = build, p, names, cuts
         self._format = build.format_of(names.down_of(0))
         self.fused = fused_experts(p, names, build.format_of, build.requantises)
-        self.problem = _experts_problem(p, self._format, build.gpu, self.fused)
+        self.problem = _experts_problem(p, self._format, build.gpu, self.fused, normed=True)
         self._route = _route_problem(p, self.fused, kept_groups)
         self._store: Any = ExpertStore(self.problem, build.device)
 
@@ -326,13 +329,15 @@ class MoeKernels:
         shared: tuple[Linear, Linear, Linear],
     ) -> None:  # fmt: skip
         """Binds. `shared`: gate and up, down, and the gate of both, as far as the layer has them."""
-        from firebox.kernels import moe_route, rms_norm, silu_mul
+        from firebox.kernels import moe_route, silu_mul
+        from firebox.layers import norm_gpu
 
         p, device = self._p, self._build.shared
         assert device is not None
         self._norm_weight, self._router, self._correction = norm.weight, router, correction_bias
         self._shared = shared
-        self._norm = device.launcher(rms_norm, _norm_problem(p))
+        behind = norm_gpu.Problem(_norm_problem(p), (router_problem(p),), (self.problem,))
+        self._norm = norm_gpu.NormKernels(behind, self._build.gpu)
         self._choose = device.launcher(moe_route, self._route)
         self._experts = device.experts(self.problem, self._store.gate_up, self._store.down)
         if p.shared_experts and not self.fused:
@@ -340,10 +345,10 @@ class MoeKernels:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [tokens, hidden], which becomes the result."""
-        from firebox.kernels import moe_route, rms_norm
+        from firebox.kernels import moe_route
 
-        h, choices = torch.empty_like(x), self._route.choices
-        rms_norm.run(self._norm, x, self._norm_weight, out=h)
+        choices = self._route.choices
+        h, codes = self._norm(x, self._norm_weight)
         logits = self._router(h)
         gate = self._shared[2](h).float().flatten() if self._p.shared_gate else None
         ids = x.new_empty(x.shape[0], choices, dtype=torch.int32)
@@ -352,7 +357,7 @@ class MoeKernels:
         moe_route.run(self._choose, logits, correction, gate if self.fused else None, ids, weights)
         if self._p.shared_experts and not self.fused:
             self._add_shared(h, gate, x)
-        self._experts(h, ids, weights, x)
+        self._experts(h, ids, weights, x, codes)
         return x
 
     def _add_shared(self, h: torch.Tensor, gate: torch.Tensor | None, x: torch.Tensor) -> None:
