@@ -67,7 +67,7 @@ def test_a_server_that_never_gets_healthy_is_given_up_after_the_limit(tmp_path):
     found = server(tmp_path, "sick")
     began = time.monotonic()
     assert not found.wait_until_healthy("/health", 0.8)
-    assert 0.8 <= time.monotonic() - began < 3
+    assert 0.8 <= time.monotonic() - began < 10
     assert found.alive()
     found.stop(5)
 

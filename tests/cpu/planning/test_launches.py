@@ -240,6 +240,15 @@ def test_a_norm_writes_codes_where_its_readers_multiply_them() -> None:
     assert outputs(ep=4)["moe_block", True] == {plain}
 
 
+@pytest.mark.parametrize(("card", "tp"), [("glm-4.7-fp8", 4), ("gpt-oss-120b", 1), ("qwen3-30b-a3b", 1)])
+def test_gb10_has_a_tile_for_every_launch_that_is_tuned(card: str, tp: int) -> None:
+    """Measured or predicted: `fit --strict` has nothing to refuse for want of one."""
+    layers = layers_of(opened(card).model, Setting(GB10, tp))
+    planned = [row for _, row in rows(layers, GB10, 4096)]
+    assert {row.untuned(GB10) for row in planned} == {None}
+    assert {row.why.partition(",")[0] for row in planned if row.operation.name == "qkv"} == {"predicted"}
+
+
 def test_all_expert_layers_are_counted() -> None:
     """46 layers, the first dense; the MTP layer runs in no step."""
     assert moe("glm-4.5-air-fp8").layers == 45
