@@ -23,10 +23,11 @@ import triton
 import triton.language as tl
 
 from firebox.hardware.base import Gpu
-from firebox.kernels import _linear
+from firebox.kernels import _linear, _whole_rows
 from firebox.kernels._experts import BLOCK, FP8
 from firebox.kernels._linear import Problem, Weights
 from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before
+from firebox.kernels._whole_rows import part_of_rows, part_of_x, part_product
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
 
@@ -52,23 +53,19 @@ def accepts(problem: Problem, gpu: Gpu) -> str | None:
     return _linear.refuse(problem, gpu)
 
 
-def padded(problem: Problem) -> int:
-    """Columns of a tile: a power of two."""
-    return int(triton.next_power_of_2(problem.columns))
-
-
 def search_space(problem: Problem, gpu: Gpu) -> Iterator[Config]:
     """Tiles that are worth compiling."""
     for rows in (1, 2, 4, 8, 16):
         for warps in (1, 2, 4, 8, 16):
-            if LEAST <= rows * padded(problem) // (32 * warps) <= MOST:
+            if LEAST <= rows * _whole_rows.padded(problem.columns) // (32 * warps) <= MOST:
                 yield Config(rows, warps)
 
 
 def default(problem: Problem, gpu: Gpu) -> Config:
-    """64 weights a thread in four warps, where that is a row at least."""
-    rows = max(1, min(16, 64 * 128 // padded(problem)))
-    return Config(rows, 4 if rows * padded(problem) <= MOST * 128 else 16)
+    """Four warps and up to 64 weights a thread; of longer rows one."""
+    padded = _whole_rows.padded(problem.columns)
+    rows = next((rows for rows in (16, 8, 4, 2) if rows * padded <= 64 * 128), 1)
+    return Config(rows, 4 if rows * padded <= MOST * 128 else 16)
 
 
 # ---- 2. the device code
@@ -76,28 +73,32 @@ def default(problem: Problem, gpu: Gpu) -> Config:
 
 @triton.jit
 def linear_whole_rows(
-    x, w, scale, row_scale, bias, residual, out, R: tl.constexpr, COLUMNS: tl.constexpr,
-    PADDED: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+    x, w, scale, row_scale, bias, residual, out, R: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # of the result
-    mine = tl.minimum(rows, R - 1)  # of W: those behind the last read the last one
-    column = tl.arange(0, PADDED)
-    there = column < COLUMNS
-    at = w + mine[:, None].to(tl.int64) * COLUMNS + column[None, :]
-    tile = tl.load(at, mask=there[None, :], other=0.0, eviction_policy="evict_first")
+    mine = tl.minimum(rows, R - 1).to(tl.int64)  # of W: those behind the last read the last one
+    at = mine * COLUMNS
+    w0 = part_of_rows(w, at, 0, C0, COLUMNS)
+    if C1 > 0:
+        w1 = part_of_rows(w, at, C0, C1, COLUMNS)
+    if C2 > 0:
+        w2 = part_of_rows(w, at, C0 + C1, C2, COLUMNS)
     factor = 1.0
     added = tl.zeros((ROWS,), tl.float32)
-    of_column = 1.0
-    if scale is not None:  # the rows lie in one row of blocks
-        of_block = scale + tl.program_id(0) * ROWS // 128 * (COLUMNS // 128)
-        of_column = tl.load(of_block + column // 128, mask=there, other=0.0)
+    scale_at = None
+    if scale is not None:
+        scale_at = scale + mine // 128 * (COLUMNS // 128)
     if row_scale is not None:
         factor = tl.load(row_scale + mine)
     if bias is not None:
         added = tl.load(bias + mine)
     wait_for_launch_before(PDL)
-    xs = tl.load(x + column, mask=there, other=0.0).to(tl.float32) * of_column
-    total = tl.sum(tile.to(tl.float32) * xs[None, :], axis=1)
+    total = part_product(w0, part_of_x(x, 0, C0, COLUMNS), scale_at, 0, COLUMNS)
+    if C1 > 0:
+        total += part_product(w1, part_of_x(x, C0, C1, COLUMNS), scale_at, C0, COLUMNS)
+    if C2 > 0:
+        total += part_product(w2, part_of_x(x, C0 + C1, C2, COLUMNS), scale_at, C0 + C1, COLUMNS)
     let_next_launch_begin(PDL)
     total = total * factor + added
     live = rows < R
@@ -115,17 +116,13 @@ def request(problem: Problem, config: Config, gpu: Gpu, *, interpreted: bool = F
     types, absent = _linear.arguments(problem, config.rows, 1, tma=False)
     types |= {"x": f"*{_linear.OUT_TYPES[problem.dtype]}"}
     pdl = "pdl" in gpu.facts and not interpreted
-    constants = {
-        "R": problem.rows,
-        "COLUMNS": problem.columns,
-        "PADDED": padded(problem),
-        "ROWS": config.rows,
-        "PDL": pdl,
-    }
+    constants = {"R": problem.rows, "COLUMNS": problem.columns, "ROWS": config.rows, "PDL": pdl}
     return CompileRequest(
         kernel=linear_whole_rows,
         signature=types,
-        constexprs={name: value for name, value in absent.items() if name != "tiles"} | constants,
+        constexprs={name: value for name, value in absent.items() if name != "tiles"}
+        | constants
+        | _whole_rows.parts(problem.columns),
         gpu=gpu,
         aligned=_linear.aligned(types),
         num_warps=config.warps,

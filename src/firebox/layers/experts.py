@@ -1,6 +1,7 @@
 """The routed experts of a mixture-of-experts layer on an NVIDIA GPU: from hidden states and the router's
 choices to the summed output, over the kernels of few tokens and those of many.
 
+    one           moe_gate_up_one, moe_down_one: for one token and without groups of columns
     few           moe_gate_up_few, moe_down_few, and where this does not add up, moe_combine
     sorted        moe_sort (two), with FP8 weights quantise_fp8, with most 4-bit weights moe_arrange, then
                   moe_gate_up, moe_down, moe_combine
@@ -31,9 +32,11 @@ from firebox.kernels import (
     moe_combine,
     moe_down,
     moe_down_few,
+    moe_down_one,
     moe_down_scaled,
     moe_gate_up,
     moe_gate_up_few,
+    moe_gate_up_one,
     moe_gate_up_scaled,
     moe_sort,
     quantise_fp8,
@@ -45,9 +48,10 @@ from firebox.kernels.launch import INTERPRETED, Launcher
 from firebox.kernels.plan import Compile, Made
 from firebox.layers import _fitting
 
-FEW, SORTED, SCALED = "few", "sorted", "block-scaled"
+ONE, FEW, SORTED, SCALED = "one", "few", "sorted", "block-scaled"
 TUNED = "experts"  # the file in tuned/<gpu>/
 MODULES = {
+    ONE: (moe_gate_up_one, moe_down_one),
     FEW: (moe_gate_up_few, moe_down_few),
     SORTED: (moe_gate_up, moe_down),
     SCALED: (moe_gate_up_scaled, moe_down_scaled),
@@ -103,6 +107,8 @@ def _candidates(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Path]:
 
 def _chosen(problem: Problem, tokens: int, gpu: Gpu) -> Path:
     entry = _tuned.nearest(gpu.name, problem, tokens)
+    if entry is not None and entry["path"] == ONE and tokens > 1:
+        entry = _tuned.nearest(gpu.name, problem, tokens, FEW)
     if entry is not None and entry["path"] == FEW and tokens > moe_gate_up_few.MAX_TOKENS:
         entry = _tuned.nearest(gpu.name, problem, tokens, SORTED)
     if entry is not None:
@@ -120,7 +126,7 @@ def _chosen(problem: Problem, tokens: int, gpu: Gpu) -> Path:
 
 def _within_limit(problem: Problem, tokens: int, path: Path, gpu: Gpu) -> Path:
     """`path`, or the nearest tiles to its own that need no more shared memory than they may."""
-    if not _fitting.is_limited(gpu):
+    if path.name == ONE or not _fitting.is_limited(gpu):
         return path
     return _fitted(problem, like(problem, tokens, path), path, gpu, limit_bytes(gpu))
 
@@ -201,6 +207,11 @@ def _multiplied(problem: Problem, path: str) -> str:
 
 def requests(problem: Problem, tokens: int, path: Path, gpu: Gpu) -> dict[str, CompileRequest]:
     """Every compile that so many tokens launch, by the name of its operation."""
+    if path.name == ONE:
+        return {
+            f"moe_{part}": module.request(problem, getattr(path, part), gpu, interpreted=INTERPRETED)
+            for part, module in zip(("gate_up", "down"), MODULES[ONE], strict=True)
+        }
     if path.name == FEW:
         # One token's programs are few: where others wait beside them, they crowd on some multiprocessors.
         late = tokens == 1 and path.down.depth > 0
@@ -354,7 +365,7 @@ class Experts:
         if path.name == SORTED:
             self._sorted(path, launchers, *self._prepared(launchers, x, codes), *choices)
         else:
-            run = {FEW: self._few, SCALED: self._scaled}[path.name]
+            run = {ONE: self._one, FEW: self._few, SCALED: self._scaled}[path.name]
             run(path, launchers, x, *choices)
 
     def _prepared(
@@ -381,6 +392,19 @@ class Experts:
     def _ready(self, tokens: int) -> tuple[Path, dict[str, Launcher]]:
         path = self._paths.get(tokens) or _path_of(self.problem, tokens, self.gpu)
         return path, _launchers(self.problem, like(self.problem, tokens, path), path, self.gpu)
+
+    def _one(
+        self,
+        path: Path,
+        launchers: dict[str, Launcher],
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        routing_weights: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        p, h = self.problem, self.workspace.h_few
+        moe_gate_up_one.run(launchers["moe_gate_up"], p, x, self.gate_up, expert_ids, h)
+        moe_down_one.run(launchers["moe_down"], p, h, self.down, expert_ids, routing_weights, out)
 
     def _few(
         self,

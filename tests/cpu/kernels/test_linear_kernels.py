@@ -13,7 +13,7 @@ from pathlib import Path as FilePath
 import pytest
 
 from firebox.hardware.base import Gpu, find_gpu
-from firebox.kernels import _tuned, linear, linear_few, linear_one
+from firebox.kernels import _tuned, _whole_rows, linear, linear_few, linear_one
 from firebox.kernels._experts import INT4_ZERO
 from firebox.kernels._linear import FORMATS, GROUPS, Problem
 from firebox.kernels.compile import CompileRequest, compile_all
@@ -90,7 +90,7 @@ def test_one_token_s_tiles_fit_without_spills() -> None:
             tiles = list(linear_one.search_space(p, gpu))
             default = linear_one.default(p, gpu)
             assert default in tiles
-            largest = max(tiles, key=lambda tile: tile.rows * linear_one.padded(p) // tile.warps)
+            largest = max(tiles, key=lambda tile: tile.rows * _whole_rows.padded(p.columns) // tile.warps)
             for config in (default, largest):
                 wanted[f"{gpu.name} {p} {config}"] = linear_one.request(p, config, gpu)
     for name, compiled in zip(wanted, compile_all(list(wanted.values())), strict=True):
