@@ -122,8 +122,10 @@ def test_without_params_the_checkpoints_own(llm):
 def test_ctrl_c_gives_up_what_was_asked(llm):
     threading.Timer(0.4, os.kill, [os.getpid(), signal.SIGINT]).start()
     endless = SamplingParams(max_tokens=4000, ignore_eos=True)
-    with pytest.raises(KeyboardInterrupt):  # before 4,000 tokens are there: these end without one
+    before = llm._text.engine.stats.generated_tokens
+    with pytest.raises(KeyboardInterrupt):
         llm.generate(PROMPTS[0], endless)
+    assert llm._text.engine.stats.generated_tokens - before < 4000, "given up, not waited for"
     wait_for(lambda: llm._text.engine.in_flight == 0, 5)
 
 

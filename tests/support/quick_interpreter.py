@@ -67,7 +67,9 @@ def _numbers(shape: Any) -> tuple[int, ...]:
 
 @functools.cache
 def _of_block(shape: tuple[int, ...], element: str) -> tuple[Any, int, str]:
-    sizes = tl.core.tuple(tl.core._unwrap_shape(list(shape)))
+    if not shape:
+        raise TypeError("0d block_type is forbidden")
+    sizes = tl.core.tuple(shape)
     return sizes, tl.core.validate_block_shape(sizes), f"<{sizes}, {element}>"
 
 

@@ -53,7 +53,7 @@ class Format(Protocol):
 FormatOf = Callable[[str], Format]  # a module's path, such as "model.layers.0.mlp.down_proj" → its format
 
 
-UNEVEN = 1 / 8
+UNEVEN = 1 / 8  # by which the largest of unequal shares may be above the mean
 
 
 @dataclass(frozen=True)
