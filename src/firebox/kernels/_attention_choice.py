@@ -51,16 +51,17 @@ def choice_of(kernel: str, problem: Problem, config: Config) -> Choice:
 def measured(kernel: str, problem: Problem, gpu: Gpu, tokens: int) -> Config | None:
     """The tile of the tuned file, which calls its kernel so; None where there is none, or where its results
     were wrong."""
-    found = _entry(kernel, problem, gpu, tokens)
+    found = entry(kernel, problem, gpu, tokens)
     return None if found is None or why_not(choice_of(kernel, problem, found)) else found
 
 
-def _entry(kernel: str, problem: Problem, gpu: Gpu, tokens: int) -> Config | None:
+def entry(kernel: str, problem: Problem, gpu: Gpu, tokens: int) -> Config | None:
+    """The tile of the tuned file, whatever its results were; None where there is none."""
     from firebox.kernels import _tuned
     from firebox.kernels._attention import Config
 
-    entry = _tuned.measured(gpu.name, TUNED_FILE, key(kernel, problem), tokens)
-    return None if entry is None else Config(**entry["config"])
+    found = _tuned.measured(gpu.name, TUNED_FILE, key(kernel, problem), tokens)
+    return None if found is None or "config" not in found else Config(**found["config"])
 
 
 def decode_tile(problem: Problem, gpu: Gpu, queries: int, tuned: Config | None) -> Config:
@@ -76,7 +77,7 @@ def decode_tile(problem: Problem, gpu: Gpu, queries: int, tuned: Config | None) 
 @functools.cache
 def failed(problem: Problem, gpu: Gpu, tokens: int) -> str:
     """Which tiles of the tuned file gave wrong results, or ""."""
-    found = [(kernel, _entry(kernel, problem, gpu, tokens)) for kernel in (DECODE, EXTEND)]
+    found = [(kernel, entry(kernel, problem, gpu, tokens)) for kernel in (DECODE, EXTEND)]
     reasons = [why_not(choice_of(kernel, problem, config)) for kernel, config in found if config is not None]
     return "".join(f"; instead of {reason}" for reason in reasons if reason)
 

@@ -96,8 +96,17 @@ def test_what_it_cannot_do_it_says(layer: kernel.Problem, said: str) -> None:
     assert reason is not None and said in reason, reason
 
 
+def test_only_where_it_was_measured_to_be_faster() -> None:
+    layer, gpu = LAYERS["gpt-oss"], find_gpu("h200")
+    assert rope_decode_gpu.config_of(layer, gpu, 2) is not None
+    for other, name, tokens in ((layer, "h200", 8), (layer, "gb10", 1), (LAYERS["qwen3"], "h200", 1)):
+        made = rope_decode_gpu.made(other, tokens, find_gpu(name))
+        assert rope_decode_gpu.config_of(other, find_gpu(name), tokens) is None
+        assert made.compiles == () and made.why == "not measured to be faster"
+
+
 def test_a_tile_with_wrong_results_leaves_the_step_to_two_launches() -> None:
-    layer, gpu = LAYERS["qwen3"], find_gpu("gb10")
+    layer, gpu = LAYERS["gpt-oss"], find_gpu("h200")
     config = rope_decode_gpu.config_of(layer, gpu, 1)
     assert config is not None
     assert len(rope_decode_gpu.made(layer, 1, gpu).compiles) == 3
