@@ -115,12 +115,14 @@ def test_few_and_sorted_agree_with_the_oracle_on_both_sides(format: str, tokens:
         assert layer.error(tokens, many) < SORTED_LIMIT[format]
 
 
-@pytest.mark.parametrize("format", moe_gate_up_one.FORMATS)
+@pytest.mark.parametrize(
+    ("format", "panels"), [*((name, False) for name in FORMATS), *((name, True) for name in FOUR_BIT)]
+)
 @pytest.mark.parametrize(("hidden", "inter", "top_k"), [(512, 256, 3), (2048, 768, 8), (640, 384, 9)])
 def test_one_token_by_every_tile_of_whole_rows(
-    hidden: int, inter: int, top_k: int, format: str, gpu: Gpu
+    hidden: int, inter: int, top_k: int, format: str, panels: bool, gpu: Gpu
 ) -> None:
-    layer = Layer(problem(format, hidden=hidden, inter=inter, top_k=top_k), gpu, 1)
+    layer = Layer(problem(format, hidden=hidden, inter=inter, top_k=top_k, panels=panels), gpu, 1)
     spaces = [list(module.search_space(layer.problem, 1, gpu)) for module in (moe_gate_up_one, moe_down_one)]
     for i in range(max(map(len, spaces))):
         path = Path(ONE, *(tiles[i % len(tiles)] for tiles in spaces), "test")

@@ -100,7 +100,7 @@ def sorted_experts(format: str, gpu: Gpu, **changes: int) -> None:
 
 
 @pytest.mark.sanitize("moe_gate_up_one", "moe_down_one")
-@pytest.mark.parametrize("format", moe_gate_up_one.FORMATS)
+@pytest.mark.parametrize("format", FORMATS)
 def test_one_token_of_experts(format: str, gpu: Gpu) -> None:
     layer = expert_layer(format, gpu)
     tiles = (module.default(layer.problem, 1, gpu) for module in (moe_gate_up_one, moe_down_one))

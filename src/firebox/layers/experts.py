@@ -1,7 +1,7 @@
 """The routed experts of a mixture-of-experts layer on an NVIDIA GPU: from hidden states and the router's
 choices to the summed output, over the kernels of few tokens and those of many.
 
-    one           moe_gate_up_one, moe_down_one: for one token and without groups of columns
+    one           moe_gate_up_one, moe_down_one: for one token
     few           moe_gate_up_few, moe_down_few, and where this does not add up, moe_combine
     sorted        moe_sort (two), with FP8 weights quantise_fp8, with most 4-bit weights moe_arrange, then
                   moe_gate_up, moe_down, moe_combine
@@ -208,10 +208,9 @@ def _multiplied(problem: Problem, path: str) -> str:
 def requests(problem: Problem, tokens: int, path: Path, gpu: Gpu) -> dict[str, CompileRequest]:
     """Every compile that so many tokens launch, by the name of its operation."""
     if path.name == ONE:
-        return {
-            f"moe_{part}": module.request(problem, getattr(path, part), gpu, interpreted=INTERPRETED)
-            for part, module in zip(("gate_up", "down"), MODULES[ONE], strict=True)
-        }
+        first = moe_gate_up_one.request(problem, path.gate_up, gpu, interpreted=INTERPRETED)
+        second = moe_down_one.request(problem, path.down, gpu, interpreted=INTERPRETED)
+        return {"moe_gate_up": first, "moe_down": second}
     if path.name == FEW:
         # One token's programs are few: where others wait beside them, they crowd on some multiprocessors.
         late = tokens == 1 and path.down.depth > 0
@@ -305,8 +304,8 @@ class Workspace:
 
         group = moe_gate_up.x_group(p) or p.hidden
         self.h_few = empty(few * p.top_k, p.inter, dtype=DTYPES[operand(p)])
-        added_up = min(few, moe_gate_up_few.COLUMNS_UP_TO) * p.top_k
-        self.partial = empty(added_up, p.hidden, dtype=torch.float32)
+        added_up = max(min(few, moe_gate_up_few.COLUMNS_UP_TO), moe_down_few.MAX_SLICES)
+        self.partial = empty(added_up * p.top_k, p.hidden, dtype=torch.float32)
         self.table = empty(max(few * p.top_k, p.experts), 1 + moe_gate_up_few.padded(few), dtype=torch.int32)
         self.counters = torch.zeros(p.hidden // 16, dtype=torch.int32, device=device)
         inner = torch.float8_e4m3fn if native else DTYPES[p.dtype]
