@@ -25,6 +25,7 @@ from firebox.kernels import (
     logprobs,
     moe_down_one,
     moe_gate_up_one,
+    moe_norm_route,
     moe_route,
     quantise_groups,
     sample,
@@ -48,6 +49,7 @@ from tests.gpu import (
     test_experts,
     test_gated_delta,
     test_linear,
+    test_norm_route,
     test_rope_decode,
     test_sample,
 )
@@ -157,6 +159,12 @@ def test_routing(name: str, gpu: Gpu) -> None:
     moe_route.run(Launcher(moe_route.request(problem, gpu)), logits, bias, gate, ids[:-1], weights[:-1])
     wanted = moe_route.reference(problem, logits, bias, gate)
     assert compare(ids, weights, wanted, decided(problem, logits, bias))["wrong"] == 0
+
+
+@pytest.mark.sanitize("moe_norm_route")
+def test_norm_router_and_choice_in_one_launch(gpu: Gpu) -> None:
+    for case in moe_norm_route.CASES:
+        test_norm_route.check(case, gpu)
 
 
 # ---- linear layers

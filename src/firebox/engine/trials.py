@@ -40,7 +40,7 @@ from firebox.kernels._experts import FP8
 from firebox.kernels.attention_decode import MAX_QUERIES, block_rows
 from firebox.kernels.launch import INTERPRETED
 from firebox.kernels.plan import Library, Operation, Single
-from firebox.layers import dense_gpu, experts, norm_gpu, rope_decode_gpu
+from firebox.layers import dense_gpu, experts, norm_gpu, rope_decode_gpu, route_gpu
 from firebox.layers._expert_store import ExpertStore
 from firebox.layers._invented import invented, relative_error, vary
 
@@ -74,6 +74,8 @@ def trial_of(operation: Operation, setup: Setup) -> Trial | None:
         return functools.partial(_small_trials.draw, operation.problem, setup)
     if operation.source is norm_gpu:
         return functools.partial(_small_trials.normalises, operation.problem, setup)
+    if operation.source is route_gpu:
+        return functools.partial(_small_trials.routes_in_one, operation.problem, setup)
     if operation.source is rope_decode_gpu:
         return RopeDecodeTrial(operation.problem, setup)
     return AttentionTrial(operation.problem, setup) if operation.source is triton_paged else None

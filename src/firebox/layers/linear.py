@@ -155,6 +155,12 @@ class Linear:
         return out
 
     @property
+    def weights(self) -> Any:
+        """What its kernels read (kernels/_linear.py)."""
+        assert self._kernels is not None, "a layer without kernels"
+        return self._kernels.weights
+
+    @property
     def format(self) -> str:
         """Of its weights; of several, all."""
         return " and ".join(sorted({format.name for format in self._formats}))
