@@ -99,10 +99,6 @@ def few(
         if tokens == 1:
             wide = triton.next_power_of_2(p.inter)
             tiles |= {f" whole{name}": tile for name, tile in spread(p, whole, wide).items()}
-            wide //= 2
-            sliced = replace(whole, slices=-(-p.inter // wide))
-            tiles |= {" sliced": sliced}
-            tiles |= {f" sliced{name}": tile for name, tile in spread(p, sliced, wide).items()}
     for name, tile in tiles.items():
         out = torch.full((tokens + 1, p.hidden), NAN, dtype=torch.float16)
         out[-1] = 7.0
@@ -114,8 +110,7 @@ def few(
             out[:-1] = products.float().unflatten(0, (tokens, p.top_k)).sum(1)
         else:
             counters = torch.zeros(p.hidden // tile.rows, dtype=torch.int32)
-            products = torch.full((tokens * p.top_k * tile.slices, p.hidden), NAN)
-            moe_down_few.run(*half, products, out[:-1], counters)
+            moe_down_few.run(*half, torch.full((tokens * p.top_k, p.hidden), NAN), out[:-1], counters)
             assert not counters.any()
         assert (out[-1] == 7.0).all()
         found[f"few {tokens} down{name}"] = relative_error(out[:-1], wanted)

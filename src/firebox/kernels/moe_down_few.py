@@ -65,14 +65,13 @@ __all__ = ["MAX_TOKENS", "accepts"]
 
 OP = "moe_down"
 SUMMED_TOKENS = 8  # tokens whose choices the last program adds up at a time
-MAX_SLICES = 16
 APART_FROM = 4  # tokens from which waiting takes as long as another launch, or longer
 
 
 @dataclass(frozen=True)
 class Config:
     """As in moe_gate_up_few, but an expert's tokens always come in passes of `tokens`. `depth` 0: the whole
-    width at once, or, of one token, one of so many `slices`. `apart`: see above."""
+    width at once. `apart`: see above."""
 
     rows: int = 64
     tokens: int = 8
@@ -81,7 +80,6 @@ class Config:
     stages: int = 3
     tma: bool = False
     apart: bool = False
-    slices: int = 1
 
 
 def adds_apart(config: Config, tokens: int) -> bool:
@@ -99,8 +97,6 @@ def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
             per_thread_bytes = rows * triton.next_power_of_2(problem.inter) * width / (32 * warps)
             if tokens < APART_FROM and 32 <= per_thread_bytes <= 384:
                 yield Config(rows, _whole_width(problem, tokens), 0, warps, 1)
-            if tokens == 1 and rows // 16 >= warps:
-                yield from _slices(problem, rows, warps)
         for depth in _experts.pipeline_depths(problem.inter, problem, remainder=True):
             chunk_bytes = rows * depth * width
             for warps in (1, 2, 4, 8):
@@ -110,19 +106,6 @@ def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
                     if 4096 <= chunk_bytes * stages <= gpu.smem_per_block_bytes:
                         config = Config(rows, COLUMNS_UP_TO, depth, warps, stages)
                         yield from _variants(config, problem, tokens, gpu)
-
-
-def _slices(problem: Problem, rows: int, warps: int) -> Iterator[Config]:
-    """Tiles that are a slice's whole width."""
-    for wide in (256, 512, 1024):
-        slices = -(-problem.inter // wide)
-        if 1 < slices <= MAX_SLICES and 32 <= rows * wide * _experts.weight_bytes(problem) / 32 / warps <= 384:
-            yield Config(rows, widths(problem, 1, wide)[0], 0, warps, 1, slices=slices)
-
-
-def wide_of(problem: Problem, config: Config) -> int:
-    """Columns of a whole tile, a power of two."""
-    return int(triton.next_power_of_2(-(-problem.inter // config.slices)))
 
 
 def _whole_width(problem: Problem, tokens: int) -> int:
@@ -152,12 +135,12 @@ def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
 
 
 @triton.jit
-def _store(acc, factor, bias, routing_weight, products, rows, place, live, HIDDEN: tl.constexpr):
+def _store(acc, factor, bias, routing_weights, products, rows, place, live, HIDDEN: tl.constexpr):
     if factor is not None:
         acc *= factor[:, None]
     if bias is not None:
         acc += bias[:, None]
-    acc *= routing_weight[None, :]
+    acc *= tl.load(routing_weights + place, mask=live, other=0.0)[None, :]
     at = products + place[None, :].to(tl.int64) * HIDDEN + rows[:, None]
     tl.store(at, acc.to(products.dtype.element_ty), mask=live[None, :])
 
@@ -175,8 +158,7 @@ def _pass(
         matrix, tiles, first_row, rows, scale, row_of_h, spread(live, TOKENS, SPREAD),
         HIDDEN, INTER, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, ASM, SPREAD,
     )  # fmt: skip
-    routing_weight = tl.load(routing_weights + place, mask=live, other=0.0)
-    _store(acc, factor, bias, routing_weight, products, rows, place, live, HIDDEN)
+    _store(acc, factor, bias, routing_weights, products, rows, place, live, HIDDEN)
 
 
 @triton.jit
@@ -184,44 +166,39 @@ def _whole_tile(
     h, matrix, scale, factor, bias, routing_weights, products, rows, first_in_expert, place, live,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     PANEL: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr,
-    SPREAD: tl.constexpr, SLICES: tl.constexpr, PDL: tl.constexpr,
+    SPREAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The weights first, then the wait, then h: WIDE columns, a power of two, from slice · WIDE on."""
-    first = 0
-    if SLICES > 1:
-        first = tl.program_id(1) % SLICES * WIDE
+    """The weights first, then the wait, then h. WIDE: INTER up to a power of two."""
     row_of_h = h + spread(place, TOKENS, SPREAD)[:, None].to(tl.int64) * INTER
     live_h = spread(live, TOKENS, SPREAD)
     acc = tl.zeros((ROWS, TOKENS if SPREAD == 0 else TOKENS * SPREAD), tl.float32)
     if GROUP > 0:
-        i = first // 4 + tl.arange(0, WIDE // 4)
+        i = tl.arange(0, WIDE // 4)
         words = tl.load(
             matrix + in_panels(rows[:, None], i[None, :], HIDDEN, INTER // 4, PANEL // 4),
             mask=(i < INTER // 4)[None, :], other=0,
         )  # fmt: skip
-        groups_live = first // GROUP + tl.arange(0, WIDE // GROUP) < INTER // GROUP
+        groups_live = tl.arange(0, WIDE // GROUP) < INTER // GROUP
         wide, minus = scales_of(
-            scale, first, groups_live, ROWS, WIDE, GROUP, FORMAT, DTYPE, ASM, PANEL // GROUP, HIDDEN
+            scale, 0, groups_live, ROWS, WIDE, GROUP, FORMAT, DTYPE, ASM, PANEL // GROUP, HIDDEN
         )
         of_group = None
         if SPREAD > 0:
             of_group = tl.arange(0, TOKENS * SPREAD) % SPREAD
-            spread_live = first // GROUP + tl.arange(0, SPREAD) < INTER // GROUP
-            if SLICES > 1:
-                spread_live = spread_live & (tl.arange(0, SPREAD) < WIDE // GROUP)
+            spread_live = tl.arange(0, SPREAD) < INTER // GROUP
             factors = spread_scales(
-                scale, first, spread_live, ROWS, TOKENS, SPREAD, GROUP, FORMAT, ASM, PANEL // GROUP, HIDDEN
+                scale, 0, spread_live, ROWS, TOKENS, SPREAD, GROUP, FORMAT, ASM, PANEL // GROUP, HIDDEN
             )
             wide = None
         wait_for_launch_before(PDL)
         acc = four_products(
-            acc, words, wide, minus, row_of_h, live_h, first, INTER, WIDE, GROUP, FORMAT, DTYPE, ASM,
-            WIDE * SLICES > INTER, None, of_group,
+            acc, words, wide, minus, row_of_h, live_h, 0, INTER, WIDE, GROUP, FORMAT, DTYPE, ASM,
+            WIDE > INTER, None, of_group,
         )  # fmt: skip
         if SPREAD > 0:
             acc = added_groups(acc * factors, ROWS, TOKENS, SPREAD)
     else:
-        i = first + tl.arange(0, WIDE)
+        i = tl.arange(0, WIDE)
         there = i < INTER
         w = tl.load(matrix + rows[:, None] * INTER + i[None, :], mask=there[None, :], other=0.0)
         if scale is not None:  # all ROWS lie in one block of rows: its scales can go to h
@@ -236,11 +213,7 @@ def _whole_tile(
             acc = tl.dot(w.to(DTYPE), tl.trans(x.to(DTYPE)), acc) * largest
         else:
             acc = tl.dot(w.to(DTYPE), tl.trans(x.to(DTYPE)), acc)
-    routing_weight = tl.load(routing_weights + place, mask=live, other=0.0)
-    _store(
-        acc, factor, bias, routing_weight, products, rows, place * SLICES + tl.program_id(1) % SLICES, live,
-        HIDDEN,
-    )  # fmt: skip
+    _store(acc, factor, bias, routing_weights, products, rows, place, live, HIDDEN)
 
 
 @triton.jit
@@ -271,12 +244,9 @@ def down_few(
     TOKENS: tl.constexpr, DEPTH: tl.constexpr, APART: tl.constexpr, FORMAT: tl.constexpr,
     DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, SUMMED: tl.constexpr,
     RESIDUAL: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr, LATE: tl.constexpr, SPREAD: tl.constexpr,
-    SLICES: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0)
     which = program_of_choices(MODE)
-    if SLICES > 1:
-        which = which // SLICES
     if not LATE:
         let_next_launch_begin(PDL)
     t = tl.arange(0, TOKENS)
@@ -322,8 +292,6 @@ def down_few(
         factor = row_factors(row_scale, e * HIDDEN + rows, FORMAT, ASM and SPREAD == 0)
     if bias is not None:
         bias_of_row = tl.load(bias + e * HIDDEN + rows)
-        if SLICES > 1:
-            bias_of_row *= tl.program_id(1) % SLICES == 0
     first_row = row_of_tile(expert, n * ROWS, HIDDEN, STORED, PANEL)
     if DEPTH == 0:
         if mine:
@@ -332,8 +300,7 @@ def down_few(
             _whole_tile(
                 h, matrix, scale_of_row, factor, bias_of_row, routing_weights, products, rows, n * ROWS,
                 place, live,
-                HIDDEN, INTER, WIDE, ROWS, TOKENS, PANEL, FORMAT, DTYPE, GROUP, ASM, SPREAD, SLICES,
-                PDL,
+                HIDDEN, INTER, WIDE, ROWS, TOKENS, PANEL, FORMAT, DTYPE, GROUP, ASM, SPREAD, PDL,
             )  # fmt: skip
         else:
             wait_for_launch_before(PDL)
@@ -378,7 +345,7 @@ def down_few(
         ended = tl.atomic_add(counters + n, 1, sem="acq_rel")
         if ended == tl.num_programs(1) - 1:
             tl.debug_barrier()
-            _add_up(products, out, tokens, rows, TOP_K * SLICES, HIDDEN, ROWS, SUMMED, RESIDUAL)
+            _add_up(products, out, tokens, rows, TOP_K, HIDDEN, ROWS, SUMMED, RESIDUAL)
             tl.store(counters + n, 0)
 
 
@@ -404,9 +371,7 @@ def request(
     else:
         absent["table"] = None
     constants = _experts.weight_constants(problem, problem.inter, gpu, interpreted=interpreted)
-    assert config.slices == 1 or (tokens == 1 and config.depth == 0), config
-    wide = wide_of(problem, config)
-    assert (config.slices - 1) * wide < problem.inter, f"a slice without columns: {config}"
+    wide = triton.next_power_of_2(problem.inter)
     constants |= {
         "WIDE": wide,
         "TOP_K": problem.top_k,
@@ -422,7 +387,6 @@ def request(
         "RESIDUAL": problem.residual,
         "LATE": late,
         "SPREAD": spread_groups(problem, config.tokens, config.depth or wide),
-        "SLICES": config.slices,
     }
     return CompileRequest(
         kernel=down_few,
@@ -450,15 +414,14 @@ def run(
     counters: torch.Tensor | None = None,
 ) -> None:
     """Launches `request(...)` for `expert_ids` [tokens, top_k]. Writes `products` [tokens · top_k, hidden] by
-    place (and slice), bf16 if they are added up apart, float32 if here; then also `out`, and `counters`
-    [hidden / rows] int32 are zero and come back zero."""
+    place, bf16 if they are added up apart, float32 if here; then also `out`, and `counters` [hidden / rows]
+    int32 are zero and come back zero."""
     tokens = expert_ids.shape[0]
-    constants = launcher.request.constexprs
-    grid = (problem.hidden // constants["ROWS"], programs(problem, tokens) * constants["SLICES"], 1)
+    grid = (problem.hidden // launcher.request.constexprs["ROWS"], programs(problem, tokens), 1)
     arguments = _experts.bound(launcher, weights)
     if "table" in launcher.request.signature:
         arguments["table"] = table
-    if not constants["APART"]:
+    if not launcher.request.constexprs["APART"]:
         arguments |= {"out": out, "counters": counters}
     launcher(
         grid,

@@ -90,8 +90,8 @@ def _rows_of_choices(
     HIDDEN: tl.constexpr, INTER: tl.constexpr, TOP_K: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Of the choices FIRST … FIRST + CHOICES, bf16 or FP8: weights [ROWS, CHOICES, COLUMNS], scales of their
-    blocks [CHOICES, BLOCKS] (without blocks the routing weights), and [ROWS, CHOICES] what multiplies products
-    and what is added to them in the end."""
+    blocks [CHOICES, BLOCKS] (without blocks the routing weights), and [ROWS, CHOICES] what multiplies
+    products and what is added to them in the end."""
     k = FIRST + tl.arange(0, CHOICES)
     column = tl.arange(0, COLUMNS)
     there = (k < TOP_K)[None, :, None] & (column < INTER)[None, None, :]
@@ -168,8 +168,8 @@ def _by_rows(
     )
     if K1 > 0:
         tile1, of_block1, factor1, added1 = _rows_of_choices(
-            w, scale, row_scale, bias, expert_ids, routing_weights, rows, K0, K1, HIDDEN, INTER, TOP_K, COLUMNS,
-            ROWS,
+            w, scale, row_scale, bias, expert_ids, routing_weights, rows, K0, K1, HIDDEN, INTER, TOP_K,
+            COLUMNS, ROWS,
         )  # fmt: skip
     wait_for_launch_before(PDL)
     total = _sum_of_choices(tile, of_block, factor, added, h, 0, INTER, TOP_K, BLOCKED)
@@ -184,8 +184,8 @@ def _by_rows(
 @triton.jit
 def _by_words(
     h, w, scale, row_scale, bias, expert_ids, routing_weights, out, HIDDEN: tl.constexpr, INTER: tl.constexpr,
-    TOP_K: tl.constexpr, CHOICES: tl.constexpr, CHUNK: tl.constexpr, STORED: tl.constexpr, GROUPS: tl.constexpr,
-    PANEL: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, ROWS: tl.constexpr,
+    TOP_K: tl.constexpr, CHOICES: tl.constexpr, CHUNK: tl.constexpr, STORED: tl.constexpr,
+    GROUPS: tl.constexpr, PANEL: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, ROWS: tl.constexpr,
     RESIDUAL: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """4-bit weights. A tile is one row of every choice's matrix; what is no choice has expert 0's weights and

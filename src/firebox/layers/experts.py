@@ -304,8 +304,8 @@ class Workspace:
 
         group = moe_gate_up.x_group(p) or p.hidden
         self.h_few = empty(few * p.top_k, p.inter, dtype=DTYPES[operand(p)])
-        added_up = max(min(few, moe_gate_up_few.COLUMNS_UP_TO), moe_down_few.MAX_SLICES)
-        self.partial = empty(added_up * p.top_k, p.hidden, dtype=torch.float32)
+        added_up = min(few, moe_gate_up_few.COLUMNS_UP_TO) * p.top_k
+        self.partial = empty(added_up, p.hidden, dtype=torch.float32)
         self.table = empty(max(few * p.top_k, p.experts), 1 + moe_gate_up_few.padded(few), dtype=torch.int32)
         self.counters = torch.zeros(p.hidden // 16, dtype=torch.int32, device=device)
         inner = torch.float8_e4m3fn if native else DTYPES[p.dtype]

@@ -1,9 +1,9 @@
 """Steps in which every request has one query, on an NVIDIA GPU: rotation, the write into the cache and
 attention in one launch, kernels/attention_rope_decode.py, where other steps take two (attention_gpu.py).
 
-Only where it was measured to be faster (attention.json, "rope_decode …"): on an H200 one launch saves 1.1 µs a
-layer of gpt-oss at one request and 1.3 of GLM-4.5-Air, and loses as much of Qwen3 at eight, whose rotation
-each block of divided keys would wait for. Where its results were wrong, steps take the two launches.
+Only where it was measured to be faster (attention.json, "rope_decode …"): on an H200 one launch saves 1.1 µs
+a layer of gpt-oss at one request and 1.3 of GLM-4.5-Air, and loses as much of Qwen3 at eight. Where its
+results were wrong, steps take the two launches.
 """
 
 from __future__ import annotations
