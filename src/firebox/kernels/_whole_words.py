@@ -7,8 +7,8 @@ columns, of at most what a warp takes in one load. So each thread loads the colu
 for, and uses them again for each further such tile of its program; none waits for another thread until the
 sum. Decoding to float32 takes three instructions a weight and multiplication one, where tensor cores take two
 and a product of which seven eighths are zeros (_expert_tiles.py, SPREAD); but nothing is divided among
-programs and added up again. Where there is much to decode, that is not enough: gpt-oss's experts take 30 µs so on an H200,
-and 25 in moe_gate_up_few.py and moe_down_few.py; Kimi-K2.5's eighth 15 and 20.
+programs and added up again. Where there is much to decode, that is not enough: on an H200 gpt-oss's experts
+take 30 µs so, and 25 in moe_gate_up_few.py and moe_down_few.py; an eighth of Kimi-K2.5's 15 and 20.
 
 Codes are taken where they stand, as float32 below the normal ones, and x and the groups' scales make up: E2M1
 comes out times 2⁻¹²⁶, an integer times 2⁻¹³³; of a group of integers, the zero point times the sum of x is
