@@ -42,6 +42,7 @@ from firebox.kernels import (
     _tuned,
     moe_down_few,
     moe_gate_up_few,
+    moe_gate_up_one,
     moe_gate_up_scaled,
 )
 from firebox.kernels._experts import FP8, Problem
@@ -49,6 +50,7 @@ from firebox.kernels.compile import PINNED_OPTIONS, CompileRequest, limit_bytes
 from firebox.layers.experts import (
     FEW,
     MODULES,
+    ONE,
     SCALED,
     SORTED,
     Experts,
@@ -217,6 +219,8 @@ def candidates(
 ) -> dict[str, tuple[list[Any], list[Any]]]:
     """Path, of those that are wanted → tiles of the two halves."""
     found: dict[str, tuple[list[Any], list[Any]]] = {}
+    if ONE in wanted and tokens == 1 and moe_gate_up_one.accepts(problem, gpu) is None:
+        found[ONE] = tuple(list(module.search_space(problem, 1, gpu)) for module in MODULES[ONE])
     if FEW in wanted and tokens <= moe_gate_up_few.MAX_TOKENS:
         few = (moe_gate_up_few, moe_down_few)
         found[FEW] = tuple(list(module.search_space(problem, tokens, gpu)) for module in few)
@@ -414,7 +418,7 @@ def main() -> int:
     )
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
-    parser.add_argument("--paths", default=f"{FEW},{SORTED},{SCALED}", help="which the sweep looks at")
+    parser.add_argument("--paths", default=f"{ONE},{FEW},{SORTED},{SCALED}", help="which the sweep looks at")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--grid", action="store_true", help="40 numbers of tokens, and the dips among them")
     only.add_argument("--smem-limit", type=int, metavar="BYTES", help="with so much a block against without")

@@ -12,8 +12,10 @@ from firebox.hardware.base import Gpu
 from firebox.hardware.probe import probe_gpu
 from firebox.kernels import (
     moe_down_few,
+    moe_down_one,
     moe_down_scaled,
     moe_gate_up_few,
+    moe_gate_up_one,
     moe_gate_up_scaled,
     moe_sort,
     quantise_fp8,
@@ -22,7 +24,7 @@ from firebox.kernels import (
 from firebox.kernels._block_scaled import GROUPS, KINDS, Rounded
 from firebox.kernels._experts import FORMATS, FOUR_BIT, FP8, INT4_ZERO, INTEGERS, MXFP4, NIBBLES, Problem
 from firebox.kernels.launch import Launcher
-from firebox.layers.experts import FEW, SCALED, SORTED, Experts, Path, Workspace, default_path, path_of
+from firebox.layers.experts import FEW, ONE, SCALED, SORTED, Experts, Path, Workspace, default_path, path_of
 from tests.support.experts import random_routing, random_weights, relative_error
 
 pytestmark = pytest.mark.gpu
@@ -40,7 +42,7 @@ SORTED_LIMIT = FEW_LIMIT | dict.fromkeys(FP8, 6e-2)
 # Block-scaled: the same two roundings, to the kind's codes (kernels/quantise_groups.py: 0.095 and 0.027 RMS),
 # of which SwiGLU's product meets the first twice: 0.16 and 0.044 in float32, with the reference's rounding.
 SCALED_LIMIT = {"nvfp4_nibbles": 0.2, "mxfp4_nibbles": 0.06}
-LIMITS = {FEW: FEW_LIMIT, SORTED: SORTED_LIMIT, SCALED: SCALED_LIMIT}
+LIMITS = {ONE: FEW_LIMIT, FEW: FEW_LIMIT, SORTED: SORTED_LIMIT, SCALED: SCALED_LIMIT}
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +113,20 @@ def test_few_and_sorted_agree_with_the_oracle_on_both_sides(format: str, tokens:
     for block in (16, 32, 64):
         many = Path(SORTED, moe_gate_up.default(p, block, gpu), moe_down.default(p, block, gpu), "test")
         assert layer.error(tokens, many) < SORTED_LIMIT[format]
+
+
+@pytest.mark.parametrize(
+    ("format", "panels"), [*((name, False) for name in FORMATS), *((name, True) for name in FOUR_BIT)]
+)
+@pytest.mark.parametrize(("hidden", "inter", "top_k"), [(512, 256, 3), (2048, 768, 8), (640, 384, 9)])
+def test_one_token_by_every_tile_of_whole_rows(
+    hidden: int, inter: int, top_k: int, format: str, panels: bool, gpu: Gpu
+) -> None:
+    layer = Layer(problem(format, hidden=hidden, inter=inter, top_k=top_k, panels=panels), gpu, 1)
+    spaces = [list(module.search_space(layer.problem, 1, gpu)) for module in (moe_gate_up_one, moe_down_one)]
+    for i in range(max(map(len, spaces))):
+        path = Path(ONE, *(tiles[i % len(tiles)] for tiles in spaces), "test")
+        assert layer.error(1, path) < FEW_LIMIT[format], path
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -12,11 +12,11 @@ import triton
 
 from firebox.hardware.base import Gpu
 from firebox.hardware.probe import probe_gpu
-from firebox.kernels import _linear, linear, linear_few
+from firebox.kernels import _linear, linear, linear_few, linear_one
 from firebox.kernels._experts import INT4_ZERO
 from firebox.kernels._linear import FORMATS, GROUPS, Problem
 from firebox.layers import _dense_library
-from firebox.layers.dense_gpu import CUBLAS, FEW, MANY, LinearKernels, Path, Workspace, path_of, rounds
+from firebox.layers.dense_gpu import CUBLAS, FEW, MANY, ONE, LinearKernels, Path, Workspace, path_of, rounds
 from firebox.tuning import linear as tuner
 from firebox.tuning._linear_bench import Weighted
 from tests.support.experts import relative_error
@@ -99,6 +99,18 @@ class Layer:
 @pytest.fixture(autouse=True)
 def exact_oracle() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.parametrize("format", linear_one.FORMATS)
+@pytest.mark.parametrize(("rows", "columns"), [(80, 2944), (2048, 4096)])
+def test_one_token_by_every_tile_of_whole_rows(rows: int, columns: int, format: str, gpu: Gpu) -> None:
+    layer = Layer(Problem(rows, columns, format, bias=True, residual=True), gpu, 1)
+    plain = Layer(Problem(rows, columns, format, out_dtype="f32"), gpu, 1)
+    for config in linear_one.search_space(layer.problem, gpu):
+        path = Path(ONE, config, "test")
+        layer.check(1, path)
+        layer.check(1, path, in_place=True)
+        plain.check(1, path)
 
 
 @pytest.mark.parametrize(("format", "group"), KINDS)

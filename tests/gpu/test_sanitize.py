@@ -16,11 +16,16 @@ from firebox.hardware.probe import probe_gpu
 from firebox.kernels import (
     attention_decode,
     attention_extend,
+    attention_rope_decode,
     gated_delta_chunk,
     gated_delta_decode,
     linear,
     linear_few,
+    linear_one,
     logprobs,
+    moe_down_one,
+    moe_gate_up_one,
+    moe_norm_route,
     moe_route,
     quantise_groups,
     sample,
@@ -34,10 +39,20 @@ from firebox.kernels._experts import FP8 as FP8_FORMATS
 from firebox.kernels._gated_delta import reference
 from firebox.kernels._linear import Problem as LinearProblem
 from firebox.kernels.launch import Launcher
-from firebox.layers.dense_gpu import FEW, MANY, Path
+from firebox.layers.dense_gpu import FEW, MANY, ONE, Path
 from firebox.layers.experts import FEW as FEW_EXPERTS
+from firebox.layers.experts import ONE as ONE_EXPERTS
 from firebox.layers.experts import SCALED, SORTED, default_path
-from tests.gpu import test_attention, test_experts, test_gated_delta, test_linear, test_sample
+from firebox.layers.experts import Path as ExpertPath
+from tests.gpu import (
+    test_attention,
+    test_experts,
+    test_gated_delta,
+    test_linear,
+    test_norm_route,
+    test_rope_decode,
+    test_sample,
+)
 from tests.support.attention_run import error, run
 from tests.support.gated_delta import random_inputs, random_layer
 from tests.support.interpreted_route import compare, outputs
@@ -84,6 +99,14 @@ def sorted_experts(format: str, gpu: Gpu, **changes: int) -> None:
     for block, tokens in ((16, 7), (64, 75)):
         path = default_path(layer.problem, SORTED, block, gpu)
         assert layer.error(tokens, path) < test_experts.SORTED_LIMIT[format], (block, tokens)
+
+
+@pytest.mark.sanitize("moe_gate_up_one", "moe_down_one")
+@pytest.mark.parametrize("format", FORMATS)
+def test_one_token_of_experts(format: str, gpu: Gpu) -> None:
+    layer = expert_layer(format, gpu)
+    tiles = (module.default(layer.problem, 1, gpu) for module in (moe_gate_up_one, moe_down_one))
+    assert layer.error(1, ExpertPath(ONE_EXPERTS, *tiles, "test")) < test_experts.FEW_LIMIT[format]
 
 
 @pytest.mark.sanitize("moe_sort", "moe_gate_up", "moe_down", "moe_combine")
@@ -138,6 +161,12 @@ def test_routing(name: str, gpu: Gpu) -> None:
     assert compare(ids, weights, wanted, decided(problem, logits, bias))["wrong"] == 0
 
 
+@pytest.mark.sanitize("moe_norm_route")
+def test_norm_router_and_choice_in_one_launch(gpu: Gpu) -> None:
+    for case in moe_norm_route.CASES:
+        test_norm_route.check(case, gpu)
+
+
 # ---- linear layers
 
 
@@ -145,6 +174,20 @@ def linear_layer(format: str, group: int, gpu: Gpu) -> test_linear.Layer:
     unit = 128 if format == "fp8_block" else max(group, 16)
     problem = LinearProblem(200, -(-400 // unit) * unit, format, group, bias=True, residual=True)
     return test_linear.Layer(problem, gpu, 80)
+
+
+@pytest.mark.sanitize("linear_one")
+@pytest.mark.parametrize("format", linear_one.FORMATS)
+def test_one_token_of_a_linear_layer(format: str, gpu: Gpu) -> None:
+    layer = linear_layer(format, 0, gpu)
+    layer.check(1, Path(ONE, linear_one.default(layer.problem, gpu), "test"))
+
+
+@pytest.mark.sanitize("attention_rope_decode", "attention_decode")
+def test_rotation_and_attention_in_one_launch(gpu: Gpu) -> None:
+    """Keys divided and not: the second launch is attention_decode.py's."""
+    for case in attention_rope_decode.CASES:
+        test_rope_decode.check(case, gpu)
 
 
 @pytest.mark.sanitize("linear_few")

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from firebox.attention.triton_paged import DECODE, EXTEND
 from firebox.hardware.base import Gpu
 from firebox.hardware.probe import probe_gpu
 from firebox.kernels._attention import FP8
 from firebox.kernels._attention import Problem as AttentionLayer
+from firebox.kernels._attention_choice import DECODE, EXTEND
 from firebox.kernels._experts import INT4_ZERO
 from firebox.kernels._experts import Problem as ExpertProblem
 from firebox.kernels._linear import Problem as LinearProblem

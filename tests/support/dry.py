@@ -69,7 +69,7 @@ def model_of(model_type: str, gpu: Gpu, *, requantize: bool = False, **changes: 
     module = load("models", model_type)
     config = {**module.TINY, **changes}
     build = Build(
-        gpu, CPU, torch.bfloat16, torch.bfloat16, 512, format_of=formats_of(config),
+        gpu, CPU, torch.bfloat16, torch.bfloat16, 1024, format_of=formats_of(config),
         shared=Device(gpu, CPU, MAX_TOKENS),
         requantise=Requantiser(0.04, kernels=True).quantise if requantize else None,
     )  # fmt: skip
@@ -79,7 +79,7 @@ def model_of(model_type: str, gpu: Gpu, *, requantize: bool = False, **changes: 
 
 
 def random_traffic(model: Any, gpu: Gpu, seed: int) -> None:
-    """Prompts of 1 to 440 tokens in chunks of up to 70, in batches of up to 24 requests."""
+    """Prompts of 1 to 700 tokens in chunks of up to 70, in batches of up to 24 requests."""
     rng, runner = random.Random(seed), DryRunner(model, gpu)
     windows = [spec.window_tokens for spec in model.cache_specs if hasattr(spec, "window_tokens")]
     sizes = CacheSizes(PAGES, PAGE_TOKENS, windows[0] if windows else None, PAGES, 64)
@@ -89,7 +89,7 @@ def random_traffic(model: Any, gpu: Gpu, seed: int) -> None:
     )  # fmt: skip
     params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
     for i in range(40):
-        prompt = [rng.randrange(model.head.vocab) for _ in range(rng.choice((1, 3, 12, 17, 40, 120, 440)))]
+        prompt = [rng.randrange(model.head.vocab) for _ in range(rng.choice((1, 3, 12, 17, 40, 120, 700)))]
         scheduler.add(Request(i, prompt, params))
         for _ in range(rng.randrange(3)):
             _step(scheduler, runner)

@@ -24,9 +24,11 @@ from firebox.kernels import (
     moe_combine,
     moe_down,
     moe_down_few,
+    moe_down_one,
     moe_down_scaled,
     moe_gate_up,
     moe_gate_up_few,
+    moe_gate_up_one,
     moe_gate_up_scaled,
     moe_sort,
     quantise_fp8,
@@ -112,6 +114,33 @@ def few(
             assert not counters.any()
         assert (out[-1] == 7.0).all()
         found[f"few {tokens} down{name}"] = relative_error(out[:-1], wanted)
+    return found
+
+
+def one(p: Problem, gate_up: Weights, down: Weights, generator: torch.Generator) -> dict[str, float]:
+    """One token's own kernels, in small tiles and large ones; the second half adds to what is there."""
+    p = replace(p, residual=True)
+    ids, weights = random_routing(p, 1, generator)
+    x = torch.randn(1, p.hidden, generator=generator).half()
+    found = {}
+    across = moe_gate_up_one.across(p, moe_gate_up_one.Config(1, 4))
+    for rows in (1, 8):
+        h = torch.full((p.top_k + 1, p.inter), NAN, dtype=torch.float16)
+        h[-1] = 7.0
+        config = moe_gate_up_one.Config(max(rows, across), 4)
+        launcher = Launcher(moe_gate_up_one.request(p, config, GPU, interpreted=True))
+        moe_gate_up_one.run(launcher, p, x, gate_up, ids, h)
+        assert (h[-1] == 7.0).all()
+        wanted = moe_gate_up_one.reference(p, x, gate_up, ids)
+        found[f"one gate_up {rows}"] = relative_error(h[:-1], wanted)
+        out = torch.randn(2, p.hidden, generator=generator).half()
+        before, out[-1] = out[:1].float(), 7.0
+        config = moe_down_one.Config(rows, 4)
+        launcher = Launcher(moe_down_one.request(p, config, GPU, interpreted=True))
+        moe_down_one.run(launcher, p, h, down, ids, weights, out[:1])
+        assert (out[-1] == 7.0).all()
+        wanted = before + moe_down_one.reference(p, h[:-1], down, ids, weights)
+        found[f"one down {rows}"] = relative_error(out[:1], wanted)
     return found
 
 
@@ -225,6 +254,7 @@ def main(format: str) -> None:
         gate_up = random_weights(p, 2 * inter, hidden, generator)
         down = random_weights(p, hidden, inter, generator)
         size = f"{hidden} × {inter} × {experts}: "
+        found |= {size + case: error for case, error in one(p, gate_up, down, generator).items()}
         for tokens in few_tokens:
             found |= {size + case: error for case, error in few(p, tokens, gate_up, down, generator).items()}
         for tokens in many:

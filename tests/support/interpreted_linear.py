@@ -13,7 +13,7 @@ import sys
 import torch
 
 from firebox.hardware.base import find_gpu
-from firebox.kernels import linear, linear_few, quantise_fp8
+from firebox.kernels import linear, linear_few, linear_one, quantise_fp8
 from firebox.kernels._linear import Problem
 from firebox.kernels.launch import Launcher
 from tests.support import quick_interpreter
@@ -42,6 +42,12 @@ class Case:
             launcher, p, self.x, self.weights, self.residual, partial, out[: self.tokens], counters
         )
         assert partial[-1] == 7.0 and counters[-1] == 7 and not counters[:-1].any()
+        return self._error(out, self.x)
+
+    def one(self, config: linear_one.Config) -> float:
+        out = self._out()
+        launcher = Launcher(linear_one.request(self.p, config, GPU, interpreted=True))
+        linear_one.run(launcher, self.p, self.x, self.weights, self.residual, out[:1])
         return self._error(out, self.x)
 
     def many(self, config: linear.Config, *, in_place: bool = False) -> float:
@@ -102,6 +108,10 @@ def main(format: str, group: int) -> None:
             case = Case(p, tokens, generator)
             for name, config in tiles.items():
                 found[f"few {p.rows} × {p.columns} {tokens} {name}"] = case.few(config)
+        if linear_one.accepts(p, GPU) is None:
+            case = Case(p, 1, generator)
+            for config in (linear_one.Config(1, 4), linear_one.Config(16, 8)):
+                found[f"one {p.rows} × {p.columns} {config.rows} rows"] = case.one(config)
         if linear.accepts(p, GPU) is None:
             case = Case(p, 40, generator)
             for slices in (1, 2, 3):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ class Layer:
 
     def error(self, name: str) -> float:
         """Of one path, over a workspace of NaN."""
-        problem, tokens = self.made.problem, TOKENS[name]
+        problem, tokens = replace(self.made.problem, normed=False), TOKENS[name]
         assert self.made._build.shared is not None
         experts = self.made._build.shared.experts(problem, self.made._store.gate_up, self.made._store.down)
         path = default_path(problem, name, tokens if name == FEW else 16, self.gpu)

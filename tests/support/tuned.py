@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from firebox.attention import triton_paged
 from firebox.hardware.base import Gpu
-from firebox.kernels import _tuned
+from firebox.kernels import _attention_choice, _tuned
 from firebox.layers import dense_gpu
 
 
@@ -32,7 +31,7 @@ class TunedFolder:
 
 def forget() -> None:
     """What was read of files before."""
-    for cached in (_tuned._file, dense_gpu._path_of, dense_gpu._fitted, triton_paged._measured):
+    for cached in (_tuned._file, dense_gpu._path_of, dense_gpu._fitted, _attention_choice.measured):
         cached.cache_clear()
 
 

@@ -26,14 +26,22 @@ from firebox.attention.base import KvSpec, LatentSpec
 from firebox.cache.pool import LayerCache
 from firebox.hardware.base import Gpu
 from firebox.hardware.probe import probe_gpu
-from firebox.kernels._veto import Choice, remembers, why_not
+from firebox.kernels._attention_choice import (
+    DECODE,
+    EXTEND,
+    TUNED_FILE,
+    decode_config,
+    decode_tile,
+    extend_config,
+    failed,
+    key,
+    measured,
+    splits,
+)
 
 if TYPE_CHECKING:  # Triton is imported where there is a GPU, and not before
     from firebox.kernels._attention import Config, Paged, Problem
     from firebox.kernels.plan import Made
-
-TUNED_FILE = "attention"  # the file in tuned/<gpu>/
-DECODE, EXTEND = "decode", "extend"
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,11 @@ class Plan:
     decode_contexts: tuple[int, int]
     tiles: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
+    @functools.cached_property
+    def single(self) -> bool:
+        """Has every request one query, and no tree?"""
+        return self.paged.tree_bits is None and bool((np.diff(self.query_start) == 1).all())
+
 
 def accepts(heads: int, spec: KvSpec, gpu: Gpu) -> str | None:
     """NVIDIA GPUs; head_dim 64, 128, 192, 256, and latent rows of 512 + 64."""
@@ -62,64 +75,13 @@ def accepts(heads: int, spec: KvSpec, gpu: Gpu) -> str | None:
     return unsupported(heads, spec.kv_heads, spec.head_dim, spec.head_dim)
 
 
-@functools.cache
-def key(kernel: str, problem: Problem) -> str:
-    """How attention.json calls a problem of DECODE or EXTEND."""
-    p = problem
-    dtype, kv = (str(dtype).removeprefix("torch.") for dtype in (p.dtype, p.kv_dtype))
-    sizes = ("heads", "kv_heads", "head_dim", "value_dim", "page_tokens")
-    masks = [name for name in ("window", "sinks", "tree") if getattr(p, name)]
-    return " ".join([kernel, dtype, f"kv={kv}", *(f"{name}={getattr(p, name)}" for name in sizes), *masks])
-
-
-def decode_config(problem: Problem, gpu: Gpu, queries: int, tokens: int) -> Config:
-    """The tile for requests of up to `queries` queries in a step of `tokens`."""
-    return _decode_config(problem, gpu, queries, _measured(DECODE, problem, gpu, tokens))
-
-
-def extend_config(problem: Problem, gpu: Gpu, tokens: int) -> Config:
-    """The tile for longer requests in a step of `tokens`."""
-    from firebox.kernels import attention_extend
-
-    return _measured(EXTEND, problem, gpu, tokens) or attention_extend.default(problem, gpu)
-
-
-def choice_of(kernel: str, problem: Problem, config: Config) -> Choice:
-    """What is vetoed of a tile of DECODE or EXTEND."""
-    return (kernel, problem, config)
-
-
-@remembers
-@functools.cache
-def _measured(kernel: str, problem: Problem, gpu: Gpu, tokens: int) -> Config | None:
-    """The tile of the tuned file; None where there is none, or where its results were wrong."""
-    found = _entry(kernel, problem, gpu, tokens)
-    return None if found is None or why_not(choice_of(kernel, problem, found)) else found
-
-
-def _entry(kernel: str, problem: Problem, gpu: Gpu, tokens: int) -> Config | None:
-    from firebox.kernels import _tuned
-    from firebox.kernels._attention import Config
-
-    entry = _tuned.measured(gpu.name, TUNED_FILE, key(kernel, problem), tokens)
-    return None if entry is None else Config(**entry["config"])
-
-
-def _decode_config(problem: Problem, gpu: Gpu, queries: int, tuned: Config | None) -> Config:
-    from firebox.kernels import attention_decode
-
-    if tuned is not None and tuned.block_m == attention_decode.block_rows(problem, gpu, queries):
-        return tuned
-    return attention_decode.default(problem, gpu, queries)
-
-
 def made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
     """What steps of so many tokens may launch, however they are divided among requests: decode for each
     number of queries that a request may have, its keys divided or not, and extend. For the plan."""
     from firebox.kernels.attention_decode import MAX_QUERIES
 
-    tuned = tuple(_measured(kernel, problem, gpu, tokens) for kernel in (DECODE, EXTEND))
-    return _made(problem, min(tokens, MAX_QUERIES + 1), tuned, _failed(problem, gpu, tokens), gpu)
+    tuned = tuple(measured(kernel, problem, gpu, tokens) for kernel in (DECODE, EXTEND))
+    return _made(problem, min(tokens, MAX_QUERIES + 1), tuned, failed(problem, gpu, tokens), gpu)
 
 
 def turns(problem: Problem, max_tokens: int, gpu: Gpu) -> Iterator[int]:
@@ -132,23 +94,14 @@ def turns(problem: Problem, max_tokens: int, gpu: Gpu) -> Iterator[int]:
         yield from _tuned.turns(gpu.name, TUNED_FILE, key(kernel, problem))
 
 
-@remembers
 @functools.cache
-def _failed(problem: Problem, gpu: Gpu, tokens: int) -> str:
-    """Which tiles of the tuned file gave wrong results, or ""."""
-    found = [(kernel, _entry(kernel, problem, gpu, tokens)) for kernel in (DECODE, EXTEND)]
-    reasons = [why_not(choice_of(kernel, problem, config)) for kernel, config in found if config is not None]
-    return "".join(f"; instead of {reason}" for reason in reasons if reason)
-
-
-@functools.cache
-def _made(problem: Problem, tokens: int, tuned: tuple[Config | None, ...], failed: str, gpu: Gpu) -> Made:
+def _made(problem: Problem, tokens: int, tuned: tuple[Config | None, ...], instead: str, gpu: Gpu) -> Made:
     from firebox.kernels import attention_decode, attention_extend
     from firebox.kernels.plan import Compile, Made
 
     found: list[Compile] = []
     queries = range(1, min(tokens, attention_decode.MAX_QUERIES) + 1)
-    for config in dict.fromkeys(_decode_config(problem, gpu, n, tuned[0]) for n in queries):
+    for config in dict.fromkeys(decode_tile(problem, gpu, n, tuned[0]) for n in queries):
         tile = f"{config.block_m} rows"
         (whole,) = attention_decode.requests(problem, config, gpu, split=False)
         part, merge = attention_decode.requests(problem, config, gpu)
@@ -161,7 +114,7 @@ def _made(problem: Problem, tokens: int, tuned: tuple[Config | None, ...], faile
         found.append(Compile(attention_extend.OP, request, config))
     chosen = {compile.config for compile in found if compile.config is not None}
     why = "default" if chosen.isdisjoint(tuned) else "measured" if chosen <= set(tuned) else "partly measured"
-    return Made("paged", why + failed, tuple(found))
+    return Made("paged", why + instead, tuple(found))
 
 
 def plan(
@@ -261,23 +214,6 @@ def decode(step: Attended, config: Config) -> None:
         max_queries=plan.decode_queries, splits=divided, pdl=attention_decode.depends(step.gpu),
         **step.options,
     )  # fmt: skip
-
-
-def splits(
-    problem: Problem, gpu: Gpu, config: Config, requests: int, queries: int, contexts: tuple[int, int],
-    window_tokens: int,
-) -> int:  # fmt: skip
-    """Among how many blocks decode divides the keys of a request. `queries`: the most of a request;
-    `contexts`: tokens of the longest, and of all divided by the requests."""
-    from firebox.kernels import attention_decode
-
-    longest, mean = contexts
-    if window_tokens:  # nothing before the first query's window is read
-        most = window_tokens + queries
-        longest, mean = min(longest, most), min(mean, most)
-    programs = problem.kv_heads * -(-problem.group * queries // config.block_m) * requests
-    places = attention_decode.places(problem, config, gpu)
-    return attention_decode.split_count(programs, (longest, mean), places, config.block_n)
 
 
 def extend(step: Attended, config: Config) -> None:

@@ -3,7 +3,7 @@ Each has one compile, so there is no other choice to take in its place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -14,6 +14,7 @@ from firebox.hardware.base import Gpu
 from firebox.kernels import (
     _kv_write,
     latent_write,
+    moe_norm_route,
     moe_route,
     rms_norm,
     rope_write,
@@ -24,6 +25,7 @@ from firebox.kernels import (
 from firebox.kernels._veto import Choice
 from firebox.kernels.launch import INTERPRETED, Launcher
 from firebox.kernels.plan import Operation
+from firebox.layers import norm_gpu, route_gpu
 from firebox.layers._invented import relative_error
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
@@ -35,6 +37,7 @@ MOST_ROWS = 8  # that sampling is compared for: the reference sorts whole vocabu
 # RMS error over the reference's RMS: outputs are rounded to bf16 once or twice, FP8 ones by 2.6 %; two
 # experts that are equally good but for rounding may change places in the routing of some token.
 LIMIT, FP8_LIMIT, ROUTE_LIMIT = 5e-3, 5e-2, 2e-2
+CODES_LIMIT = 8e-2 if INTERPRETED else FP8_LIMIT  # the interpreter does not round FP8 as a GPU does
 CLOSE = 1e-5  # two tokens whose times are as close may both win
 
 
@@ -96,6 +99,11 @@ def trial_of(operation: Operation, setup: Setup) -> Callable[[int], list[Result]
     return (lambda tokens: _routes(problem, setup, tokens)) if kernel is moe_route else None
 
 
+def normalises(problem: norm_gpu.Problem, setup: Setup, tokens: int) -> list[Result]:
+    """A norm with all that so many tokens have it write."""
+    return _rows(rms_norm, norm_gpu.kernel_problem(problem, tokens, setup.gpu), setup, tokens)
+
+
 def _launcher(kernel: ModuleType, problem: Any, setup: Setup) -> Launcher:
     return Launcher(kernel.request(problem, setup.gpu, interpreted=INTERPRETED))
 
@@ -111,7 +119,7 @@ def _rows(kernel: ModuleType, problem: Any, setup: Setup, tokens: int) -> list[R
     found = outputs | ({"x": given["x"]} if "x" in wanted else {})
     errors = {name: relative_error(found[name].float(), rows.float()) for name, rows in wanted.items()}
     return [
-        Result(f"{kernel.OP}'s {name}", tokens, error, FP8_LIMIT if name == "q" else LIMIT)
+        Result(f"{kernel.OP}'s {name}", tokens, error, CODES_LIMIT if name == "q" else LIMIT)
         for name, error in errors.items()
     ]
 
@@ -158,14 +166,40 @@ def _routes(problem: moe_route.Problem, setup: Setup, tokens: int) -> list[Resul
     found = setup.nan(*ids.shape, dtype=torch.float32)
     setup.settle()
     moe_route.run(_launcher(moe_route, p, setup), logits, bias, gate, found_ids, found)
-    width = p.experts + p.shared
-    if bool((found_ids < 0).any()) or bool((found_ids >= width).any()):
-        return [Result(moe_route.OP, tokens, float("inf"), ROUTE_LIMIT)]
-    dense = [
-        torch.zeros(tokens, width, device=setup.device).scatter_add_(1, where.long(), what)
-        for where, what in ((found_ids, found), (ids, weights))
+    return [Result(moe_route.OP, tokens, _route_error(p, (found_ids, found), (ids, weights)), ROUTE_LIMIT)]
+
+
+def routes_in_one(problem: route_gpu.Problem, setup: Setup, tokens: int) -> list[Result]:
+    """From the residual stream to the choices, in one launch; nothing where three stand in."""
+    config, p = route_gpu.config_of(problem, setup.gpu, tokens), problem.kernel
+    if config is None:
+        return []
+    kind = {"device": setup.device, "dtype": DTYPES[p.norm.dtype]}
+    given, space = moe_norm_route.inputs(p, setup.generator(), **kind), route_gpu.Workspace(setup.device)
+    rows, *wanted = moe_norm_route.reference(p, **given)
+    setup.settle()
+    found_rows, _, *found = route_gpu.run(problem, config, setup.gpu, space, *given.values())
+    choice, tile = route_gpu.choice_of(problem, config), f"{moe_norm_route.OP} with {config}"
+    counted = not bool(space.counter.any())  # and ready for the next launch
+    error = _route_error(p.route, found, wanted) if counted else float("inf")
+    return [
+        Result(f"{tile}, out", tokens, relative_error(found_rows.float(), rows.float()), LIMIT, choice),
+        Result(f"{tile}, choices", tokens, error, ROUTE_LIMIT, choice),
     ]
-    return [Result(moe_route.OP, tokens, relative_error(*dense), ROUTE_LIMIT)]
+
+
+def _route_error(
+    p: moe_route.Problem, found: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]
+) -> float:
+    """Of expert ids and their weights, as a matrix; infinite with a number that is no expert's."""
+    width = p.experts + p.shared
+    if bool((found[0] < 0).any()) or bool((found[0] >= width).any()):
+        return float("inf")
+    dense = [
+        torch.zeros(len(ids), width, device=ids.device).scatter_add_(1, ids.long(), weights)
+        for ids, weights in (found, wanted)
+    ]
+    return relative_error(*dense)
 
 
 def draw(vocab: int, setup: Setup, rows: int) -> list[Result]:

@@ -13,16 +13,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from firebox.attention import triton_paged
 from firebox.engine import _small_trials
-from firebox.engine._small_trials import Result, Setup
+from firebox.engine._small_trials import FP8_LIMIT, LIMIT, Result, Setup
 from firebox.kernels import (
+    _attention_choice,
     _block_scaled,
+    _kv_write,
     _linear,
+    attention_rope_decode,
     linear,
     moe_down_few,
     moe_gate_up,
@@ -36,7 +40,7 @@ from firebox.kernels._experts import FP8
 from firebox.kernels.attention_decode import MAX_QUERIES, block_rows
 from firebox.kernels.launch import INTERPRETED
 from firebox.kernels.plan import Library, Operation, Single
-from firebox.layers import dense_gpu, experts
+from firebox.layers import dense_gpu, experts, norm_gpu, rope_decode_gpu, route_gpu
 from firebox.layers._expert_store import ExpertStore
 from firebox.layers._invented import invented, relative_error, vary
 
@@ -46,7 +50,7 @@ Trial = Callable[[int], list[Result]]
 CHECKED_TOKENS = 8  # of the first, and of the last
 CONTEXT_TOKENS, CHUNK_TOKENS = 37, 512
 # Long enough that keys are divided among blocks by any tile; the interpreter's are small, and it is slow.
-WINDOW_TOKENS, LONG_TOKENS = (300, 700) if INTERPRETED else (1100, 2500)
+WINDOW_TOKENS, LONG_TOKENS = (600, 700) if INTERPRETED else (1100, 2500)
 SINGLE_REQUESTS = 8
 # RMS error over the reference's RMS. An output rounded to bf16 is off by 0.0017; a 4-bit weight times its
 # scale, an inner value and a sum of choices are rounded once more. Rounded activations are rounded in the
@@ -68,6 +72,12 @@ def trial_of(operation: Operation, setup: Setup) -> Trial | None:
         return ExpertsTrial(operation.problem, setup)
     if operation.source is sample:
         return functools.partial(_small_trials.draw, operation.problem, setup)
+    if operation.source is norm_gpu:
+        return functools.partial(_small_trials.normalises, operation.problem, setup)
+    if operation.source is route_gpu:
+        return functools.partial(_small_trials.routes_in_one, operation.problem, setup)
+    if operation.source is rope_decode_gpu:
+        return RopeDecodeTrial(operation.problem, setup)
     return AttentionTrial(operation.problem, setup) if operation.source is triton_paged else None
 
 
@@ -165,7 +175,11 @@ class ExpertsTrial:
         before = out.float() if p.residual else torch.zeros((), device=setup.device)
         layer = experts.Experts(p, self._gate_up, self._down, setup.gpu, space)
         setup.settle()
-        layer(x, self._ids[:tokens], self._shares[:tokens], out)
+        codes = None
+        if p.normed and experts.rounds_at(p, tokens, setup.gpu):
+            columns = quantise_fp8.Problem(p.hidden, moe_gate_up.x_group(p), p.dtype)
+            codes = quantise_fp8.reference(columns, x)
+        layer(x, self._ids[:tokens], self._shares[:tokens], out, codes)
         at, rounds = _checked(tokens), path.name == experts.SCALED or self._in_fp8(path)
         finite = bool(torch.isfinite(out).all())
         wanted = self._reference(path, at) + (before[at] if p.residual else before)
@@ -235,12 +249,12 @@ class AttentionTrial:
         setup.settle()
         tiles = {}
         if plan.decode_queries:
-            config = triton_paged.decode_config(p, setup.gpu, plan.decode_queries, tokens)
-            tiles[triton_paged.DECODE] = config
+            config = _attention_choice.decode_config(p, setup.gpu, plan.decode_queries, tokens)
+            tiles[_attention_choice.DECODE] = config
             triton_paged.decode(attended, config)
         if any(queries > MAX_QUERIES for queries, _ in step):
-            tiles[triton_paged.EXTEND] = triton_paged.extend_config(p, setup.gpu, tokens)
-            triton_paged.extend(attended, tiles[triton_paged.EXTEND])
+            tiles[_attention_choice.EXTEND] = _attention_choice.extend_config(p, setup.gpu, tokens)
+            triton_paged.extend(attended, tiles[_attention_choice.EXTEND])
         wanted = attention(p, given)
         return [self._result(kernel, tiles[kernel], case, given, out, wanted) for kernel in tiles]
 
@@ -251,11 +265,54 @@ class AttentionTrial:
         """Of the rows that this kernel wrote."""
         start, rows = given["query_start"], list[int]()
         for request, (queries, _) in enumerate(case.requests):
-            if (queries <= MAX_QUERIES) == (kernel == triton_paged.DECODE):
+            if (queries <= MAX_QUERIES) == (kernel == _attention_choice.DECODE):
                 rows += range(int(start[request]), int(start[request + 1]))
         error = relative_error(out[rows].float(), wanted[rows])
-        choice = triton_paged.choice_of(kernel, self._p, config)
+        choice = _attention_choice.choice_of(kernel, self._p, config)
         return Result(_tile(kernel, config), len(out), error, case.tolerance, choice)
+
+
+class RopeDecodeTrial:
+    """Attention of single queries from the projections on, in one launch."""
+
+    def __init__(self, problem: attention_rope_decode.Problem, setup: Setup) -> None:
+        self._p, self._setup = problem, setup
+
+    def __call__(self, tokens: int) -> list[Result]:
+        """Of short contexts, and with a long one, whose keys are divided among blocks; nothing where two
+        launches stand in."""
+        config = rope_decode_gpu.config_of(self._p, self._setup.gpu, tokens)
+        if config is None:
+            return []
+        contexts = tuple(1 + (number * 7) % CONTEXT_TOKENS for number in range(tokens))
+        steps = (contexts, (LONG_TOKENS, *contexts[1:]))
+        return [result for step in steps for result in self._run(step, config)]
+
+    def _run(self, contexts: tuple[int, ...], config: Any) -> list[Result]:
+        """What was written into the cache, and what was attended there."""
+        p, setup, kernel = self._p, self._setup, attention_rope_decode
+        case = kernel.Case(p, contexts, WINDOW_TOKENS if p.paged.window else 0)
+        step = kernel.inputs(case, device=str(setup.device))
+        cache: Any = SimpleNamespace(k=step["k_cache"], v=step["v_cache"], scales=step["scales"])
+        plan = triton_paged.plan(step["query_start"], step["context_tokens"], step["page_table"])
+        setup.settle()
+        out = rope_decode_gpu.run(
+            p, config, setup.gpu, step["qkv"], cache, plan, step["scale"],
+            window_tokens=case.window_tokens or None, sinks=step["sinks"], **kernel.given(p, step),
+        )  # fmt: skip
+        q, *rows = kernel.rotated(p, step)
+        errors = {"out": relative_error(out.float(), kernel.attended(p, step, q))}
+        for name, wanted, scale in zip(("k_cache", "v_cache"), rows, step["scales"], strict=True):
+            written = _kv_write.rows_at(step[name], step["token_slots"])
+            stored = _kv_write.stored(wanted, step[name], scale)
+            errors[name] = relative_error(written.float(), stored.float())
+        codes = FP8_LIMIT if p.rope.kv_dtype == _kv_write.FP8 else LIMIT
+        choice, tile = rope_decode_gpu.choice_of(p, config), _tile(rope_decode_gpu.KIND, config)
+        limits = {"out": case.tolerance, "k_cache": codes, "v_cache": codes}
+        return [
+            Result(f"{tile}, {name}", len(contexts), error, limits[name], choice)
+            for name, error in errors.items()
+        ]
 
 
 def _others(tokens: int, single: bool = True) -> tuple[tuple[int, int], ...]:

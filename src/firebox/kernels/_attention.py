@@ -319,6 +319,13 @@ def attend_block(
         if WINDOW:
             seen = seen & (at[None, :] > (positions - window_tokens)[:, None])
         scores = tl.where(seen, scores, float("-inf"))
+    return softmax_step(acc, top, total, scores, v, scale, DOT, MASKED)
+
+
+@triton.jit
+def softmax_step(acc, top, total, scores, v, scale, DOT: tl.constexpr, MASKED: tl.constexpr):
+    """The state of the softmax after the keys of `scores` [BLOCK_M, BLOCK_N] and their values `v` [BLOCK_N,
+    WIDTH]. MASKED: some scores are -inf."""
     peak = tl.maximum(top, tl.max(scores, 1) * scale)
     # a row that has seen nothing yet: exp2(-inf − 0) is 0, exp2(-inf − -inf) would be NaN
     level = tl.where(peak == float("-inf"), 0.0, peak) if MASKED else peak

@@ -259,6 +259,12 @@ def activation(
     gate, up = tl.split(runs)
     gate = tl.reshape(gate, (ROWS // 2, TOKENS))
     up = tl.reshape(up, (ROWS // 2, TOKENS))
+    return gated(gate, up, CLAMPED, LIMIT, ALPHA)
+
+
+@triton.jit
+def gated(gate, up, CLAMPED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr):
+    """What the two halves make."""
     if CLAMPED:
         gate = tl.minimum(gate, LIMIT)
         up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)

@@ -47,7 +47,9 @@ class Problem:
     kernels/cpu_moe_block.py; `biases`: gpt-oss's. `dtype`: of hidden states, "bf16" or "f16". `residual`:
     the sum is added to what the output holds. `int4_columns`: that share a scale in 4-bit integers, one
     of INT4_GROUPS. `shared`: so many experts, the last ones, are every token's: the same to the kernels, but
-    not to who measures them. `panels`: words and group scales lie in panels (formats/layouts.py)."""
+    not to who measures them. `panels`: words and group scales lie in panels (formats/layouts.py). `normed`:
+    hidden states are what a norm wrote, which writes FP8 codes where these are multiplied
+    (layers/norm_gpu.py)."""
 
     hidden: int
     inter: int
@@ -63,6 +65,7 @@ class Problem:
     int4_columns: int = 32
     shared: int = 0
     panels: bool = False
+    normed: bool = False
 
     @property
     def group(self) -> int:

@@ -62,6 +62,14 @@ def put(cache: torch.Tensor, token_slots: torch.Tensor, rows: torch.Tensor, scal
     into.index_copy_(0, token_slots, codes)
 
 
+def rows_at(cache: torch.Tensor, token_slots: torch.Tensor) -> torch.Tensor:
+    """The rows [tokens, heads, dim] that `put` wrote."""
+    rows = cache.flatten(0, 1)
+    if cache.itemsize > 1:
+        return rows[token_slots]
+    return rows.view(torch.uint8)[token_slots].view(cache.dtype)
+
+
 # ---- device code
 
 

@@ -39,7 +39,8 @@ OUT_TYPES = {"bf16": "bf16", "f16": "fp16", "f32": "fp32"}
 class Problem:
     """One linear layer on one GPU: y [tokens, rows] = x [tokens, columns] · Wᵀ (+ bias) (+ residual).
     `format`: of W, one of FORMATS. `group`: columns that share a scale in the 4-bit formats, 0 in the others.
-    `dtype`: of x and of the residual, "bf16" or "f16"; `out_dtype`: of y, `dtype` or "f32"."""
+    `dtype`: of x and of the residual, "bf16" or "f16"; `out_dtype`: of y, `dtype` or "f32". `normed`: x is
+    what a norm wrote, which writes FP8 codes where these are multiplied (layers/norm_gpu.py)."""
 
     rows: int
     columns: int
@@ -49,6 +50,7 @@ class Problem:
     residual: bool = False
     dtype: str = "bf16"
     out_dtype: str = "bf16"
+    normed: bool = False
 
 
 @dataclass(frozen=True)

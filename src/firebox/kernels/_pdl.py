@@ -6,8 +6,8 @@ rope, decode attention, counting and sums do, because linear layers follow them.
 beside others are spread unevenly over the multiprocessors, and a launch of few programs then took up to
 three times as long (H200, 2026-11-22). So a linear layer of few tokens lets the next begin when a program's
 tile is done; experts do so for one token, unless the second half loads its whole tile before it waits; and
-what comes directly before the programs of experts (moe_route.py, moe_sort.py's second, quantise_fp8.py) waits
-first.
+what comes directly before the programs of experts (moe_route.py, moe_norm_route.py, moe_sort.py's second,
+quantise_fp8.py) waits first.
 
 What a kernel reads before its wait no launch of the same step has written, but for the choices of experts
 that moe_down_few.py reads: moe_gate_up_few.py, before it, waits first."""

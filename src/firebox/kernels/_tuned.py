@@ -1,13 +1,15 @@
-"""Configurations that were measured or predicted, as data: tuned/<gpu>/experts.json, linear.json and
-attention.json. Kernels read them; who finds them writes them.
+"""Configurations that were measured or predicted, as data: tuned/<gpu>/experts.json, linear.json,
+attention.json and route.json. Kernels read them; who finds them writes them.
 
     {"fp8_channel hidden=5120 inter=384 experts=160 top_k=8":
         {"16": {"path": "few", "gate_up": {…Config…}, "down": {…Config…}},
          "256": {"path": "sorted", "gate_up": …, "down": …}, …}, …}
     {"fp8_channel rows=3584 columns=5120":
         {"16": {"path": "few", "config": {…Config…}}, "512": {"path": "many", "config": …}, …}, …}
-    {"decode bfloat16 kv=bfloat16 heads=24 …":  (attention/triton_paged.py, `key`)
+    {"decode bfloat16 kv=bfloat16 heads=24 …":  (_attention_choice.py, `key`)
         {"8": {"path": "decode", "config": {…Config…}}, …}, …}
+    {"bf16 hidden=2880 experts=128 …":  (layers/route_gpu.py, `key`)
+        {"1": {"path": "one", "config": {…Config…}}}, …}
 
 A number of tokens takes the entry of the nearest number that is there, by ratio; an expert layer with more
 than REACH times the tokens of the last entry has none. An entry that was not measured says so: "how":

@@ -213,12 +213,29 @@ def group_scales(
 
 
 @triton.jit
+def sum_factors(stored, FORMAT: tl.constexpr, ASM: tl.constexpr):
+    """Group scales as they are `stored` → what multiplies a group's sum of codes times `lifted` x, float32.
+    With ASM an E2M1 sum is times 2⁻¹²⁶ · LIFT."""
+    if FORMAT == "mxfp4" or FORMAT == "mxfp4_nibbles":
+        if ASM:
+            return ((stored.to(tl.int32) + 26) << 23).to(tl.float32, bitcast=True)
+        else:
+            return tl.exp2(stored.to(tl.float32) - 127.0)
+    elif FORMAT == "int4_zero":
+        return (stored << 16).to(tl.float32, bitcast=True)
+    elif (FORMAT == "nvfp4" or FORMAT == "nvfp4_nibbles") and ASM:
+        return stored.to(tl.float32) * 67108864.0  # 2²⁶
+    else:
+        return stored.to(tl.float32)
+
+
+@triton.jit
 def spread_scales(
     scale, first, live, ROWS: tl.constexpr, TOKENS: tl.constexpr, SPREAD: tl.constexpr, GROUP: tl.constexpr,
     FORMAT: tl.constexpr, ASM: tl.constexpr, TOGETHER: tl.constexpr = 0, ALL: tl.constexpr = 0,
 ):  # fmt: skip
     """float32 [ROWS, TOKENS · SPREAD]: for each token the scales of SPREAD groups from the column `first` on.
-    `live` [SPREAD], TOGETHER and ALL as in `group_scales`. With ASM an E2M1 product is times 2⁻¹²⁶ · LIFT."""
+    `live` [SPREAD], TOGETHER and ALL as in `group_scales`."""
     group = in_panels(0, first // GROUP + tl.arange(0, SPREAD), ALL, 0, TOGETHER)
     if live is None:
         stored = tl.load(scale + group[None, :])
@@ -226,17 +243,7 @@ def spread_scales(
         stored = tl.load(
             scale + group[None, :], mask=live[None, :], other=0 if FORMAT == "int4_zero" else 0.0
         )
-    if FORMAT == "mxfp4" or FORMAT == "mxfp4_nibbles":
-        if ASM:
-            factor = ((stored.to(tl.int32) + 26) << 23).to(tl.float32, bitcast=True)
-        else:
-            factor = tl.exp2(stored.to(tl.float32) - 127.0)
-    elif FORMAT == "int4_zero":
-        factor = (stored << 16).to(tl.float32, bitcast=True)
-    else:
-        factor = stored.to(tl.float32)
-        if (FORMAT == "nvfp4" or FORMAT == "nvfp4_nibbles") and ASM:
-            factor *= 67108864.0  # 2²⁶
+    factor = sum_factors(stored, FORMAT, ASM)
     wide = tl.broadcast_to(factor[:, None, :], (ROWS, TOKENS, SPREAD))
     return tl.reshape(wide, (ROWS, TOKENS * SPREAD))
 

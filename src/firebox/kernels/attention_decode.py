@@ -6,10 +6,10 @@
 
 The formula, the masks and the rounding are in _attention.py. Blocks of the grid: (rows of a key head, split,
 request). A request's keys, less those that no query's window reaches, go to the splits in equal runs of whole
-tiles, at least MIN_TILES each; what is over has nothing to do and ends. Where one split takes all, it writes
-the output, and the second launch ends at once; else each leaves acc / total and log2 of its sum of exp2, and
-the second launch adds them up, split after split, so that the result does not depend on who came first. The
-sink takes part once, in the end.
+tiles, at least MIN_TILES each unless one takes all; what is over has nothing to do and ends. Where one split
+takes all, it writes the output, and the second launch ends at once; else each leaves acc / total and log2 of
+its sum of exp2, and the second launch adds them up, split after split, so that the result does not depend on
+who came first. The sink takes part once, in the end.
 
 A request's result depends on its own queries and keys and on `splits`, which the backend takes from the
 batch: in another batch the same sum may be rounded otherwise.
@@ -57,6 +57,9 @@ OP = "attention_decode"
 MAX_QUERIES = 16  # of a request; more are a matter for attention_extend
 MAX_SPLITS = 256
 MIN_TILES = 4  # a split of fewer costs more in the second launch than it saves in the first
+# So do two splits of few tiles: the second launch takes 2 µs, a tile of 64 keys 0.5 µs (H200, a model's
+# steps, 2026-11-22). A latent tile takes longer.
+WHOLE_TILES = 8
 MERGE_COLUMNS, MERGE_SPLITS = 128, 32
 _SHARED_LATENT = Config(16, 32, 8, 5, 128)  # two blocks a multiprocessor; without the limit it is one
 
@@ -113,13 +116,20 @@ def places(problem: Problem, config: Config, gpu: Gpu) -> int:
     return gpu.sms * (1 if problem.latent and config.max_registers is None else 2)
 
 
-def split_count(programs: int, contexts: tuple[int, int], places: int, tile_tokens: int) -> int:
+def whole_tiles(problem: Problem) -> int:
+    """Up to so many tiles of keys are one split."""
+    return MIN_TILES if problem.latent else WHOLE_TILES
+
+
+def split_count(
+    programs: int, contexts: tuple[int, int], places: int, tile_tokens: int, whole: int = MIN_TILES
+) -> int:
     """Splits that fill the `places` of a GPU. `programs`: blocks a split; `contexts`: tokens of the longest
-    request, and of all divided by the requests. Where one is longer than the others, it is divided as if
-    there were just so many of its length as make up the sum."""
+    request, and of all divided by the requests; `whole`: so many tiles are not divided. Where one request is
+    longer than the others, it is divided as if there were just so many of its length as make up the sum."""
     longest, mean = max(contexts[0], 1), max(contexts[1], 1)
     alike = max(1.0, programs * mean / longest)
-    most = min(-(-longest // (tile_tokens * MIN_TILES)), MAX_SPLITS)
+    most = min(-(-longest // (tile_tokens * MIN_TILES)), MAX_SPLITS) if longest > tile_tokens * whole else 1
     least = min(max(1, int(places // alike)), most)
 
     def share_busy(splits: int) -> float:  # of the places, over all waves; each split more costs a little
@@ -135,7 +145,7 @@ def split_count(programs: int, contexts: tuple[int, int], places: int, tile_toke
 @triton.jit
 def shares(
     queries, context, window_tokens, splits, BLOCK_N: tl.constexpr, MIN_TILES: tl.constexpr,
-    WINDOW: tl.constexpr,
+    WHOLE_TILES: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """The first key that a request's queries see, how many tiles of keys they see, and how many a split
     takes."""
@@ -143,7 +153,8 @@ def shares(
     if WINDOW:
         lowest = tl.maximum(context - queries - window_tokens + 1, 0)
     tiles = tl.cdiv(context, BLOCK_N) - lowest // BLOCK_N
-    return lowest, tiles, tl.maximum(tl.cdiv(tiles, splits), MIN_TILES)
+    share = tl.maximum(tl.cdiv(tiles, splits), MIN_TILES)
+    return lowest, tiles, tl.where(tiles <= WHOLE_TILES, WHOLE_TILES, share)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED, do_not_specialize_on_alignment=NOT_ALIGNED)
@@ -152,8 +163,8 @@ def decode(
     tree_depths, scale, v_scale, window_tokens, max_pages, max_queries, splits,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     WIDTH: tl.constexpr, PAGE_TOKENS: tl.constexpr, WINDOW: tl.constexpr, DOT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MIN_TILES: tl.constexpr, TREE_QUERIES: tl.constexpr,
-    LOG2E: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MIN_TILES: tl.constexpr,
+    WHOLE_TILES: tl.constexpr, TREE_QUERIES: tl.constexpr, LOG2E: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows of one request and key head over one split of its keys."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -167,7 +178,9 @@ def decode(
     wait_for_launch_before(PDL)  # the step's integers were written long before; queries and keys were not
     if (queries > max_queries) | (first_row >= queries * GROUP):
         return
-    lowest, tiles, share = shares(queries, context, window_tokens, splits, BLOCK_N, MIN_TILES, WINDOW)
+    lowest, tiles, share = shares(
+        queries, context, window_tokens, splits, BLOCK_N, MIN_TILES, WHOLE_TILES, WINDOW
+    )
     if split * share >= tiles:
         return
     begin = (lowest // BLOCK_N + split * share) * BLOCK_N
@@ -213,8 +226,8 @@ def decode(
 def merge(
     partial, partial_top, out, context_tokens, query_start, sinks, v_scale, window_tokens, max_queries,
     splits, HEADS: tl.constexpr, VALUE_DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr,
-    MIN_TILES: tl.constexpr, MAX_SPLITS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
-    LOG2E: tl.constexpr, PDL: tl.constexpr,
+    MIN_TILES: tl.constexpr, WHOLE_TILES: tl.constexpr, MAX_SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr, LOG2E: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """COLUMNS columns of one query and head, from all splits."""
     request, query = tl.program_id(0) // max_queries, tl.program_id(0) % max_queries
@@ -226,7 +239,7 @@ def merge(
     wait_for_launch_before(PDL)
     if (queries > max_queries) | (query >= queries):
         return
-    _, tiles, share = shares(queries, context, window_tokens, splits, BLOCK_N, MIN_TILES, WINDOW)
+    _, tiles, share = shares(queries, context, window_tokens, splits, BLOCK_N, MIN_TILES, WHOLE_TILES, WINDOW)
     if share >= tiles:
         return
     used = tl.cdiv(tiles, share)
@@ -332,7 +345,13 @@ def _launch_options(pdl: bool) -> dict[str, bool]:
 
 
 def _constants(problem: Problem, config: Config, pdl: bool) -> dict[str, Any]:
-    own = {"MIN_TILES": MIN_TILES, "TREE_QUERIES": TREE_QUERIES, "LOG2E": LOG2E, "PDL": pdl}
+    own = {
+        "MIN_TILES": MIN_TILES,
+        "WHOLE_TILES": whole_tiles(problem),
+        "TREE_QUERIES": TREE_QUERIES,
+        "LOG2E": LOG2E,
+        "PDL": pdl,
+    }
     return constants(problem, config) | own
 
 

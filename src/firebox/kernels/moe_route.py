@@ -104,7 +104,7 @@ def first_largest(key, number, NONE: tl.constexpr):
 
 @triton.jit
 def _best_groups(choice, there, GROUPS: tl.constexpr, KEPT: tl.constexpr):
-    """`choice` [1, GROUPS padded, SIZE] → which groups may be chosen from [1, GROUPS padded, 1]."""
+    """`choice` [copies, GROUPS padded, SIZE] → which groups may be chosen from [copies, GROUPS padded, 1]."""
     member = tl.arange(0, choice.shape[2])[None, None, :]
     key = tl.where(there, sortable(choice), TAKEN)
     first, at = first_largest(key, member, choice.shape[2])
@@ -121,14 +121,16 @@ def _best_groups(choice, there, GROUPS: tl.constexpr, KEPT: tl.constexpr):
 
 
 @triton.jit
-def _choose(
+def choose(
     logits, bias, expert, there,
     TOP_K: tl.constexpr, WIDTH: tl.constexpr, SCORING: tl.constexpr, RENORMALISE: tl.constexpr,
     SCALE: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr,
 ):  # fmt: skip
-    """`logits` [1, groups, size], both axes padded to powers of two; `expert` the number of each, `there`
-    which are real, `bias` the same shape, or None. Chosen numbers and their weights [1, WIDTH], those from
-    TOP_K on undefined."""
+    """`logits` [copies, groups, size], the last two padded to powers of two; `expert` the number of each,
+    `there` which are real, `bias` the same shape, or None. Without groups (GROUPS 1) experts may be divided
+    among these axes in any way. Chosen numbers and their weights [copies, WIDTH], those from TOP_K on
+    undefined."""
+    COPIES: tl.constexpr = logits.shape[0]
     PADDED: tl.constexpr = logits.shape[1] * logits.shape[2]
     choice = logits
     total = 1.0
@@ -141,20 +143,20 @@ def _choose(
         top = tl.max(tl.max(masked, 2, keep_dims=True), 1, keep_dims=True)
         score = tl.exp(masked - top)
         total = tl.sum(tl.sum(score, 2), 1)[:, None]
-        top = tl.reshape(top, (1, 1))
+        top = tl.reshape(top, (COPIES, 1))
         if GROUPS > 1:
             choice = score
     if GROUPS > 1:
         there = there & _best_groups(choice, there, GROUPS, KEPT)
         if SCORING == "softmax":
             choice = logits
-    key = tl.reshape(tl.where(there, sortable(choice), TAKEN), (1, PADDED))
+    key = tl.reshape(tl.where(there, sortable(choice), TAKEN), (COPIES, PADDED))
     # padding has numbers too, the next group's: without a logit it is never taken for the chosen one
-    logit_key = tl.reshape(tl.where(there, sortable(logits), TAKEN), (1, PADDED))
-    number = tl.reshape(expert, (1, PADDED))
+    logit_key = tl.reshape(tl.where(there, sortable(logits), TAKEN), (COPIES, PADDED))
+    number = tl.reshape(expert, (COPIES, PADDED))
     k = tl.arange(0, WIDTH)[None, :]
-    ids = tl.zeros((1, WIDTH), tl.int32)
-    chosen = tl.zeros((1, WIDTH), tl.int32)
+    ids = tl.zeros((COPIES, WIDTH), tl.int32)
+    chosen = tl.zeros((COPIES, WIDTH), tl.int32)
     for j in tl.static_range(TOP_K):
         largest, best = first_largest(key, number, PADDED)
         mine = number == best
@@ -180,11 +182,11 @@ def _choose(
 
 
 @triton.jit
-def _store_choices(
+def store_choices(
     ids, weight, shared_weight, token, expert_ids, routing_weights,
     EXPERTS: tl.constexpr, TOP_K: tl.constexpr, SHARED: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """`ids`, `weight` [1, WIDTH]; `token` [1]; `shared_weight` [1, 1] or a number."""
+    """`ids`, `weight` [copies, WIDTH]; `token` [copies]; `shared_weight` [copies, 1] or a number."""
     k = tl.arange(0, WIDTH)[None, :]
     if SHARED > 0:
         ids = tl.where(k < TOP_K, ids, EXPERTS + k - TOP_K)
@@ -222,8 +224,8 @@ def route(
     shared_weight = 1.0
     if gate is not None:
         shared_weight = tl.sigmoid(tl.load(gate + token))[:, None]
-    ids, weight = _choose(logit, bias, expert, there, TOP_K, WIDTH, SCORING, RENORMALISE, SCALE, GROUPS, KEPT)
-    _store_choices(
+    ids, weight = choose(logit, bias, expert, there, TOP_K, WIDTH, SCORING, RENORMALISE, SCALE, GROUPS, KEPT)
+    store_choices(
         ids, weight, shared_weight, token, expert_ids, routing_weights, EXPERTS, TOP_K, SHARED, WIDTH
     )
 

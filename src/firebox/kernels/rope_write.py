@@ -110,10 +110,12 @@ def default(problem: Problem, gpu: Gpu) -> Config:
 
 
 @triton.jit
-def _normed(
+def normed(
     values, gain, squares, NORM: tl.constexpr, NORM_WIDTH: tl.constexpr, EPS: tl.constexpr,
     DTYPE: tl.constexpr
 ):  # fmt: skip
+    """`values` times `gain` over their root mean square, whose `squares` are summed already, rounded twice;
+    without a NORM as they are."""
     if NORM != "":
         quotient = (values * tl.rsqrt(squares / NORM_WIDTH + EPS)).to(DTYPE).to(tl.float32)
         values = (quotient * gain).to(DTYPE).to(tl.float32)
@@ -151,8 +153,8 @@ def _turned(
     if NORM == "row":
         squares = tl.sum(squares, axis=0, keep_dims=True)
     NORM_WIDTH: tl.constexpr = HEADS * HEAD_DIM if NORM == "row" else HEAD_DIM
-    own = _normed(own, gain, squares, NORM, NORM_WIDTH, EPS, DTYPE)
-    partner = _normed(partner, other_gain, squares, NORM, NORM_WIDTH, EPS, DTYPE)
+    own = normed(own, gain, squares, NORM, NORM_WIDTH, EPS, DTYPE)
+    partner = normed(partner, other_gain, squares, NORM, NORM_WIDTH, EPS, DTYPE)
     sign = tl.where(slot == 0, -1.0, 1.0)
     turned = own * turn_cos + sign * (partner * turn_sin)
     return tl.where(slot < 2, turned, own).to(DTYPE).to(tl.float32)

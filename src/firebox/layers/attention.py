@@ -65,7 +65,7 @@ class AttentionBlock:
         query = self._query_cut = Cut(0, p.heads, "num_attention_heads")
         kv = Cut(0, p.kv_heads, "num_key_value_heads", shared=True)
         parts = {f"{name}.{part}": n for part, n in rows.items()}
-        self.qkv = Linear(build, p.hidden, parts, bias=p.bias, cuts=(query, kv, kv))
+        self.qkv = Linear(build, p.hidden, parts, bias=p.bias, cuts=(query, kv, kv), normed=True)
         normed = {"": (0, 0), "head": (p.head_dim, p.head_dim), "row": (p.heads * p.head_dim, self._kv_rows)}[
             p.qk_norm
         ]

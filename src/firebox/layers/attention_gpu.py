@@ -2,11 +2,13 @@
 
     rms_norm → linear (q, k, v) → rope_write → attention/triton_paged → (sigmoid_mul) → linear, which adds x
 
-Weights stay in their format."""
+Where every request has one query, rope_write and attention are one launch (rope_decode_gpu.py), if that knows
+the layer. Weights stay in their format."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,7 +20,7 @@ from firebox.attention.base import select as select_backend
 from firebox.hardware.base import Gpu
 from firebox.layers.base import Build
 from firebox.layers.device import KERNEL_DTYPES
-from firebox.step import Step
+from firebox.step import Pages, Step
 
 if TYPE_CHECKING:
     from firebox.kernels.cpu_attention_block import Problem
@@ -59,8 +61,9 @@ def refusal(gpu: Gpu, p: Problem, backend: ModuleType) -> str | None:
 def operations(layer: Layer, setting: Setting) -> tuple[Operation, ...] | str:
     """What such a layer launches on one of `setting.tp` GPUs, for the plan; or why the kernels cannot run
     it."""
-    from firebox.kernels import rms_norm, rope_write, sigmoid_mul
+    from firebox.kernels import rope_write, sigmoid_mul
     from firebox.kernels.plan import Operation, Single
+    from firebox.layers import norm_gpu, rope_decode_gpu
 
     gpu, tp, p = setting.gpu, setting.tp, layer.problem
     shared = max(1, p.kv_heads // tp)
@@ -72,9 +75,12 @@ def operations(layer: Layer, setting: Setting) -> tuple[Operation, ...] | str:
     dtype, kv = KERNEL_DTYPES[p.dtype], KERNEL_DTYPES[p.kv_dtype]
     gate = (Single("gate", dtype, sigmoid_mul, _gate_problem(p)),) if p.output_gate else ()
     paged = _paged_problem(p, setting.page_tokens)
+    both = _rope_decode_problem(p, setting.page_tokens, gpu)
+    in_one = (Operation("rope_attention", kv, rope_decode_gpu, both),) if both else ()
     return (
-        Single("norm", dtype, rms_norm, _norm_problem(p)),
+        Operation("norm", dtype, norm_gpu, norm_gpu.Problem(_norm_problem(p), (layer.qkv.problem(tp),))),
         layer.qkv.operation("qkv", setting),
+        *in_one,
         Single("rope_write", kv, rope_write, _rope_problem(p)),
         Operation("attention", kv, backend, paged),
         *verified("attention", kv, backend, paged, setting),
@@ -124,16 +130,26 @@ def _rope_problem(p: Problem) -> Any:
     )  # fmt: skip
 
 
+def _rope_decode_problem(p: Problem, page_tokens: int, gpu: Gpu) -> Any:
+    """None where the two are not one launch."""
+    from firebox.kernels import attention_rope_decode
+
+    both = attention_rope_decode.Problem(_rope_problem(p), _paged_problem(p, page_tokens))
+    return None if attention_rope_decode.accepts(both, gpu) else both
+
+
 class AttentionKernels:
     """See above; bound to a layer whose slots are filled."""
 
     def __init__(self, layer: Layer, build: Build) -> None:
-        from firebox.kernels import rms_norm, rope_write, sigmoid_mul
+        from firebox.kernels import rope_write, sigmoid_mul
+        from firebox.layers import norm_gpu
 
         p, device = layer.problem, build.shared
         assert device is not None
-        self._layer, self._p = layer, p
-        self._norm = device.launcher(rms_norm, _norm_problem(p))
+        self._layer, self._p, self._gpu = layer, p, build.gpu
+        behind = (layer.qkv.problem(),)
+        self._norm = norm_gpu.NormKernels(norm_gpu.Problem(_norm_problem(p), behind), build.gpu)
         self._rope = device.launcher(rope_write, _rope_problem(p))
         self._given = {"cos": layer.tables[0], "sin": layer.tables[1]}
         if p.qk_norm:
@@ -143,27 +159,44 @@ class AttentionKernels:
             self._given["scales"] = layer.kv_scales
         if p.output_gate:
             self._gate = device.launcher(sigmoid_mul, _gate_problem(p))
+        self._in_one = functools.cache(functools.partial(_rope_decode_problem, p, gpu=build.gpu))
 
     def __call__(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         """`x` [tokens, hidden], which becomes the result."""
-        from firebox.kernels import rms_norm, rope_write, sigmoid_mul
+        from firebox.kernels import sigmoid_mul
 
         layer, p = self._layer, self._p
         pages = step.full if p.window_tokens is None else step.window
-        assert pages is not None and layer.backend is not None
-        cache, h = step.caches[layer.layer], torch.empty_like(x)
-        rms_norm.run(self._norm, x, layer.norm.weight, out=h)
-        qkv = layer.qkv(h)
-        q = x.new_empty(x.shape[0], p.heads, p.head_dim)
-        rope_write.run(
-            self._rope, qkv, q=q, k_cache=cache.k, v_cache=cache.v, positions=step.positions,
-            token_slots=pages.token_slots, **self._given,
-        )  # fmt: skip
-        attended = layer.backend.run(
-            q, cache, pages.attention, p.head_dim**-0.5, window_tokens=p.window_tokens, sinks=layer.sinks
-        ).flatten(1)
+        assert pages is not None
+        h, codes = self._norm(x, layer.norm.weight)
+        qkv = layer.qkv(h, codes=codes)
+        attended = self._attended(qkv, step, pages).flatten(1)
         if p.output_gate:
             gated = torch.empty_like(attended)
             sigmoid_mul.run(self._gate, attended, qkv, out=gated)
             attended = gated
         return layer.o(attended, x)
+
+    def _attended(self, qkv: torch.Tensor, step: Step, pages: Pages) -> torch.Tensor:
+        """[tokens, heads, head_dim]; the tokens' keys and values are then in the cache."""
+        from firebox.kernels import rope_write
+        from firebox.layers import rope_decode_gpu
+
+        layer, p, scale = self._layer, self._p, self._p.head_dim**-0.5
+        assert layer.backend is not None
+        cache, window_tokens, sinks = step.caches[layer.layer], p.window_tokens, layer.sinks
+        given = {**self._given, "positions": step.positions, "token_slots": pages.token_slots}
+        both = self._in_one(cache.k.shape[1])
+        if both is not None and pages.attention.single:
+            config = rope_decode_gpu.config_of(both, self._gpu, len(qkv))
+            if config is not None:
+                return rope_decode_gpu.run(
+                    both, config, self._gpu, qkv, cache, pages.attention, scale,
+                    window_tokens=window_tokens, sinks=sinks, **given,
+                )  # fmt: skip
+        q = qkv.new_empty(len(qkv), p.heads, p.head_dim)
+        rope_write.run(self._rope, qkv, q=q, k_cache=cache.k, v_cache=cache.v, **given)
+        attended: torch.Tensor = layer.backend.run(
+            q, cache, pages.attention, scale, window_tokens=window_tokens, sinks=sinks
+        )
+        return attended

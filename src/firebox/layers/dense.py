@@ -29,7 +29,7 @@ class DenseBlock:
         self.norm, self._inter = norm, inter
         rows, columns = (Cut(axis, inter, "intermediate_size") for axis in (0, 1))
         gate_up = {f"{name}.gate_proj": inter, f"{name}.up_proj": inter}
-        self.gate_up = Linear(build, hidden, gate_up, cuts=(rows, rows), unit=INNER_UNIT)
+        self.gate_up = Linear(build, hidden, gate_up, cuts=(rows, rows), unit=INNER_UNIT, normed=True)
         down = {f"{name}.down_proj": hidden}
         self.down = Linear(build, inter, down, cuts=(columns,), residual=True, unit=INNER_UNIT)
         self._problem = DenseProblem(hidden, inter, norm.eps, build.dtype)
@@ -80,12 +80,13 @@ class DenseBlock:
         why = self.gate_up.refused(gpu, tp) or self.down.refused(gpu, tp)
         if why is not None:
             return why
-        from firebox.kernels import rms_norm, silu_mul
-        from firebox.kernels.plan import Single
+        from firebox.kernels import silu_mul
+        from firebox.kernels.plan import Operation, Single
+        from firebox.layers import norm_gpu
 
         dtype, (norm, activation) = KERNEL_DTYPES[self._problem.dtype], self._problems(tp)
         return (
-            Single("norm", dtype, rms_norm, norm),
+            Operation("norm", dtype, norm_gpu, norm_gpu.Problem(norm, (self.gate_up.problem(tp),))),
             self.gate_up.operation("gate_up", setting),
             Single("silu_mul", dtype, silu_mul, activation),
             self.down.operation("down", setting),
@@ -101,17 +102,20 @@ class DenseBlock:
 
     def _with_kernels(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """rms_norm → linear → silu_mul → linear, which adds x; x becomes the result."""
-        from firebox.kernels import rms_norm, silu_mul
+        from firebox.kernels import silu_mul
+        from firebox.layers import norm_gpu
 
         device, problems = self._build.shared, self._problems()
         inter = problems[1].inter
         assert device is not None
-        norm, activate = device.launcher(rms_norm, problems[0]), device.launcher(silu_mul, problems[1])
+        activate = device.launcher(silu_mul, problems[1])
+        behind = norm_gpu.Problem(problems[0], (self.gate_up.problem(),))
+        norm = norm_gpu.NormKernels(behind, self._build.gpu)
 
         def run(x: torch.Tensor) -> torch.Tensor:
-            h, inner = torch.empty_like(x), x.new_empty(x.shape[0], inter)
-            rms_norm.run(norm, x, self.norm.weight, out=h)
-            silu_mul.run(activate, self.gate_up(h), out=inner)
+            inner = x.new_empty(x.shape[0], inter)
+            h, codes = norm(x, self.norm.weight)
+            silu_mul.run(activate, self.gate_up(h, codes=codes), out=inner)
             return self.down(inner, x)
 
         return run

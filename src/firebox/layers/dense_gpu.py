@@ -1,13 +1,14 @@
 """A dense linear layer on an NVIDIA GPU: y = x · Wᵀ (+ bias) (+ residual) in every weight format, over the
 kernel of few tokens, that of many, and torch's own products.
 
+    one      one launch: linear_one, for one token and without groups of columns
     few      one launch: linear_few, up to 64 tokens
     many     with FP8 weights quantise_fp8 first, then linear
     cublas   a library (_dense_library.py): unquantised weights; fp8_channel behind quantise_fp8
 
 Which path and which tiles a number of tokens takes is measured (kernels/_tuned.py, linear.json); without a
 measurement it is few up to 64 tokens, and tiles that fit everywhere. FP8 goes to the library only by a
-measurement: whether torch can depends on its build and on the GPU.
+measurement: whether torch can depends on its build and on the GPU. So does a single token to its own kernel.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ from typing import Any
 import torch
 
 from firebox.hardware.base import Gpu
-from firebox.kernels import _tuned, _veto, linear, linear_few, quantise_fp8
+from firebox.kernels import _tuned, _veto, linear, linear_few, linear_one, quantise_fp8
 from firebox.kernels._linear import Problem, Weights, weight_bytes
 from firebox.kernels.compile import CompileRequest, limit_bytes
 from firebox.kernels.launch import INTERPRETED, Launcher
 from firebox.kernels.plan import Compile, Made
 from firebox.layers import _dense_library, _fitting
 
-FEW, MANY, CUBLAS = "few", "many", "cublas"
+ONE, FEW, MANY, CUBLAS = "one", "few", "many", "cublas"
+MODULES = {ONE: linear_one, FEW: linear_few, MANY: linear}
 TUNED = "linear"  # the file in tuned/<gpu>/
 WIDEST_TILE = 256  # tokens of a tile of linear.py
 DEFAULT_TILE = 128  # tokens of those that linear.py's default counts
@@ -75,6 +77,7 @@ def _candidates(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Path]:
 
 def _chosen(problem: Problem, tokens: int, gpu: Gpu) -> Path:
     barred = [FEW] if tokens > linear_few.MAX_TOKENS else []
+    barred += [ONE] if tokens > 1 else []
     if linear.quantised(problem) and _dense_library.accepts(problem, gpu) is not None:
         barred.append(CUBLAS)  # measured for a layer of the same key with another type of output
     entry = _tuned.measured(gpu.name, TUNED, key(problem), tokens, but=barred)
@@ -85,7 +88,7 @@ def _chosen(problem: Problem, tokens: int, gpu: Gpu) -> Path:
 
 def _within_limit(problem: Problem, tokens: int, path: Path, gpu: Gpu) -> Path:
     """`path`, or the nearest tile to its own that needs no more shared memory than it may."""
-    if path.config is None or not _fitting.is_limited(gpu):
+    if path.name in (ONE, CUBLAS) or not _fitting.is_limited(gpu):
         return path
     alike = like(tokens, path) if path.name == FEW else min(tokens, WIDEST_TILE)
     return _fitted(problem, alike, path, gpu, limit_bytes(gpu))
@@ -123,22 +126,21 @@ def stock_path(problem: Problem, tokens: int, gpu: Gpu) -> Path:
 
 
 def _config(entry: dict[str, Any]) -> Any:
-    if entry["path"] == CUBLAS:
-        return None
-    return (linear_few if entry["path"] == FEW else linear).Config(**entry["config"])
+    return None if entry["path"] == CUBLAS else MODULES[entry["path"]].Config(**entry["config"])
 
 
 def requests(problem: Problem, tokens: int, gpu: Gpu, path: Path | None = None) -> dict[str, CompileRequest]:
     """Every compile that so many tokens launch, by the name of its operation; a library's product is none.
     `path`: instead of the one that `path_of` names."""
     path = path or _path_of(problem, tokens, gpu)
+    if path.name == ONE:
+        return {linear_one.OP: linear_one.request(problem, path.config, gpu, interpreted=INTERPRETED)}
     if path.name == FEW:
         request = linear_few.request(problem, tokens, path.config, gpu, interpreted=INTERPRETED)
         return {linear_few.OP: request}
     found = {}
-    if rounds(problem, path.name):
-        rows = quantise_fp8.Problem(problem.columns, linear.x_group(problem), problem.dtype)
-        found[quantise_fp8.OP] = quantise_fp8.request(rows, gpu, interpreted=INTERPRETED)
+    if rounds(problem, path.name) and not problem.normed:
+        found[quantise_fp8.OP] = _rounder(problem, gpu).request
     if path.name == MANY:
         found[linear.OP] = linear.request(problem, path.config, gpu, interpreted=INTERPRETED)
     return found
@@ -146,7 +148,12 @@ def requests(problem: Problem, tokens: int, gpu: Gpu, path: Path | None = None) 
 
 def rounds(problem: Problem, path: str) -> bool:
     """Does this path round the activations to FP8?"""
-    return path != FEW and linear.quantised(problem)
+    return path not in (ONE, FEW) and linear.quantised(problem)
+
+
+def rounds_at(problem: Problem, tokens: int, gpu: Gpu) -> bool:
+    """Does the path of so many tokens?"""
+    return rounds(problem, _path_of(problem, tokens, gpu).name)
 
 
 def made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
@@ -180,7 +187,7 @@ def like(tokens: int, path: Path) -> int:
 
 def scratch(problem: Problem, tokens: int, path: Path) -> tuple[int, int]:
     """How many float32 of partial sums and how many int32 counters so many tokens need."""
-    if path.name == CUBLAS:
+    if path.name in (ONE, CUBLAS):
         return 0, 0
     if path.name == FEW:
         return linear_few.scratch(problem, tokens, path.config)
@@ -202,7 +209,8 @@ class Workspace:
                 sums, tiles = max(sums, needed[0]), max(tiles, needed[1])
             if linear.quantised(p):
                 groups = p.columns // (linear.x_group(p) or p.columns)
-                codes, scales = max(codes, max_tokens * p.columns), max(scales, max_tokens * groups)
+                if not p.normed:
+                    codes, scales = max(codes, max_tokens * p.columns), max(scales, max_tokens * groups)
                 if p.residual:
                     products = max(products, _most_in_library(p, max_tokens, gpu) * p.rows)
         self.partial = torch.empty(sums, dtype=torch.float32, device=device)
@@ -243,9 +251,16 @@ class LinearKernels:
         self.paths = paths or {}
         self._bias = None if weights.bias is None else weights.bias.to(DTYPES[problem.dtype])
 
-    def __call__(self, x: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None = None) -> None:
+    def __call__(
+        self,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        codes: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
         """`x` [tokens, columns] → `out` [tokens, rows], plus `residual`, the same shape, where the problem
-        has one; `out` may be `residual`. All contiguous."""
+        has one; `out` may be `residual`. All contiguous. `codes`: x as FP8 and its scales, if the problem is
+        `normed` and the path one that `rounds`."""
         tokens = x.shape[0]
         if tokens == 0:
             return
@@ -256,24 +271,31 @@ class LinearKernels:
         sums, tiles = scratch(p, tokens, path)
         assert sums <= space.partial.numel() and tiles <= space.counters.numel(), (p, path)
         last = (self.weights, residual, space.partial, out, space.counters)
+        if path.name == ONE:
+            linear_one.run(launchers[linear_one.OP], p, x, self.weights, residual, out)
+            return
         if path.name == FEW:
             linear_few.run(launchers[linear_few.OP], p, x, *last)
             return
         x_scale = None
         if rounds(p, path.name):
-            x, x_scale = self._rounded(launchers[quantise_fp8.OP], x)
+            x, x_scale = codes or self._rounded(x)
         if path.name == CUBLAS:
             self._cublas(x, x_scale, out, residual)
         else:
             linear.run(launchers[linear.OP], p, x, x_scale, *last)
 
-    def _rounded(self, launcher: Launcher, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`x` as FP8 codes, and their scales."""
+    def _rounded(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`x` as FP8 codes, and their scales; in memory of their own where a norm is to give them, but there
+        is none: in a block that torch composes."""
         p, space = self.problem, self.workspace
-        groups = p.columns // (linear.x_group(p) or p.columns)
-        codes = space.x[: x.numel()].view(x.shape)
-        x_scale = space.x_scale[: x.shape[0] * groups]
-        quantise_fp8.run(launcher, x, codes, x_scale)
+        scales = x.shape[0] * (p.columns // (linear.x_group(p) or p.columns))
+        if p.normed:
+            codes = torch.empty_like(x, dtype=torch.float8_e4m3fn)
+            x_scale = x.new_empty(scales, dtype=torch.float32)
+        else:
+            codes, x_scale = space.x[: x.numel()].view(x.shape), space.x_scale[:scales]
+        quantise_fp8.run(_rounder(p, self.gpu), x, codes, x_scale)
         return codes, x_scale
 
     def _cublas(
@@ -312,6 +334,12 @@ def _most_in_library(problem: Problem, max_tokens: int, gpu: Gpu) -> int:
 @_tuned.cached
 def _path_of(problem: Problem, tokens: int, gpu: Gpu) -> Path:
     return path_of(problem, tokens, gpu)
+
+
+@functools.cache
+def _rounder(problem: Problem, gpu: Gpu) -> Launcher:
+    rows = quantise_fp8.Problem(problem.columns, linear.x_group(problem), problem.dtype)
+    return Launcher(quantise_fp8.request(rows, gpu, interpreted=INTERPRETED))
 
 
 @functools.cache

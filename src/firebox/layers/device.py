@@ -14,7 +14,7 @@ from firebox.hardware.base import Gpu
 if TYPE_CHECKING:  # Triton is imported where there is a GPU, and not before
     from firebox.kernels import _experts, _gated_delta, _linear
     from firebox.kernels.launch import Launcher
-    from firebox.layers import delta_gpu, dense_gpu, experts
+    from firebox.layers import delta_gpu, dense_gpu, experts, route_gpu
 
 KERNEL_DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float8_e4m3fn: "fp8"}
 
@@ -28,6 +28,7 @@ class Device:
         self._counted: set[_linear.Problem] = set()
         self._experts: dict[Any, experts.Workspace] = {}
         self._deltas: dict[_gated_delta.Problem, delta_gpu.Workspace] = {}
+        self._routes: route_gpu.Workspace | None = None
 
     def linear(self, problem: _linear.Problem, weights: _linear.Weights) -> dense_gpu.LinearKernels:
         """A linear layer, with room for it in the workspace that all of them share."""
@@ -53,7 +54,8 @@ class Device:
     @property
     def workspace_bytes(self) -> int:
         """Of all workspaces."""
-        return sum(map(tensor_bytes, [self._linears, *self._experts.values(), *self._deltas.values()]))
+        alike = [*self._experts.values(), *self._deltas.values()]
+        return sum(map(tensor_bytes, [self._linears, self._routes, *alike]))
 
     def gated_delta(
         self, problem: _gated_delta.Problem, weights: _gated_delta.Weights
@@ -64,6 +66,14 @@ class Device:
         if problem not in self._deltas:
             self._deltas[problem] = delta_gpu.Workspace(problem, self.max_tokens, self.device)
         return delta_gpu.DeltaKernels(problem, weights, self.gpu, self._deltas[problem])
+
+    def routes(self) -> route_gpu.Workspace:
+        """What all routers of one token share."""
+        from firebox.layers import route_gpu
+
+        if self._routes is None:
+            self._routes = route_gpu.Workspace(self.device)
+        return self._routes
 
     def launcher(self, kernel: Any, problem: Any) -> Launcher:
         """The one launch of a kernel of `kernels/` for `problem`; each is compiled once."""

@@ -1,6 +1,7 @@
 """The routed experts of a mixture-of-experts layer on an NVIDIA GPU: from hidden states and the router's
 choices to the summed output, over the kernels of few tokens and those of many.
 
+    one           moe_gate_up_one, moe_down_one: for one token
     few           moe_gate_up_few, moe_down_few, and where this does not add up, moe_combine
     sorted        moe_sort (two), with FP8 weights quantise_fp8, with most 4-bit weights moe_arrange, then
                   moe_gate_up, moe_down, moe_combine
@@ -31,9 +32,11 @@ from firebox.kernels import (
     moe_combine,
     moe_down,
     moe_down_few,
+    moe_down_one,
     moe_down_scaled,
     moe_gate_up,
     moe_gate_up_few,
+    moe_gate_up_one,
     moe_gate_up_scaled,
     moe_sort,
     quantise_fp8,
@@ -45,9 +48,10 @@ from firebox.kernels.launch import INTERPRETED, Launcher
 from firebox.kernels.plan import Compile, Made
 from firebox.layers import _fitting
 
-FEW, SORTED, SCALED = "few", "sorted", "block-scaled"
+ONE, FEW, SORTED, SCALED = "one", "few", "sorted", "block-scaled"
 TUNED = "experts"  # the file in tuned/<gpu>/
 MODULES = {
+    ONE: (moe_gate_up_one, moe_down_one),
     FEW: (moe_gate_up_few, moe_down_few),
     SORTED: (moe_gate_up, moe_down),
     SCALED: (moe_gate_up_scaled, moe_down_scaled),
@@ -103,6 +107,8 @@ def _candidates(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Path]:
 
 def _chosen(problem: Problem, tokens: int, gpu: Gpu) -> Path:
     entry = _tuned.nearest(gpu.name, problem, tokens)
+    if entry is not None and entry["path"] == ONE and tokens > 1:
+        entry = _tuned.nearest(gpu.name, problem, tokens, FEW)
     if entry is not None and entry["path"] == FEW and tokens > moe_gate_up_few.MAX_TOKENS:
         entry = _tuned.nearest(gpu.name, problem, tokens, SORTED)
     if entry is not None:
@@ -120,7 +126,7 @@ def _chosen(problem: Problem, tokens: int, gpu: Gpu) -> Path:
 
 def _within_limit(problem: Problem, tokens: int, path: Path, gpu: Gpu) -> Path:
     """`path`, or the nearest tiles to its own that need no more shared memory than they may."""
-    if not _fitting.is_limited(gpu):
+    if path.name == ONE or not _fitting.is_limited(gpu):
         return path
     return _fitted(problem, like(problem, tokens, path), path, gpu, limit_bytes(gpu))
 
@@ -201,6 +207,10 @@ def _multiplied(problem: Problem, path: str) -> str:
 
 def requests(problem: Problem, tokens: int, path: Path, gpu: Gpu) -> dict[str, CompileRequest]:
     """Every compile that so many tokens launch, by the name of its operation."""
+    if path.name == ONE:
+        first = moe_gate_up_one.request(problem, path.gate_up, gpu, interpreted=INTERPRETED)
+        second = moe_down_one.request(problem, path.down, gpu, interpreted=INTERPRETED)
+        return {"moe_gate_up": first, "moe_down": second}
     if path.name == FEW:
         # One token's programs are few: where others wait beside them, they crowd on some multiprocessors.
         late = tokens == 1 and path.down.depth > 0
@@ -215,7 +225,7 @@ def requests(problem: Problem, tokens: int, path: Path, gpu: Gpu) -> dict[str, C
     sort = moe_sort.Problem(problem.experts, path.block)
     count, place = moe_sort.requests(sort, gpu, interpreted=INTERPRETED)
     found = {"moe_count": count, "moe_place": place}
-    if moe_gate_up.quantised(problem):
+    if moe_gate_up.quantised(problem) and not problem.normed:
         rows = quantise_fp8.Problem(problem.hidden, moe_gate_up.x_group(problem), problem.dtype)
         found["quantise_fp8"] = quantise_fp8.request(rows, gpu, interpreted=INTERPRETED)
     if path.name == SCALED:
@@ -253,6 +263,11 @@ def _scaled_requests(problem: Problem, path: Path, gpu: Gpu) -> dict[str, Compil
 def _combine_request(problem: Problem, gpu: Gpu) -> CompileRequest:
     sums = moe_combine.Problem(problem.hidden, problem.top_k, problem.dtype, problem.residual)
     return moe_combine.request(sums, gpu, interpreted=INTERPRETED)
+
+
+def rounds_at(problem: Problem, tokens: int, gpu: Gpu) -> bool:
+    """Does the path of so many tokens round activations to FP8 before the first half?"""
+    return moe_gate_up.quantised(problem) and _path_of(problem, tokens, gpu).name == SORTED
 
 
 def made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
@@ -306,10 +321,11 @@ class Workspace:
             x, inner_h = (quantise_groups.Problem(columns, kind) for columns in (p.hidden, p.inter))
             self.rounded_x = quantise_groups.empty(x, max_tokens, device)
             self.rounded_h = quantise_groups.empty(inner_h, choices, device)
-        if native or p.arranged:
+        if (native and not p.normed) or p.arranged:
             self.x = empty(max_tokens, p.hidden, dtype=inner)
-        if native:
+        if native and not p.normed:
             self.x_scale = empty(max_tokens, p.hidden // group, dtype=torch.float32)
+        if native:
             self.h_scale = empty(choices, p.inter // moe_gate_up.inner_group(p), dtype=torch.float32)
 
 
@@ -330,20 +346,64 @@ class Experts:
         self._paths = paths or {}
 
     def __call__(
-        self, x: torch.Tensor, expert_ids: torch.Tensor, routing_weights: torch.Tensor, out: torch.Tensor
+        self,
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        routing_weights: torch.Tensor,
+        out: torch.Tensor,
+        codes: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
         """`x` [tokens, hidden], `expert_ids` [tokens, top_k] int32, `routing_weights` the same float32 →
-        `out` [tokens, hidden]."""
+        `out` [tokens, hidden]. `codes`: x as FP8 and its scales, if the problem is `normed` and so many
+        tokens' path rounds."""
         tokens = x.shape[0]
         if tokens == 0:
             return
         path, launchers = self._ready(tokens)
-        run = {FEW: self._few, SORTED: self._sorted, SCALED: self._scaled}[path.name]
-        run(path, launchers, x, expert_ids, routing_weights, out)
+        choices = (expert_ids, routing_weights, out)
+        if path.name == SORTED:
+            self._sorted(path, launchers, *self._prepared(launchers, x, codes), *choices)
+        else:
+            run = {ONE: self._one, FEW: self._few, SCALED: self._scaled}[path.name]
+            run(path, launchers, x, *choices)
+
+    def _prepared(
+        self,
+        launchers: dict[str, Launcher],
+        x: torch.Tensor,
+        codes: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`x` as the kernels of many tokens read it, and its scales."""
+        p, space = self.problem, self.workspace
+        if moe_gate_up.quantised(p):
+            assert (codes is not None) == p.normed, f"codes of a norm, or none: {p}"
+            if codes is not None:
+                return codes
+        if space.x is None:
+            return x, None
+        changed = space.x[: x.shape[0]]
+        if space.x_scale is not None:
+            quantise_fp8.run(launchers["quantise_fp8"], x, changed, space.x_scale)
+        else:
+            moe_arrange.run(launchers["moe_arrange"], x, changed)
+        return changed, space.x_scale
 
     def _ready(self, tokens: int) -> tuple[Path, dict[str, Launcher]]:
         path = self._paths.get(tokens) or _path_of(self.problem, tokens, self.gpu)
         return path, _launchers(self.problem, like(self.problem, tokens, path), path, self.gpu)
+
+    def _one(
+        self,
+        path: Path,
+        launchers: dict[str, Launcher],
+        x: torch.Tensor,
+        expert_ids: torch.Tensor,
+        routing_weights: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        p, h = self.problem, self.workspace.h_few
+        moe_gate_up_one.run(launchers["moe_gate_up"], p, x, self.gate_up, expert_ids, h)
+        moe_down_one.run(launchers["moe_down"], p, h, self.down, expert_ids, routing_weights, out)
 
     def _few(
         self,
@@ -370,24 +430,18 @@ class Experts:
         path: Path,
         launchers: dict[str, Launcher],
         x: torch.Tensor,
+        x_scale: torch.Tensor | None,
         expert_ids: torch.Tensor,
         routing_weights: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
         p, space = self.problem, self.workspace
         blocks = self._sort(path, launchers, expert_ids)
-        if space.x is not None:
-            changed = space.x[: x.shape[0]]
-            if space.x_scale is not None:
-                quantise_fp8.run(launchers["quantise_fp8"], x, changed, space.x_scale)
-            else:
-                moe_arrange.run(launchers["moe_arrange"], x, changed)
-            x = changed
         moe_gate_up.run(
             launchers["moe_gate_up"],
             p,
             x,
-            space.x_scale,
+            x_scale,
             self.gate_up,
             space.order,
             blocks,

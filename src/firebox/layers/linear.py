@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,8 @@ class Linear:
 
     `residual`: calls add one; `out_dtype`: of y, by default the compute dtype, for kernels only. `unit`: for
     kernels, a share that is cut is grown with zeros to a multiple of this: rows of y that are 0, columns of x
-    that do not count (GLM-4.5-Air at tp 8: 1,368 columns of an MLP).
+    that do not count (GLM-4.5-Air at tp 8: 1,368 columns of an MLP). `normed`: x is a norm's, which writes
+    FP8 codes for kernels that multiply them (norm_gpu.py).
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Linear:
         residual: bool = False,
         out_dtype: torch.dtype | None = None,
         unit: int = 1,
+        normed: bool = False,
     ) -> None:
         assert unit == 1 or not bias, "a bias is not grown"
         self.parts, self._unit = parts, unit
@@ -71,7 +74,7 @@ class Linear:
         self._build, self._columns = build, in_features
         self._of_checkpoint = [build.format_of(path) for path in parts]
         self._requantisable = requantisable and build.requantisable
-        self._residual, self._out_dtype = residual, out_dtype
+        self._residual, self._out_dtype, self._normed = residual, out_dtype, normed
         rows = sum(parts.values())
         self.bias = build.empty(rows) if bias else None
         self._has_bias = bias
@@ -133,10 +136,14 @@ class Linear:
         return self._share(1)[1] if self.refusal is None else self._columns
 
     def __call__(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None, out: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        codes: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """`x` [tokens, in_features] → [tokens, rows], grown ones included; in `out` where that is given. With
-        kernels the sum may take the residual's place."""
+        kernels the sum may take the residual's place, and a norm gives `codes` of x."""
         if self._kernels is None:
             y = F.linear(x, self.weight, self.bias)
             y = y if residual is None else residual + y
@@ -144,8 +151,14 @@ class Linear:
         rows = self._kernels.problem.rows
         if out is None:
             out = residual if residual is not None else x.new_empty(x.shape[0], rows, dtype=self._out_dtype)
-        self._kernels(x.contiguous(), out, residual)
+        self._kernels(x.contiguous(), out, residual, codes)
         return out
+
+    @property
+    def weights(self) -> Any:
+        """What its kernels read (kernels/_linear.py)."""
+        assert self._kernels is not None, "a layer without kernels"
+        return self._kernels.weights
 
     @property
     def format(self) -> str:
@@ -175,14 +188,17 @@ class Linear:
     def problem(self, tp: int = 1, format: Format | None = None) -> Any:
         """The kernels' problem (kernels/_linear.py) of one of `tp` shares. `format`: of a weight that is
         another layer's, instead of its own."""
-        from firebox.kernels import _linear
+        from firebox.kernels import _experts, _linear
         from firebox.layers import _pack
 
         rows, columns = self._share(tp)
         name, group = _pack.kind(format or self._formats[0], columns)
         dtype = KERNEL_DTYPES[self._build.dtype]
         out = "f32" if self._out_dtype == torch.float32 else dtype
-        return _linear.Problem(sum(rows), columns, name, group, self._has_bias, self._residual, dtype, out)
+        normed = self._normed and name in _experts.FP8
+        return _linear.Problem(
+            sum(rows), columns, name, group, self._has_bias, self._residual, dtype, out, normed
+        )
 
     def operation(self, name: str, setting: Setting) -> Operation:
         """What it launches, for the plan: its kernels, or torch's where they refuse."""
@@ -247,8 +263,9 @@ class Linear:
 
         assert self._build.shared is not None
         problem = self.problem(format=None if packed.format != "bf16" else bf16.Format())
-        of_weights = _pack.problem(
-            packed, residual=self._residual, dtype=problem.dtype, out_dtype=problem.out_dtype
+        of_weights = replace(
+            _pack.problem(packed, residual=self._residual, dtype=problem.dtype, out_dtype=problem.out_dtype),
+            normed=problem.normed,
         )
         assert problem == of_weights, f"planned {problem}, loaded {of_weights}"
         self._kernels = self._build.shared.linear(problem, packed.weights)

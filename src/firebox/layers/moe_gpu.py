@@ -2,6 +2,7 @@
 
     rms_norm → linear (the router's logits, float32) → moe_route → the experts' kernels, which add x
 
+The first three are one launch for one token, where that was measured to be faster (route_gpu.py).
 Shared experts are further experts that every token takes, if they have the routed ones' format and width;
 otherwise two linear layers and silu_mul. Weights stay in their format.
 """
@@ -74,9 +75,9 @@ def refusal(gpu: Gpu, p: Problem, formats: set[Format]) -> str | None:
 
 def operations(layer: Layer, setting: Setting) -> tuple[Operation, ...] | str:
     """What such a layer launches on one of `setting.gpus`, for the plan; or why the kernels cannot run it."""
-    from firebox.kernels import moe_route, rms_norm
+    from firebox.kernels import moe_route
     from firebox.kernels.plan import Operation, Single
-    from firebox.layers import dense_gpu, experts
+    from firebox.layers import dense_gpu, experts, norm_gpu, route_gpu
 
     p = layer.problem
     share = _share(layer, setting)
@@ -86,13 +87,19 @@ def operations(layer: Layer, setting: Setting) -> tuple[Operation, ...] | str:
         return why
     dtype, format = KERNEL_DTYPES[p.dtype], next(iter(formats))
     fused = _fused_in(layer, setting)
-    routed = _experts_problem(share, format, setting.gpu, fused)
+    # Tokens of other GPUs come without their codes.
+    routed = _experts_problem(share, format, setting.gpu, fused, normed=setting.ep == 1)
+    norm = norm_gpu.Problem(_norm_problem(p), (router_problem(p),), (routed,))
+    route = _route_problem(p, fused, layer.kept_groups)
+    both = _norm_route_problem(p, norm, route, setting.gpu)
+    in_one = (Operation("norm_route", dtype, route_gpu, both),) if both else ()
     gate = (layer.shared_gate.operation("shared_gate", setting),) if p.shared_gate else ()
     return (
-        Single("norm", dtype, rms_norm, _norm_problem(p)),
+        *in_one,
+        Operation("norm", dtype, norm_gpu, norm),
         Operation("router", "bf16", dense_gpu, router_problem(p)),
         *gate,
-        Single("route", "f32", moe_route, _route_problem(p, fused, layer.kept_groups)),
+        Single("route", "f32", moe_route, route),
         *(() if fused or not p.shared_experts else _shared_operations(layer, setting)),
         Operation("experts", format.name, experts, routed, times=setting.groups),
     )
@@ -177,7 +184,7 @@ def _activation_problem(p: Problem) -> Any:
     return silu_mul.Problem(wide, p.activation, p.limit or 7.0, p.alpha or 1.702, dtype=dtype)
 
 
-def _experts_problem(p: Problem, format: Format, gpu: Gpu, shared: int = 0) -> Any:
+def _experts_problem(p: Problem, format: Format, gpu: Gpu, shared: int = 0, *, normed: bool = False) -> Any:
     from firebox.kernels import _experts
     from firebox.layers import _pack, experts
 
@@ -187,7 +194,8 @@ def _experts_problem(p: Problem, format: Format, gpu: Gpu, shared: int = 0) -> A
         further |= {"limit": p.limit, "alpha": p.alpha}
     return _experts.widened(experts.stored_as(_experts.Problem(
         p.hidden, p.inter, p.experts + shared, p.top_k + shared, name, p.activation,
-        biases=p.biases, dtype=KERNEL_DTYPES[p.dtype], residual=True, shared=shared, **further,
+        biases=p.biases, dtype=KERNEL_DTYPES[p.dtype], residual=True, shared=shared,
+        normed=normed and name in _experts.FP8, **further,
     ), gpu))  # fmt: skip
 
 
@@ -198,6 +206,15 @@ def _route_problem(p: Problem, shared: int, kept_groups: int = 1) -> Any:
         p.experts, p.top_k, p.scoring, p.renormalise, p.routed_scale, p.expert_groups, kept_groups, shared,
         shared > 0 and p.shared_gate,
     )  # fmt: skip
+
+
+def _norm_route_problem(p: Problem, norm: Any, route: Any, gpu: Gpu) -> Any:
+    """None where the two and the router between them are not one launch."""
+    from firebox.kernels import moe_norm_route
+    from firebox.layers import route_gpu
+
+    problem = moe_norm_route.Problem(norm.norm, route, p.biases)
+    return None if moe_norm_route.accepts(problem, gpu) else route_gpu.Problem(norm, problem)
 
 
 class MoeKernels:
@@ -211,7 +228,7 @@ class MoeKernels:
         self._build, self._p, self._names, self._cuts = build, p, names, cuts
         self._format = build.format_of(names.down_of(0))
         self.fused = fused_experts(p, names, build.format_of, build.requantises)
-        self.problem = _experts_problem(p, self._format, build.gpu, self.fused)
+        self.problem = _experts_problem(p, self._format, build.gpu, self.fused, normed=True)
         self._route = _route_problem(p, self.fused, kept_groups)
         self._store: Any = ExpertStore(self.problem, build.device)
 
@@ -326,13 +343,17 @@ class MoeKernels:
         shared: tuple[Linear, Linear, Linear],
     ) -> None:  # fmt: skip
         """Binds. `shared`: gate and up, down, and the gate of both, as far as the layer has them."""
-        from firebox.kernels import moe_route, rms_norm, silu_mul
+        from firebox.kernels import moe_route, silu_mul
+        from firebox.layers import norm_gpu
 
         p, device = self._p, self._build.shared
         assert device is not None
         self._norm_weight, self._router, self._correction = norm.weight, router, correction_bias
         self._shared = shared
-        self._norm = device.launcher(rms_norm, _norm_problem(p))
+        behind = norm_gpu.Problem(_norm_problem(p), (router_problem(p),), (self.problem,))
+        self._norm = norm_gpu.NormKernels(behind, self._build.gpu)
+        in_one = _norm_route_problem(p, behind, self._route, self._build.gpu)
+        self._in_one = (in_one, device.routes()) if in_one else None
         self._choose = device.launcher(moe_route, self._route)
         self._experts = device.experts(self.problem, self._store.gate_up, self._store.down)
         if p.shared_experts and not self.fused:
@@ -340,22 +361,37 @@ class MoeKernels:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """`x` [tokens, hidden], which becomes the result."""
-        from firebox.kernels import moe_route, rms_norm
-
-        h, choices = torch.empty_like(x), self._route.choices
-        rms_norm.run(self._norm, x, self._norm_weight, out=h)
-        logits = self._router(h)
-        gate = self._shared[2](h).float().flatten() if self._p.shared_gate else None
-        ids = x.new_empty(x.shape[0], choices, dtype=torch.int32)
-        weights = x.new_empty(x.shape[0], choices, dtype=torch.float32)
-        correction = self._correction if self._p.scoring == "sigmoid" else None
-        moe_route.run(self._choose, logits, correction, gate if self.fused else None, ids, weights)
+        h, codes, ids, weights = self._routed(x)
         if self._p.shared_experts and not self.fused:
-            self._add_shared(h, gate, x)
-        self._experts(h, ids, weights, x)
+            self._add_shared(h, x)
+        self._experts(h, ids, weights, x, codes)
         return x
 
-    def _add_shared(self, h: torch.Tensor, gate: torch.Tensor | None, x: torch.Tensor) -> None:
+    def _routed(self, x: torch.Tensor) -> tuple[torch.Tensor, Any, torch.Tensor, torch.Tensor]:
+        """The normed rows, their FP8 codes or None, their experts and the weights of these."""
+        from firebox.kernels import moe_route
+        from firebox.layers import route_gpu
+
+        correction = self._correction if self._p.scoring == "sigmoid" else None
+        if self._in_one is not None:
+            (problem, space), gpu = self._in_one, self._build.gpu
+            config = route_gpu.config_of(problem, gpu, len(x))
+            if config is not None:
+                given = (x, self._norm_weight, self._router.weights, correction)
+                return route_gpu.run(problem, config, gpu, space, *given)
+        h, codes = self._norm(x, self._norm_weight)
+        logits = self._router(h)
+        gate = self._gate(h) if self.fused else None
+        ids = x.new_empty(x.shape[0], self._route.choices, dtype=torch.int32)
+        weights = x.new_empty(ids.shape, dtype=torch.float32)
+        moe_route.run(self._choose, logits, correction, gate, ids, weights)
+        return h, codes, ids, weights
+
+    def _gate(self, h: torch.Tensor) -> torch.Tensor | None:
+        """Of the shared expert, [tokens] float32, before the sigmoid."""
+        return self._shared[2](h).float().flatten() if self._p.shared_gate else None
+
+    def _add_shared(self, h: torch.Tensor, x: torch.Tensor) -> None:
         from firebox.kernels import silu_mul
 
         gate_up, down, _ = self._shared
@@ -363,7 +399,7 @@ class MoeKernels:
         both = gate_up(h)
         assert both.shape[1] == 2 * inner.shape[1], (both.shape, inner.shape)
         silu_mul.run(self._activate, both, out=inner)
-        y = down(inner)
+        y, gate = down(inner), self._gate(h)
         x += y if gate is None else y * F.sigmoid(gate).unsqueeze(-1).to(y.dtype)
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from firebox.attention.triton_paged import DECODE, Attended, decode, extend, plan
+from firebox.attention.triton_paged import Attended, decode, extend, plan
 from firebox.hardware.base import Gpu
 from firebox.kernels._attention_cases import Case, attention
+from firebox.kernels._attention_choice import DECODE
 from firebox.layers._invented import relative_error
 from firebox.tuning._attention_estimate import Problem
 from firebox.tuning.base import Candidate

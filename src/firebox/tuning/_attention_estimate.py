@@ -14,10 +14,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from firebox.attention.triton_paged import DECODE, splits
 from firebox.hardware.base import Gpu
 from firebox.kernels import _attention
 from firebox.kernels._attention import Config
+from firebox.kernels._attention_choice import DECODE, splits
 from firebox.kernels.compile import Compiled
 from firebox.tuning import estimate
 from firebox.tuning.estimate import Tile, norm, read_rate, resident_blocks

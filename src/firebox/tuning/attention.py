@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from firebox.attention.triton_paged import DECODE, EXTEND, key
 from firebox.hardware.base import Gpu
 from firebox.kernels import _attention, attention_decode, attention_extend
 from firebox.kernels._attention import Config
+from firebox.kernels._attention_choice import DECODE, EXTEND, key
 from firebox.kernels.compile import Compiled, CompileRequest
 from firebox.tuning import _attention_estimate
 from firebox.tuning._attention_bench import AttentionBench

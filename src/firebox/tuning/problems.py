@@ -9,6 +9,7 @@ once. Operations that no kernel here runs have none.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any, Protocol
 
 from firebox.attention import triton_paged
@@ -57,7 +58,7 @@ def _problems(name: str, operation: Operation) -> Iterator[Any]:
     if type(operation) is not Operation:
         return
     if (name, operation.source) in (("moe", expert_layers), ("linear", dense_gpu)):
-        yield operation.problem
+        yield _alone(operation.problem)
     elif name == "attention" and operation.source is triton_paged:
         yield from attention.problems(operation.problem)
 
@@ -79,4 +80,9 @@ def works_of(source: Source, gpu: Gpu, tp: int, op: str) -> tuple[list[Work], li
 
 def _has(layers: Layers, problem: Any) -> bool:
     of = getattr(problem, "layer", problem)
-    return any(operation.problem == of for operation in layers.operations)
+    return any(_alone(operation.problem) == of for operation in layers.operations)
+
+
+def _alone(problem: Any) -> Any:
+    """A problem as it is measured: without a norm before it, it rounds its activations itself."""
+    return replace(problem, normed=False) if getattr(problem, "normed", False) else problem

@@ -13,7 +13,7 @@ import pytest
 from firebox.attention import triton_paged
 from firebox.errors import LaunchRefused
 from firebox.hardware.base import find_gpu
-from firebox.kernels import _attention, _linear, _tuned, _veto, attention_decode
+from firebox.kernels import _attention, _attention_choice, _linear, _tuned, _veto, attention_decode
 from firebox.kernels._experts import Problem
 from firebox.kernels.plan import Operation, planned
 from firebox.layers import dense_gpu, experts
@@ -142,11 +142,11 @@ def test_experts_go_another_way_too(files: dict[str, dict[str, Any]]) -> None:
 def test_a_tuned_tile_of_attention_gives_way_to_the_default(files: dict[str, dict[str, Any]]) -> None:
     default = attention_decode.default(GQA, GB10, 1)
     tile = {"block_m": default.block_m, "block_n": 32, "num_warps": 8, "num_stages": 2}
-    key = triton_paged.key(triton_paged.DECODE, GQA)
+    key = _attention_choice.key(_attention_choice.DECODE, GQA)
     files["attention"] = {key: {1: {"path": "decode", "config": tile}}}
-    tuned = triton_paged.decode_config(GQA, GB10, 1, 4)
+    tuned = _attention_choice.decode_config(GQA, GB10, 1, 4)
     assert tuned != default and tuned.num_warps == 8
-    _veto.veto(triton_paged.choice_of(triton_paged.DECODE, GQA, tuned), "it")
-    assert triton_paged.decode_config(GQA, GB10, 1, 4) == default
+    _veto.veto(_attention_choice.choice_of(_attention_choice.DECODE, GQA, tuned), "it")
+    assert _attention_choice.decode_config(GQA, GB10, 1, 4) == default
     (row, *_) = planned(Operation("attention", "bf16", triton_paged, GQA), GB10, 4)
     assert row.why == "default; instead of it"

@@ -143,6 +143,9 @@ def test_splits_follow_the_contexts() -> None:
     assert count(1024, 1024) <= 4
     assert count(131_072, 4096) > 8 * count(131_072, 131_072)  # one long request among short ones
     assert count(10**7, 10**4) == decode.MAX_SPLITS
+    whole = 64 * decode.WHOLE_TILES
+    assert decode.split_count(8, (whole, whole), 264, 64, decode.WHOLE_TILES) == 1
+    assert decode.split_count(8, (whole + 1, whole), 264, 64, decode.WHOLE_TILES) == 3
 
 
 def test_tensors_laid_out_otherwise_are_refused() -> None:

@@ -13,10 +13,11 @@ from pathlib import Path as FilePath
 import pytest
 
 from firebox.hardware.base import Gpu, find_gpu
-from firebox.kernels import linear, linear_few
+from firebox.kernels import _tuned, _whole_rows, linear, linear_few, linear_one
 from firebox.kernels._experts import INT4_ZERO
 from firebox.kernels._linear import FORMATS, GROUPS, Problem
 from firebox.kernels.compile import CompileRequest, compile_all
+from firebox.layers import dense_gpu
 from firebox.layers.dense_gpu import requests
 
 ROOT = FilePath(__file__).resolve().parents[3]
@@ -44,7 +45,7 @@ def test_kernels_equal_their_references_under_the_interpreter(format: str, group
     )
     assert done.returncode == 0, done.stderr
     errors = json.loads(done.stdout.splitlines()[-1])
-    assert len(errors) == 16 + (0 if format == "bf16" else 6)
+    assert len(errors) == 16 + (0 if format == "bf16" else 6) + (4 if format in linear_one.FORMATS else 0)
     for case, error in errors.items():
         exact = "192 ×" in case and not any(format == f and part in case for f, part in ROUNDED_TWICE)
         assert error < (F32_LIMIT if exact else LIMIT), (case, error)
@@ -74,6 +75,38 @@ def test_every_launch_fits_and_is_native_where_it_is_for() -> None:
         assert compiled.fits, (name, compiled.error, compiled.shared_bytes, compiled.limit_bytes)
         assert compiled.native, (name, compiled.instructions)
         assert compiled.spill_bytes <= 64, (name, compiled.spill_bytes)
+
+
+def test_one_token_s_tiles_fit_without_spills() -> None:
+    """The default and the largest of the search space; no more programs than rows, whatever their number."""
+    wanted: dict[str, CompileRequest] = {}
+    for gpu in map(find_gpu, ("gb10", "h200", "rtx-4090")):
+        for p in (
+            Problem(2048, 4096, "bf16", residual=True),
+            Problem(5120, 2880, "bf16", bias=True),
+            Problem(4096, 12_288, "fp8_channel", residual=True),
+            Problem(160, 5120, "fp8_block", out_dtype="f32"),
+        ):
+            tiles = list(linear_one.search_space(p, gpu))
+            default = linear_one.default(p, gpu)
+            assert default in tiles
+            largest = max(tiles, key=lambda tile: tile.rows * _whole_rows.padded(p.columns) // tile.warps)
+            for config in (default, largest):
+                wanted[f"{gpu.name} {p} {config}"] = linear_one.request(p, config, gpu)
+    for name, compiled in zip(wanted, compile_all(list(wanted.values())), strict=True):
+        assert compiled.fits, (name, compiled.error)
+        assert compiled.spill_bytes == 0, (name, compiled.spill_bytes, compiled.registers)
+        assert compiled.native and compiled.shared_bytes <= 8192, name
+
+
+def test_one_token_takes_its_kernel_where_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no two tokens do, though they are nearest to it."""
+    p, gpu = Problem(2048, 4096, "bf16", residual=True), find_gpu("h200")
+    entries = {1: {"path": "one", "config": {"rows": 4, "warps": 4}}, 8: {"path": "few", "config": {}}}
+    monkeypatch.setattr(_tuned, "_file", lambda *names: {dense_gpu.key(p): entries})
+    assert dense_gpu.path_of(p, 1, gpu) == dense_gpu.Path("one", linear_one.Config(4, 4), "measured")
+    assert dense_gpu.path_of(p, 2, gpu).name == "few"
+    assert dense_gpu.scratch(p, 1, dense_gpu.path_of(p, 1, gpu)) == (0, 0)
 
 
 def test_fp8_products_of_many_tokens_are_fp8_on_sm_121() -> None:

@@ -44,7 +44,7 @@ def test_where_experts_go(tp: int, ep: int, experts: int, inter: int, times: int
     fused = int(ep == 1)
     routed = operation(found, "experts")
     sizes = (5120, inter, experts + fused, 8 + fused)
-    assert routed.problem == Problem(*sizes, "fp8_channel", residual=True, shared=fused)
+    assert routed.problem == Problem(*sizes, "fp8_channel", residual=True, shared=fused, normed=ep == 1)
     assert routed.times == times
     last = {row.operation.name: row.last for _, row in rows(found.layers, GB10, 100)}
     assert (last["experts"], last["qkv"]) == (100 * times, 100)

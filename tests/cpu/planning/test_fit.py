@@ -339,6 +339,7 @@ def tuned(monkeypatch: pytest.MonkeyPatch, keys: set[str] | None) -> None:
         },
         "linear": {1: {"path": "few", "config": {}}, 64: {"path": "cublas"}},
         "attention": {},
+        "route": {},
     }
 
     class File(dict[str, Any]):

@@ -149,7 +149,7 @@ def test_a_launch_that_is_not_made_in_between_is_not_listed_there(monkeypatch: p
     ("card", "tp", "expected"),
     [
         ("gpt-oss-20b", 1, dataclasses.replace(OSS, format="mxfp4_nibbles")),
-        ("glm-4.7-fp8", 4, GLM),
+        ("glm-4.7-fp8", 4, dataclasses.replace(GLM, normed=True)),
         ("kimi-k2.5-int4", 8, Problem(7168, 256, 384, 8, "int4_group", residual=True, panels=True)),
         ("qwen3.5-397b-a17b-nvfp4", 4, Problem(4096, 256, 512, 10, "nvfp4_nibbles", residual=True)),
         ("qwen3-30b-a3b", 1, Problem(2048, 768, 128, 8, "bf16", residual=True)),
@@ -177,10 +177,10 @@ def test_a_quarter_of_glm() -> None:
     kinds = model_layers("glm-4.7-fp8", 4)
     found = {(kind, o.name): o.problem for kind, layers in kinds.items() for o in layers.operations}
     L = _linear.Problem
-    assert found["attention_block", "qkv"] == L(28 * 128, 5120, "fp8_channel", bias=True)
+    assert found["attention_block", "qkv"] == L(28 * 128, 5120, "fp8_channel", bias=True, normed=True)
     assert found["attention_block", "o"] == L(5120, 24 * 128, "fp8_channel", residual=True)
     assert found["attention_block", "attention"] == GQA
-    assert found["dense_block", "gate_up"] == L(2 * 3072, 5120, "fp8_channel")
+    assert found["dense_block", "gate_up"] == L(2 * 3072, 5120, "fp8_channel", normed=True)
     assert found["dense_block", "down"] == L(5120, 3072, "fp8_channel", residual=True)
     assert found["dense_block", "silu_mul"].inter == 3072
     assert found["moe_block", "router"] == BF16
@@ -192,7 +192,8 @@ def test_a_quarter_of_glm() -> None:
 def test_a_shared_expert_in_another_format_is_computed_apart() -> None:
     names = [o.name for o in moe("kimi-k2.5-int4", 8).operations]
     assert names == [
-        *("norm", "router", "route", "shared_gate_up", "shared_silu_mul", "shared_down", "experts")
+        *("norm_route", "norm", "router", "route"),
+        *("shared_gate_up", "shared_silu_mul", "shared_down", "experts"),
     ]
 
 
@@ -210,11 +211,34 @@ def test_windows_and_sinks_are_problems_of_their_own() -> None:
 
 
 def test_alike_operations_are_planned_once() -> None:
-    """The norms of attention and MoE layers are one compile, and two rows."""
+    """The norms of attention and MoE layers of few tokens are one compile, and a row each."""
     layers = layers_of(opened("glm-4.7-fp8").model, Setting(GB10, 4))
-    norms = [(alike.op, row) for alike, row in rows(layers, GB10, 64) if row.op == "rms_norm"]
+    norms = [(alike.op, row) for alike, row in rows(layers, GB10, 4) if row.op == "rms_norm"]
     assert [op for op, _ in norms] == ["attention_block", "dense_block", "moe_block", "head"]
-    assert len({id(row.request) for _, row in norms}) == 1
+    assert all(row.request == norms[0][1].request for _, row in norms)
+
+
+def test_a_norm_writes_codes_where_its_readers_multiply_them() -> None:
+    """bf16 for a router at any number of tokens; qkv of many tokens reads codes alone. With experts divided,
+    tokens of other GPUs come without codes."""
+
+    def outputs(**setting: int) -> dict[tuple[str, bool], set[tuple[bool, bool]]]:
+        layers = layers_of(opened("glm-4.7-fp8").model, Setting(GB10, 4, **setting))
+        found: dict[tuple[str, bool], set[tuple[bool, bool]]] = {}
+        for alike, row in rows(layers, GB10, 600):
+            if row.op == "rms_norm":
+                missing = {name for name, value in row.request.constexprs.items() if value is None}
+                written = ("out" not in missing, "q" not in missing)
+                found.setdefault((alike.op, row.last > 64), set()).add(written)
+            assert row.op != "quantise_fp8" or row.operation.name not in ("qkv", "gate_up")
+        return found
+
+    plain, both, codes = (True, False), (True, True), (False, True)
+    found = outputs()
+    assert found["attention_block", False] == {plain} and found["attention_block", True] == {codes}
+    assert found["dense_block", True] == {codes} and both in found["moe_block", True]
+    assert found["head", True] == {plain}
+    assert outputs(ep=4)["moe_block", True] == {plain}
 
 
 @pytest.mark.parametrize(("card", "tp"), [("glm-4.7-fp8", 4), ("gpt-oss-120b", 1), ("qwen3-30b-a3b", 1)])

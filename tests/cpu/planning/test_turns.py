@@ -17,7 +17,7 @@ import pytest
 from firebox.attention import triton_paged
 from firebox.find import load
 from firebox.hardware.base import Gpu, find_gpu
-from firebox.kernels import _attention, _linear, _tuned, _veto
+from firebox.kernels import _attention, _attention_choice, _linear, _tuned, _veto
 from firebox.kernels._experts import Problem
 from firebox.kernels.plan import Operation, Planned, Setting, planned
 from firebox.layers import _fitting, dense_gpu, experts
@@ -139,11 +139,11 @@ def test_whatever_was_measured(seed: int, write: Callable[[str, Any], None]) -> 
     for kernel, rows in (("decode", 16), ("extend", 64)):
         tiles = {n: _attention.Config(rows, draw.choice([16, 32, 64]), 4, 2) for n in numbers(draw)}
         entries = {str(n): {"path": kernel, "config": dataclasses.asdict(c)} for n, c in tiles.items()}
-        keys[triton_paged.key(kernel, GQA)] = entries
-    write(triton_paged.TUNED_FILE, keys)
-    triton_paged._measured.cache_clear()
+        keys[_attention_choice.key(kernel, GQA)] = entries
+    write(_attention_choice.TUNED_FILE, keys)
+    _attention_choice.measured.cache_clear()
     assert differences(ATTENTION, H200, 4096) == [], keys
-    triton_paged._measured.cache_clear()
+    _attention_choice.measured.cache_clear()
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda o: o.format)

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from firebox.attention import triton_paged
-from firebox.attention.triton_paged import DECODE, EXTEND, key, made
+from firebox.attention.triton_paged import made
 from firebox.hardware.base import Gpu, find_gpu
-from firebox.kernels import attention_decode, attention_extend, launch
+from firebox.kernels import _attention_choice, attention_decode, attention_extend, launch
 from firebox.kernels._attention import FP8, Config
 from firebox.kernels._attention import Problem as Layer
+from firebox.kernels._attention_choice import DECODE, EXTEND, key
 from firebox.kernels.compile import CompileRequest, compile_all
 from firebox.tuning import attention
 from firebox.tuning._attention_estimate import Problem
@@ -266,4 +267,4 @@ def test_entries_are_read_back_as_they_were(tuned_folder: TunedFolder) -> None:
     entry = attention.entry(Option(EXTEND, {attention.WHOLE: Candidate(EXTEND, "whole", shared, None)}, 1.0))
     assert entry == {"path": EXTEND, "config": asdict(shared)}
     tuned_folder.write(H200, attention.FILE, {key(EXTEND, GQA): {"512": entry}})
-    assert triton_paged.extend_config(GQA, H200, 600) == shared
+    assert _attention_choice.extend_config(GQA, H200, 600) == shared

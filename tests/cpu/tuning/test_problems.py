@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from firebox.attention.triton_paged import DECODE, EXTEND
 from firebox.errors import ConfigError
 from firebox.hardware.base import find_gpu
 from firebox.kernels._attention import Problem as Layer
+from firebox.kernels._attention_choice import DECODE, EXTEND
 from firebox.kernels._linear import Problem
 from firebox.kernels.plan import Library, Operation, Setting
 from firebox.layers import dense_gpu

@@ -1,0 +1,101 @@
+"""Steps in which every request has one query, on an NVIDIA GPU: rotation, the write into the cache and
+attention in one launch, kernels/attention_rope_decode.py, where other steps take two (attention_gpu.py).
+
+Only where it was measured to be faster (attention.json, "rope_decode …"): on an H200 one launch saves 1.1 µs
+a layer of gpt-oss at one request and 1.3 of GLM-4.5-Air, and loses as much of Qwen3 at eight. Where its
+results were wrong, steps take the two launches.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from firebox.hardware.base import Gpu
+from firebox.kernels import _attention_choice, _tuned
+from firebox.kernels import attention_rope_decode as kernel
+from firebox.kernels._attention import Config
+from firebox.kernels._veto import Choice, remembers, why_not
+from firebox.kernels.attention_rope_decode import Problem
+from firebox.kernels.launch import Launcher
+from firebox.kernels.plan import Compile, Made
+
+KIND = "rope_decode"  # of entries in attention.json
+APART = "apart"  # the path of entries where two launches were faster
+
+
+def choice_of(problem: Problem, config: Config) -> Choice:
+    """What is vetoed."""
+    return (KIND, problem, config)
+
+
+@remembers
+@functools.cache
+def config_of(problem: Problem, gpu: Gpu, tokens: int) -> Config | None:
+    """The tile for so many requests; None where they take two launches."""
+    config = _attention_choice.entry(KIND, problem.paged, gpu, tokens)
+    return None if config is None or why_not(choice_of(problem, config)) else config
+
+
+def made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
+    """What so many requests launch, for the plan: keys divided or not."""
+    config = config_of(problem, gpu, tokens)
+    if config is not None:
+        return _made(problem, config, gpu)
+    found = _attention_choice.entry(KIND, problem.paged, gpu, tokens)
+    wrong = found and why_not(choice_of(problem, found))
+    return Made(APART, f"two launches instead of {wrong}" if wrong else "not measured to be faster", ())
+
+
+@functools.cache
+def _made(problem: Problem, config: Config, gpu: Gpu) -> Made:
+    whole, part = (kernel.requests(problem, config, gpu, split=split) for split in (False, True))
+    return Made(
+        KIND,
+        "measured",
+        (
+            Compile(kernel.OP, whole[kernel.OP], config),
+            Compile(kernel.OP, part[kernel.OP], config, "keys divided"),
+            Compile(kernel.MERGE, part[kernel.MERGE]),
+        ),
+    )
+
+
+def turns(problem: Problem, max_tokens: int, gpu: Gpu) -> Iterator[int]:
+    """See kernels/plan.py."""
+    key = _attention_choice.key(KIND, problem.paged)
+    yield from _tuned.turns(gpu.name, _attention_choice.TUNED_FILE, key)
+
+
+def run(
+    problem: Problem,
+    config: Config,
+    gpu: Gpu,
+    qkv: torch.Tensor,
+    cache: Any,
+    plan: Any,
+    scale: float,
+    *,
+    window_tokens: int | None = None,
+    sinks: torch.Tensor | None = None,
+    **given: torch.Tensor,
+) -> torch.Tensor:
+    """`qkv` [requests, columns] → attended [requests, heads, head_dim]; the tokens' keys and values are then
+    in `cache`, a LayerCache. `plan`: triton_paged's, of a step that is `single`. `given`: what rope_write.run
+    takes besides."""
+    p, load = problem.paged, (plan.paged.requests, 1, plan.decode_contexts)
+    divided = _attention_choice.splits(p, gpu, config, *load, window_tokens or 0)
+    out = qkv.new_empty(len(qkv), p.heads, p.head_dim)
+    return kernel.run(
+        _launchers(problem, config, gpu, divided > 1), problem, qkv, cache.k, cache.v, plan.paged, scale, out,
+        splits=divided, window_tokens=window_tokens or 0, sinks=sinks, cache_scales=cache.scales, **given,
+    )  # fmt: skip
+
+
+@functools.cache
+def _launchers(problem: Problem, config: Config, gpu: Gpu, split: bool) -> dict[str, Launcher]:
+    found: dict[str, Any] = kernel.requests(problem, config, gpu, split=split)
+    return {name: Launcher(request) for name, request in found.items()}
