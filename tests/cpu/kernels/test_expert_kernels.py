@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from firebox.hardware.base import find_gpu
-from firebox.kernels import moe_gate_up_few
+from firebox.kernels import moe_down_one, moe_gate_up_few, moe_gate_up_one
 from firebox.kernels._experts import FORMATS, FOUR_BIT, FP8, INTEGERS, MXFP4, Problem, dequantised, word_bits
 from firebox.kernels.compile import CompileRequest, compile_all
 from firebox.layers.experts import Path, path_of, requests
@@ -115,6 +115,27 @@ def test_fp8_products_are_fp8_on_sm_121_where_many_tokens_meet() -> None:
         [request for name, request in found.items() if "gate_up" in name or "down" in name]
     )
     assert [result.instruction for result in compiled] == ["mma.fp8", "mma.fp8"]
+
+
+def test_one_token_of_four_bit_experts_spills_nothing_and_moves_no_columns_between_threads() -> None:
+    """Beyond the sums of rows: a tile whose columns of x lie otherwise than its words costs 2 KB or more of
+    shared memory, and half as many instructions again."""
+    layers = {
+        "gpt-oss": Problem(2880, 2880, 128, 4, "mxfp4", "clamped_swiglu", biases=True, panels=True),
+        "Kimi-K2.5 tp 8": Problem(7168, 256, 384, 8, "int4_group", panels=True),
+        "Qwen3.5 tp 4": Problem(4096, 256, 512, 10, "nvfp4"),
+        "AWQ": Problem(2048, 768, 128, 8, "int4_zero", int4_columns=128, panels=True),
+    }
+    wanted = {
+        f"{gpu_name} {name} {module.OP}": module.request(problem, module.default(problem, 1, gpu), gpu)
+        for gpu_name in ("gb10", "h200")
+        for gpu in (find_gpu(gpu_name),)
+        for name, problem in layers.items()
+        for module in (moe_gate_up_one, moe_down_one)
+    }
+    for name, compiled in zip(wanted, compile_all(list(wanted.values())), strict=True):
+        assert compiled.error is None and compiled.spill_bytes == 0, (name, compiled)
+        assert compiled.shared_bytes <= 128, (name, compiled.shared_bytes)
 
 
 @pytest.mark.parametrize("format", FORMATS)
