@@ -2,8 +2,8 @@
 
     rms_norm → linear (q, k, v) → rope_write → attention/triton_paged → (sigmoid_mul) → linear, which adds x
 
-Where every request has one query, rope_write and attention may be one launch (rope_decode_gpu.py). Weights stay
-in their format."""
+Where every request has one query, rope_write and attention may be one launch (rope_decode_gpu.py). Weights
+stay in their format."""
 
 from __future__ import annotations
 

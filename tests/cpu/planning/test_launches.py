@@ -15,7 +15,15 @@ import torch
 from firebox.attention import triton_paged
 from firebox.formats import fp8_block, int4_group
 from firebox.hardware.base import find_gpu
-from firebox.kernels import _attention, _linear, _tuned, attention_decode, attention_extend, moe_down_few
+from firebox.kernels import (
+    _attention,
+    _linear,
+    _tuned,
+    attention_decode,
+    attention_extend,
+    moe_down_few,
+    moe_gate_up_few,
+)
 from firebox.kernels._experts import Problem
 from firebox.kernels.plan import Operation, Planned, Setting, planned
 from firebox.layers import dense_gpu, experts, moe_gpu
@@ -166,8 +174,14 @@ def test_one_tokens_experts_let_the_next_launch_begin_late() -> None:
     """Not where the second half loads its whole tile before it waits (Kimi-K2.5 at tp 8, measured)."""
     h200 = find_gpu("h200")
     kimi = Problem(7168, 256, 384, 8, "int4_group", residual=True, panels=True)
-    for problem, tokens, late in ((GLM, 1, True), (GLM, 2, False), (kimi, 1, False)):
-        found = requests(problem, tokens, path_of(problem, tokens, h200), h200)
+    whole = moe_down_few.Config(64, 8, depth=0, warps=2, stages=1)
+    tiles = (moe_gate_up_few.default(kimi, 1, h200), whole)
+    for problem, tokens, path, late in (
+        (GLM, 1, path_of(GLM, 1, h200), True),
+        (GLM, 2, path_of(GLM, 2, h200), False),
+        (kimi, 1, experts.Path("few", *tiles, "test"), False),
+    ):
+        found = requests(problem, tokens, path, h200)
         halves = (found["moe_gate_up"], found["moe_down"])
         assert [request.constexprs["LATE"] for request in halves] == [late, late], (problem, tokens)
 
