@@ -4,6 +4,7 @@
 
 h [top_k, inter] as moe_gate_up_one.py leaves it; W as in kernels/_experts.py; routing_weights
 [1, top_k] float32; out [1, hidden] bf16 or float16. Weights, h and sums in float32, one rounding at the end.
+With 4-bit weights h must stay below 2²⁰.
 
 A program takes some rows of every choice's matrix. The choices were made two launches before, so it loads all
 of these before it waits for h; nothing is added up between programs.

@@ -3,8 +3,8 @@
     h_k = act(gate_e · x + b, up_e · x + b),   e the token's k-th choice
 
 x [1, hidden] bf16 or float16; W as in kernels/_experts.py; h [top_k, inter] in the type that
-`_experts.operand` names. Weights, x and sums in float32, h rounded once, saturated where it is float16. In
-MXFP4 and NVFP4, x must stay below 2²⁸.
+`_experts.operand` names. Weights, x and sums in float32, h rounded once, saturated where it is float16. With
+4-bit weights x must stay below 2²⁰.
 
 A program takes some inner columns of one choice: their gate rows and their up rows, all columns of these in
 registers (_whole_rows.py, _whole_words.py). Programs are small and many, so that every multiprocessor has its
@@ -66,11 +66,9 @@ def most(problem: Problem) -> int:
 
 def across(problem: Problem, config: Config) -> int:
     """Rows of 4-bit weights that lie side by side in a program's threads."""
-    return (
-        max(1, 32 * config.warps // _whole_words.threads_of(problem.hidden, problem.group))
-        if problem.group
-        else 1
-    )
+    if not problem.group:
+        return 1
+    return max(1, 32 * config.warps // _whole_words.threads_of(problem.hidden, problem.group))
 
 
 def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
