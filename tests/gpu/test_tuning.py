@@ -61,7 +61,7 @@ ATTENTION = [
     )
 ]
 CASES: list[tuple[Any, Any, int]] = [
-    *((experts, problem, tokens) for problem in EXPERTS for tokens in (3, 16, 200)),
+    *((experts, problem, tokens) for problem in EXPERTS for tokens in (1, 3, 16, 200)),
     *((linear, problem, tokens) for problem in LINEAR for tokens in (1, 16, 50, 300)),
     *((attention, p, tokens) for p in ATTENTION for tokens in ((1, 9) if p.kernel == DECODE else (40, 900))),
 ]

@@ -19,8 +19,10 @@ from firebox.kernels import (
     moe_combine,
     moe_down,
     moe_down_few,
+    moe_down_one,
     moe_gate_up,
     moe_gate_up_few,
+    moe_gate_up_one,
     moe_sort,
     quantise_fp8,
 )
@@ -28,13 +30,14 @@ from firebox.kernels._experts import FP8, Problem
 from firebox.kernels.launch import Launcher
 from firebox.layers._expert_store import ExpertStore
 from firebox.layers._invented import relative_error, vary
-from firebox.layers.experts import FEW, SORTED, Experts, Path, Workspace, default_path, requests
+from firebox.layers.experts import FEW, ONE, SORTED, Experts, Path, Workspace, default_path, requests
 from firebox.tuning._launchers import launcher
 from firebox.tuning.base import Candidate
 from firebox.tuning.clock import Call
 from firebox.tuning.estimate import GATE_UP
 
 DOWN = "down"
+UNSORTED = (ONE, FEW)
 CHECKED_TOKENS = 4
 SMALLEST_BLOCK = 16
 FILLED_ROWS = 4096  # of h at a time
@@ -146,10 +149,19 @@ class ExpertBench:
     def _call(self, candidate: Candidate, data: _Data) -> Call:
         assert candidate.request is not None
         chosen = launcher(candidate.request)
+        if candidate.path == ONE:
+            return self._one(candidate, chosen, data)
         if candidate.path == FEW:
             return self._few(candidate, chosen, data)
         assert candidate.path == SORTED, f"no bench for {candidate.path}"
         return self._sorted(candidate, chosen, data)
+
+    def _one(self, candidate: Candidate, chosen: Launcher, data: _Data) -> Call:
+        p, h, layer = self.problem, data.space.h_few, self._layer
+        if candidate.part == GATE_UP:
+            return lambda: moe_gate_up_one.run(chosen, p, data.x, layer.gate_up, data.ids, h)
+        self._prepare_few(data)
+        return lambda: moe_down_one.run(chosen, p, h, layer.down, data.ids, data.weights, data.out)
 
     def _few(self, candidate: Candidate, chosen: Launcher, data: _Data) -> Call:
         p, space, layer = self.problem, data.space, self._layer
@@ -234,7 +246,7 @@ class ExpertBench:
         launchers = self._further_launchers(chosen)
 
         def run(data: _Data) -> None:
-            if path != FEW:
+            if path not in UNSORTED:
                 self._sort(launchers, chosen.block, data)
                 self._change(launchers, data)
             moe_combine.run(launchers["moe_combine"], data.space.y, data.out)
@@ -296,17 +308,17 @@ class ExpertBench:
         """From the h that the half is given."""
         space = data.space
         values, scale = self._layer.stored_h(
-            *((space.h_few, None) if path == FEW else (space.h, space.h_scale))
+            *((space.h_few, None) if path in UNSORTED else (space.h, space.h_scale))
         )
         meant = values.float()
-        if path != FEW and space.h_scale is not None:
+        if path not in UNSORTED and space.h_scale is not None:
             meant = (meant.unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(-1)).flatten(1)
         return self._layer.products(path, meant)
 
     def _run_gate_up(self, candidate: Candidate, call: Call, data: _Data) -> torch.Tensor:
         """h of the first tokens' choices, by place, in float32."""
         space, choices = data.space, self._first * self.problem.top_k
-        if candidate.path == FEW:
+        if candidate.path in UNSORTED:
             before = space.h_few.clone()
             space.h_few.fill_(torch.nan)
             call()
@@ -325,11 +337,11 @@ class ExpertBench:
     def _run_down(self, candidate: Candidate, call: Call, data: _Data) -> torch.Tensor:
         """The first tokens' sums, or, where others add up, their choices' products, by place."""
         space, choices = data.space, self._first * self.problem.top_k
-        if candidate.path == FEW:
+        if candidate.path in UNSORTED:
             space.h_few[:choices] = self._layer.stored_h(space.h_few, None)[0][:choices]
         else:
             self._place_h(space)
-        if candidate.path == FEW and not self._adds_apart(candidate):
+        if candidate.path in UNSORTED and not self._adds_apart(candidate):
             space.partial.fill_(torch.nan)
             data.out.zero_()  # it is added to
             call()

@@ -1,5 +1,6 @@
 """How long a dense linear layer should take: tuning/estimate.py's bounds, for products of one matrix.
 
+    one      the memory's time, whatever the tile
     few      its program, one expert, whose columns are divided too; what the slices cost is added
     many     the tiles of a product in which no tile is emptier than it must be, columns divided as well
     cublas   a launch, and a fixed share of the roof, of an FP8 product the same one: no such was measured
@@ -73,6 +74,12 @@ def few_us(
     if slices == 1:
         return found
     return found + rates.slices + 2 * _sums_us(slices * tokens * p.rows, gpu)
+
+
+def one_us(p: Problem, gpu: Gpu, rates: Rates = RATES) -> float:
+    """Of kernels/linear_one.py, in microseconds. Tiles are told apart by measuring them."""
+    moved_us = _moved(product(p, 1, few=True)) / (read_rate(gpu) * rates.read)
+    return rates.begin + rates.program + rates.latency + moved_us
 
 
 def many_us(

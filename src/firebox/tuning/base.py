@@ -1,8 +1,9 @@
 """What is tuned: tasks, candidates, and what each operation (tuning/experts.py, tuning/linear.py) must say.
 
 A task is one problem at one number of tokens. Its result is a path, and a tile for every part of that path:
-an expert layer has the paths few and sorted with the parts gate_up and down, a linear layer the paths few,
-many and cublas with one part. Parts are launches of their own and are tuned separately.
+an expert layer has the paths one (of one token), few and sorted with the parts gate_up and down, a linear
+layer the paths one, few, many and cublas with one part. Parts are launches of their own and are tuned
+separately.
 """
 
 from __future__ import annotations

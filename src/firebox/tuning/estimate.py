@@ -219,6 +219,12 @@ def tile_us(q: Product, tile: Tile, gpu: Gpu, rates: Rates = RATES) -> float:
     return rates.begin + norm(rates.power, moved / read, of_each_sm * busy, waves * alone) + idle
 
 
+def one_us(q: Product, gpu: Gpu, rates: Rates = RATES) -> float:
+    """Of one token's own kernels, whatever the tile: the memory's time, and what a launch and a load take."""
+    moved = q.experts * q.rows * q.columns * q.weight_bytes
+    return rates.begin + rates.latency + moved / (read_rate(gpu) * rates.read)
+
+
 def read_rate(gpu: Gpu) -> float:
     """Bytes a microsecond, the best that is known."""
     return (gpu.read_gb_s or gpu.copy_gb_s or gpu.bandwidth_gb_s or UNKNOWN_GB_S) * 1e3

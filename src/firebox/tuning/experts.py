@@ -18,6 +18,7 @@ from firebox.kernels.compile import Compiled, CompileRequest
 from firebox.layers.experts import (
     FEW,
     MODULES,
+    ONE,
     SCALED,
     SORTED,
     default_path,
@@ -56,6 +57,8 @@ def candidates(task: Task, gpu: Gpu) -> Iterator[Candidate]:
 
 
 def _paths(task: Task, gpu: Gpu) -> Iterator[str]:
+    if task.tokens == 1:
+        yield ONE
     if task.tokens <= (moe_gate_up_few.MAX_TOKENS if task.problem.group else PLAIN_FEW):
         yield FEW
     if task.tokens >= SORTED_FROM:
@@ -67,14 +70,14 @@ def _paths(task: Task, gpu: Gpu) -> Iterator[str]:
 def _blocks(task: Task, path: str) -> list[int]:
     """What search spaces are asked for: the layer's tokens, or tiles from a quarter of to four times what an
     expert has."""
-    if path == FEW:
+    if path in (ONE, FEW):
         return [task.tokens]
     each = task.tokens * task.problem.top_k / task.problem.experts
     return [block for block in BLOCKS if each / 4 <= block <= 4 * each + 16] or [BLOCKS[-1]]
 
 
 def _candidate(task: Task, path: str, part: str, config: Any, gpu: Gpu) -> Candidate:
-    return Candidate(path, part, config, _request(task, path, part, config, gpu))
+    return Candidate(path, part, config, _request(task, path, part, config, gpu), unproven=path == ONE)
 
 
 def _request(task: Task, path: str, part: str, config: Any, gpu: Gpu) -> CompileRequest:
@@ -94,7 +97,10 @@ def stock(task: Task, gpu: Gpu) -> Option:
 
 
 def estimate_us(task: Task, candidate: Candidate, compiled: Compiled | None, gpu: Gpu) -> float:
-    """See tuning/estimate.py."""
+    """See tuning/estimate.py. One token's own tiles, for want of a fit, take the memory's time: they are told
+    apart by measuring them."""
+    if candidate.path == ONE:
+        return estimate.one_us(_product(task.problem, 1, FEW, candidate.part), gpu)
     product = _product(task.problem, task.tokens, candidate.path, candidate.part)
     return estimate.tile_us(product, estimate.tile_of(product, candidate.config, compiled), gpu)
 
@@ -104,6 +110,8 @@ _product = functools.lru_cache(256)(estimate.expert_product)
 
 def further_us(task: Task, path: str, parts: Mapping[str, Candidate], gpu: Gpu) -> float:
     """Sorting, rounding and summing."""
+    if path == ONE:
+        return 0.0
     if path == FEW:
         apart = moe_down_few.adds_apart(parts[DOWN].config, task.tokens)
         return estimate.summing_us(task.problem, task.tokens, gpu) if apart else 0.0
@@ -113,7 +121,7 @@ def further_us(task: Task, path: str, parts: Mapping[str, Candidate], gpu: Gpu) 
 
 def roof_us(task: Task, path: str, gpu: Gpu) -> float:
     """See tuning/estimate.py."""
-    return estimate.roof_us(task.problem, task.tokens, path, gpu)
+    return estimate.roof_us(task.problem, task.tokens, FEW if path == ONE else path, gpu)
 
 
 def options(task: Task, ranked: Mapping[tuple[str, str], Sequence[Candidate]]) -> Iterator[Option]:
@@ -132,7 +140,7 @@ def entry(option: Option) -> dict[str, Any]:
 def further_requests(task: Task, gpu: Gpu) -> Iterator[CompileRequest]:
     """Sorting and what belongs to it, and the stock tiles that make the second halves' inputs."""
     for path in _paths(task, gpu):
-        for block in _blocks(task, path) if path != FEW else [task.tokens]:
+        for block in _blocks(task, path):
             stock_tiles = default_path(task.problem, path, block, gpu)
             yield from requests(task.problem, task.tokens, stock_tiles, gpu).values()
     if task.tokens >= SORTED_FROM:

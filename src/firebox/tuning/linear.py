@@ -8,11 +8,11 @@ from dataclasses import asdict
 from typing import Any
 
 from firebox.hardware.base import Gpu
-from firebox.kernels import linear, linear_few
+from firebox.kernels import linear, linear_few, linear_one
 from firebox.kernels._linear import Problem
 from firebox.kernels.compile import Compiled, CompileRequest
 from firebox.layers import _dense_library
-from firebox.layers.dense_gpu import CUBLAS, FEW, MANY, Path, key, requests, rounds, stock_path
+from firebox.layers.dense_gpu import CUBLAS, FEW, MANY, ONE, Path, key, requests, rounds, stock_path
 from firebox.tuning import _linear_estimate
 from firebox.tuning._linear_bench import Weighted
 from firebox.tuning.base import Bench, Candidate, Option, Task
@@ -40,6 +40,8 @@ def candidates(task: Task, gpu: Gpu) -> Iterator[Candidate]:
 def _spaces(task: Task, gpu: Gpu) -> Iterator[tuple[str, Iterator[Any]]]:
     """(path, configs). Where kernels/linear.py declines, a library has what is too many for linear_few."""
     problem, tokens = task.problem, task.tokens
+    if tokens == 1 and linear_one.accepts(problem, gpu) is None:
+        yield ONE, linear_one.search_space(problem, gpu)
     if tokens <= linear_few.MAX_TOKENS:
         yield FEW, linear_few.search_space(problem, tokens, gpu)
     if linear.accepts(problem, gpu) is not None:
@@ -52,7 +54,7 @@ def _spaces(task: Task, gpu: Gpu) -> Iterator[tuple[str, Iterator[Any]]]:
 
 def _candidate(task: Task, path: str, config: Any, gpu: Gpu) -> Candidate:
     made = requests(task.problem, task.tokens, gpu, Path(path, config, "tuning"))
-    unproven = path == CUBLAS and linear.quantised(task.problem)
+    unproven = path == ONE or (path == CUBLAS and linear.quantised(task.problem))
     return Candidate(path, WHOLE, config, made.get(linear.OP), unproven)
 
 
@@ -67,6 +69,8 @@ def estimate_us(task: Task, candidate: Candidate, compiled: Compiled | None, gpu
     problem, tokens = task.problem, task.tokens
     if candidate.path == CUBLAS:
         return _linear_estimate.cublas_us(problem, tokens, gpu)
+    if candidate.path == ONE:
+        return _linear_estimate.one_us(problem, gpu)
     estimated = _linear_estimate.few_us if candidate.path == FEW else _linear_estimate.many_us
     return estimated(problem, tokens, candidate.config, compiled, gpu)
 
@@ -80,7 +84,7 @@ def further_us(task: Task, path: str, parts: Mapping[str, Candidate], gpu: Gpu) 
 
 def roof_us(task: Task, path: str, gpu: Gpu) -> float:
     """See tuning/_linear_estimate.py."""
-    return _linear_estimate.roof_us(task.problem, task.tokens, gpu, few=path == FEW)
+    return _linear_estimate.roof_us(task.problem, task.tokens, gpu, few=path in (ONE, FEW))
 
 
 def options(task: Task, ranked: Mapping[tuple[str, str], Sequence[Candidate]]) -> Iterator[Option]:

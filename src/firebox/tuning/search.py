@@ -145,7 +145,11 @@ class Search:
         """With each one's place in its part's ranking: whoever stops early has the best of every part."""
         parts: dict[tuple[str, str], list[Candidate]] = {}
         for candidate in self._tunable.candidates(task, self._gpu):
-            parts.setdefault((candidate.path, candidate.part), []).append(candidate)
+            if candidate.unproven and self._meter is None:
+                self.report.candidates += 1
+                self.report.dropped["is not chosen before it has run"] += 1
+            else:
+                parts.setdefault((candidate.path, candidate.part), []).append(candidate)
         stock, found = self._tunable.stock(task, self._gpu), []
         for candidates in parts.values():
             self.report.candidates += len(candidates)
@@ -170,9 +174,6 @@ class Search:
         self.report.compiled = len(self._compiled)
 
     def _judge(self, task: Task, candidate: Candidate) -> None:
-        if candidate.unproven and self._meter is None:
-            self.report.dropped["is not chosen before it has run"] += 1
-            return
         compiled = self._compiled.get(candidate.code)
         if candidate.request is not None:
             if compiled is None:

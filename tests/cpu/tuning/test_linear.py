@@ -17,7 +17,7 @@ from firebox.kernels._experts import INT4_ZERO
 from firebox.kernels._linear import Problem
 from firebox.kernels.compile import Compiled, CompileRequest, compile_all
 from firebox.layers import dense_gpu
-from firebox.layers.dense_gpu import CUBLAS, FEW, MANY
+from firebox.layers.dense_gpu import CUBLAS, FEW, MANY, ONE
 from firebox.tuning import linear
 from firebox.tuning._linear_estimate import RATES, cublas_us, few_us, many_us
 from firebox.tuning.base import Candidate, Option, Task
@@ -42,7 +42,9 @@ def candidates(problem: Problem, tokens: int, gpu: str = "h200") -> list[Candida
 @pytest.mark.parametrize(
     ("problem", "tokens", "paths"),
     [
-        (FP8, 1, {FEW}),
+        (FP8, 1, {ONE, FEW}),
+        (FP8, 2, {FEW}),
+        (INT4, 1, {FEW}),
         (FP8, 15, {FEW}),
         (FP8, 16, {FEW, MANY, CUBLAS}),
         (FP8, 64, {FEW, MANY, CUBLAS}),
@@ -50,7 +52,7 @@ def candidates(problem: Problem, tokens: int, gpu: str = "h200") -> list[Candida
         (replace(FP8, out_dtype="f32"), 65, {MANY}),
         (replace(FP8, format="fp8_block"), 65, {MANY}),
         (INT4, 512, {MANY}),
-        (BF16, 1, {FEW, CUBLAS}),
+        (BF16, 1, {ONE, FEW, CUBLAS}),
         (BF16, 65, {CUBLAS}),
     ],
 )
@@ -87,7 +89,7 @@ def test_a_measurement_does_not_change_what_is_stock(tuned_folder: TunedFolder) 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
 def test_what_is_written_is_what_the_engine_launches(gpu: object, tuned_folder: TunedFolder) -> None:
     """Every path, through the file: the same path, tile and compile."""
-    for problem, tokens in ((FP8, 3), (FP8, 64), (FP8, 300), (BF16, 16), (BF16, 300), (INT4, 100)):
+    for problem, tokens in ((FP8, 1), (FP8, 3), (FP8, 64), (FP8, 300), (BF16, 16), (BF16, 300), (INT4, 100)):
         task = linear.task(problem, tokens)
         found = list(linear.candidates(task, gpu))
         for candidate in [*found[::5], *(c for c in found if c.path == CUBLAS)]:
@@ -99,7 +101,7 @@ def test_what_is_written_is_what_the_engine_launches(gpu: object, tuned_folder: 
             launched = {c.op: c.request for c in dense_gpu.made(problem, tokens, gpu).compiles}
             assert launched["linear"] == candidate.request
             others = [r for op, r in launched.items() if op != "linear"]
-            alone = candidate.path == dense_gpu.FEW
+            alone = candidate.path in (ONE, FEW)
             assert others == ([] if alone else list(linear.further_requests(task, gpu)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,9 @@ import pytest
 from firebox.hardware.base import find_gpu
 from firebox.kernels import _tuned
 from firebox.kernels._experts import Problem
-from firebox.layers.experts import MODULES, path_of
+from firebox.layers.experts import MODULES, path_of, requests
 from firebox.tuning import experts
-from firebox.tuning.base import Option
+from firebox.tuning.base import Candidate, Option
 from firebox.tuning.entries import MEASURED, PREDICTED, Entry
 from firebox.tuning.write import folder_of, merge
 
@@ -58,6 +59,25 @@ def test_kernels_read_what_was_written(folder: Path) -> None:
     assert found.down == one.option.parts["down"].config
     about = json.loads(path.read_text())[_tuned.ABOUT]
     assert set(about) == {"triton", "date", "commit"} and all(about.values())
+
+
+@pytest.mark.parametrize("format", ["bf16", "fp8_block", "mxfp4"])
+def test_one_tokens_own_tiles_are_read_for_one_token_and_only_measured(format: str, folder: Path) -> None:
+    problem = replace(PROBLEM, format=format)
+    task = experts.task(problem, 1)
+    found: dict[str, list[Candidate]] = {part: [] for part in experts.PARTS}
+    for candidate in experts.candidates(task, GPU):
+        if candidate.path == "one":
+            assert candidate.unproven, "or a prediction could name it"
+            found[candidate.part].append(candidate)
+    parts = {part: tiles[-1] for part, tiles in found.items()}
+    write(folder, Entry(task, Option("one", parts, 9.0), MEASURED), entry(4, MEASURED, problem, warps=2))
+    path = path_of(problem, 1, GPU)
+    assert (path.name, path.gate_up, path.down) == ("one", *(parts[part].config for part in experts.PARTS))
+    launched = requests(problem, 1, path, GPU)
+    assert launched == {f"moe_{part}": candidate.request for part, candidate in parts.items()}
+    assert path_of(problem, 2, GPU).name == "few"
+    assert not any(c.path == "one" for c in experts.candidates(experts.task(problem, 2), GPU))
 
 
 def test_other_problems_stay_and_a_prediction_replaces_no_measurement(folder: Path) -> None:
