@@ -63,10 +63,16 @@ def belonging(marker: str, root: Process | None = None) -> list[Process]:
 
 def end(find: Callable[[], list[Process]], grace_s: float, kill_s: float = 10.0) -> list[Process]:
     """SIGTERM to all that `find` finds, SIGKILL to those that are left after `grace_s`; what appears
-    meanwhile is ended too. Returns what would not die within `kill_s`: nothing, unless a driver holds it."""
+    meanwhile is ended too, and what was found once, though the parent by which it was found has ended.
+    Returns what would not die within `kill_s`: nothing, unless a driver holds it."""
     told: set[Process] = set()
+
+    def living() -> list[Process]:
+        found = find()
+        return found + [each for each in told.difference(found) if look(each.pid) == each]
+
     deadline = time.monotonic() + grace_s
-    while (left := find()) and time.monotonic() < deadline:
+    while (left := living()) and time.monotonic() < deadline:
         send((each for each in left if each not in told), signal.SIGTERM)
         told.update(left)
         time.sleep(POLL_S)
@@ -74,7 +80,7 @@ def end(find: Callable[[], list[Process]], grace_s: float, kill_s: float = 10.0)
     while left and time.monotonic() < deadline:
         send(left, signal.SIGKILL)
         time.sleep(POLL_S)
-        left = find()
+        left = living()
     return left
 
 

@@ -107,6 +107,12 @@ def test_strangers_are_left_alone(tmp_path):
         stranger.kill()
 
 
+def ignores_sigterm(process):
+    status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    (ignored,) = (line.split()[1] for line in status if line.startswith("SigIgn"))
+    return bool(int(ignored, 16) >> signal.SIGTERM - 1 & 1)
+
+
 def test_a_process_that_lost_its_marker_is_found_by_its_parent(tmp_path):
     run = f"subprocess.run([sys.executable, {TINY!r}, '0', 'deaf'], env={{}}, start_new_session=True)"
     code = f"import subprocess, sys; {run}"
@@ -118,8 +124,11 @@ def test_a_process_that_lost_its_marker_is_found_by_its_parent(tmp_path):
         marker=secrets.token_hex(8),
     )
     wait_for(lambda: len(belonging(found.marker, found.root)) == 2)
+    both = belonging(found.marker, found.root)
+    wait_for(lambda: any(map(ignores_sigterm, both)))
     assert found.stop(0.2) == []
     assert belonging(found.marker, found.root) == []
+    assert [each for each in both if look(each.pid) == each] == [], "a child is left"
 
 
 def test_the_runner_itself_is_never_among_them(monkeypatch):
