@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # Triton is imported where there is a GPU, and not before
 
 TUNED_FILE = "attention"  # the file in tuned/<gpu>/
 DECODE, EXTEND = "decode", "extend"
+APART = "apart"  # the path of entries where more launches than one were faster
 
 
 @functools.cache
@@ -56,12 +57,12 @@ def measured(kernel: str, problem: Problem, gpu: Gpu, tokens: int) -> Config | N
 
 
 def entry(kernel: str, problem: Problem, gpu: Gpu, tokens: int) -> Config | None:
-    """The tile of the tuned file, whatever its results were; None where there is none."""
+    """The tile of the tuned file, whatever its results were; None where there is none, or APART."""
     from firebox.kernels import _tuned
     from firebox.kernels._attention import Config
 
     found = _tuned.measured(gpu.name, TUNED_FILE, key(kernel, problem), tokens)
-    return None if found is None or "config" not in found else Config(**found["config"])
+    return None if found is None or found["path"] == APART else Config(**found["config"])
 
 
 def decode_tile(problem: Problem, gpu: Gpu, queries: int, tuned: Config | None) -> Config:

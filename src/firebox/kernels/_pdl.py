@@ -10,7 +10,8 @@ what comes directly before the programs of experts (moe_route.py, moe_norm_route
 quantise_fp8.py) waits first.
 
 What a kernel reads before its wait no launch of the same step has written, but for the choices of experts
-that moe_down_few.py reads: moe_gate_up_few.py, before it, waits first."""
+that moe_down_few.py and moe_down_one.py read: moe_gate_up_few.py and moe_gate_up_one.py, before them, wait
+first."""
 
 from __future__ import annotations
 

@@ -48,13 +48,15 @@ def key(problem: Problem) -> str:
     return " ".join([problem.format, *(f"{size}={getattr(problem, size)}" for size in sizes), *further])
 
 
-def nearest(gpu_name: str, problem: Problem, tokens: int, path: str | None = None) -> dict[str, Any] | None:
-    """The measured entry of experts.json for so many tokens, of one path if one is named; None where nothing
-    was measured."""
+def nearest(
+    gpu_name: str, problem: Problem, tokens: int, path: str | None = None, but: Sequence[str] = ()
+) -> dict[str, Any] | None:
+    """The measured entry of experts.json for so many tokens, of one path if one is named, of any `but` these
+    otherwise; None where nothing was measured."""
     entries = _file(gpu_name).get(key(problem), {})
     if tokens > REACH * max(entries, default=0):
         return None
-    return _nearest(entries, tokens, lambda found: path in (None, found))
+    return _nearest(entries, tokens, lambda found: path in (None, found) and found not in but)
 
 
 def entries(gpu_name: str, file: str, key: str) -> tuple[dict[str, Any], ...]:

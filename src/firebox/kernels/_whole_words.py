@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from firebox.formats.layouts import PER_WORD
-from firebox.kernels._words import in_panels, sum_factors
+from firebox.kernels._words import LIFT, in_panels, sum_factors
 
 BYTES_EACH = 16  # of words that a thread loads at once, or those of a group where that has fewer
 SLACK = 4 / 3  # of a row's columns, the most that it may take in registers
@@ -54,7 +54,7 @@ def threads_of(columns: int, group: int) -> int:
 
 PAIR = tl.constexpr(2 * PER_WORD)  # columns of a number of 32 bits
 E2M1 = tl.constexpr(0x81C00000 - (1 << 32))  # sign and magnitude of a float32 times 2⁻¹²⁶
-LIFT, UNLIFT = tl.constexpr(2.0**100), tl.constexpr(2.0**-100)  # of x
+UNLIFT = tl.constexpr(2.0**-100)  # of x
 SIGN = tl.constexpr(-(1 << 31))
 MAGNITUDE = tl.constexpr(0x01C00000)
 LAST_CODES = tl.constexpr(0x00D800D8)  # as in _words.e2m1_asm

@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LIFT = tl.constexpr(2.0**100)  # of x; see `lifted`
+
 
 @triton.jit
 def int4_asm(words):
@@ -250,9 +252,9 @@ def spread_scales(
 
 @triton.jit
 def lifted(x, FORMAT: tl.constexpr, ASM: tl.constexpr):
-    """`x` times LIFT = 2¹⁰⁰ where ASM leaves codes times 2⁻¹²⁶, so that float32 holds their products."""
+    """`x` times LIFT where ASM leaves codes times 2⁻¹²⁶, so that float32 holds their products."""
     if ASM and (FORMAT != "int4_group" and FORMAT != "int4_zero"):
-        return x * 1.2676506002282294e30
+        return x * LIFT
     else:
         return x
 

@@ -32,7 +32,6 @@ from firebox.kernels.launch import Launcher
 # ---- 1. the problem
 
 OP = "moe_down"
-LEAST = 16  # weights a thread
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,9 @@ def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
     for rows in (1, 2, 4, 8, 16):
         for warps in (1, 2, 4, 8, 16):
             if (
-                LEAST <= rows * together * columns // (32 * warps) <= moe_gate_up_one.most(problem)
+                moe_gate_up_one.LEAST
+                <= rows * together * columns // (32 * warps)
+                <= moe_gate_up_one.most(problem)
                 and problem.hidden % rows == 0
             ):
                 yield Config(rows, warps)

@@ -47,9 +47,7 @@ class Config:
     tokens: int = 1
 
 
-def accepts(problem: Problem, gpu: Gpu) -> str | None:
-    """As moe_gate_up_few."""
-    return moe_gate_up_few.accepts(problem, gpu)
+accepts = moe_gate_up_few.accepts
 
 
 def width(problem: Problem, columns: int) -> int:

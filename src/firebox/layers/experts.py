@@ -106,9 +106,7 @@ def _candidates(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Path]:
 
 
 def _chosen(problem: Problem, tokens: int, gpu: Gpu) -> Path:
-    entry = _tuned.nearest(gpu.name, problem, tokens)
-    if entry is not None and entry["path"] == ONE and tokens > 1:
-        entry = _tuned.nearest(gpu.name, problem, tokens, FEW)
+    entry = _tuned.nearest(gpu.name, problem, tokens, but=[ONE] if tokens > 1 else [])
     if entry is not None and entry["path"] == FEW and tokens > moe_gate_up_few.MAX_TOKENS:
         entry = _tuned.nearest(gpu.name, problem, tokens, SORTED)
     if entry is not None:

@@ -24,7 +24,6 @@ from firebox.kernels.launch import Launcher
 from firebox.kernels.plan import Compile, Made
 
 KIND = "rope_decode"  # of entries in attention.json
-APART = "apart"  # the path of entries where two launches were faster
 
 
 def choice_of(problem: Problem, config: Config) -> Choice:
@@ -47,7 +46,11 @@ def made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
         return _made(problem, config, gpu)
     found = _attention_choice.entry(KIND, problem.paged, gpu, tokens)
     wrong = found and why_not(choice_of(problem, found))
-    return Made(APART, f"two launches instead of {wrong}" if wrong else "not measured to be faster", ())
+    return Made(
+        _attention_choice.APART,
+        f"two launches instead of {wrong}" if wrong else "not measured to be faster",
+        (),
+    )
 
 
 @functools.cache

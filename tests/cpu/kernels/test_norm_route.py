@@ -126,9 +126,13 @@ def test_not_where_a_reader_takes_codes(monkeypatch: pytest.MonkeyPatch) -> None
     problem = replace(GPT_OSS, norm=replace(GPT_OSS.norm, linears=(reader,)))
     assert route_gpu.config_of(problem, H200, 1) is not None, "one token reads rows"
     monkeypatch.setattr(dense_gpu, "rounds_at", lambda problem, tokens, gpu: True)
-    norm_gpu._outputs.cache_clear()  # type: ignore[attr-defined]
-    assert route_gpu._measured(problem, H200, 1) is None
-    norm_gpu._outputs.cache_clear()  # type: ignore[attr-defined]
+    try:
+        _tuned.use()  # forgets what was looked up
+        assert route_gpu.config_of(problem, H200, 1) is None
+    finally:
+        monkeypatch.undo()
+        _tuned.use()
+    assert route_gpu.config_of(problem, H200, 1) is not None
 
 
 def test_a_tile_with_wrong_results_leaves_the_step_to_three_launches() -> None:

@@ -22,17 +22,17 @@ PROBLEM = Problem(1024, 256, 16, 4, "fp8_channel")
 GPU = find_gpu("gb10")
 
 
-def entry(tokens: int, how: str, problem: Problem = PROBLEM, warps: int = 4) -> Entry:
+def entry(tokens: int, how: str, problem: Problem = PROBLEM, warps: int = 4, path: str = "few") -> Entry:
     task = experts.task(problem, tokens)
     parts = {
         part: next(
             c
             for c in experts.candidates(task, GPU)
-            if (c.path, c.part) == ("few", part) and c.config.warps == warps
+            if (c.path, c.part) == (path, part) and c.config.warps == warps
         )
         for part in experts.PARTS
     }
-    return Entry(task, Option("few", parts, 12.345), how)
+    return Entry(task, Option(path, parts, 12.345), how)
 
 
 @pytest.fixture
@@ -71,12 +71,17 @@ def test_one_tokens_own_tiles_are_read_for_one_token_and_only_measured(format: s
             assert candidate.unproven, "or a prediction could name it"
             found[candidate.part].append(candidate)
     parts = {part: tiles[-1] for part, tiles in found.items()}
-    write(folder, Entry(task, Option("one", parts, 9.0), MEASURED), entry(4, MEASURED, problem, warps=2))
+    own = Entry(task, Option("one", parts, 9.0), MEASURED)
+    write(folder, own, entry(4, MEASURED, problem, warps=2))
     path = path_of(problem, 1, GPU)
     assert (path.name, path.gate_up, path.down) == ("one", *(parts[part].config for part in experts.PARTS))
     launched = requests(problem, 1, path, GPU)
     assert launched == {f"moe_{part}": candidate.request for part, candidate in parts.items()}
     assert path_of(problem, 2, GPU).name == "few"
+    other = replace(problem, hidden=2048)  # others take the nearest, of whatever path it is
+    write(folder, replace(own, task=experts.task(other, 1)), entry(16, MEASURED, other, path="sorted"))
+    two = path_of(other, 2, GPU)
+    assert (two.name, two.why.split(",")[0]) == ("sorted", "measured")
     assert not any(c.path == "one" for c in experts.candidates(experts.task(problem, 2), GPU))
 
 
