@@ -169,8 +169,8 @@ def decode_row(name: str, problem: Problem, batch: int, context: int, gpu: Gpu, 
     row_blocks = -(-problem.group // chosen.block_m)
     programs = batch * problem.kv_heads * row_blocks
     places = decode.places(problem, chosen, gpu)
-    whole = decode.whole_tiles(problem)
-    normal = decode.split_count(programs, (context, context), places, chosen.block_n, whole)
+    whole, fewest = decode.whole_tiles(problem, chosen), decode.min_tiles(problem, chosen)
+    normal = decode.split_count(programs, (context, context), places, chosen.block_n, whole, fewest)
     tried = {normal} if quick else {normal, max(1, normal // 2), min(2 * normal, decode.MAX_SPLITS), 1}
     for config in dict.fromkeys([chosen] if quick else [chosen, *decode.search_space(problem, gpu, 1)]):
         for splits in sorted(tried) if config == chosen else (normal,):

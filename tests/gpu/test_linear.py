@@ -12,9 +12,10 @@ import triton
 
 from firebox.hardware.base import Gpu
 from firebox.hardware.probe import probe_gpu
-from firebox.kernels import _linear, linear, linear_few, linear_one
+from firebox.kernels import _linear, linear, linear_few, linear_one, rms_norm
 from firebox.kernels._experts import INT4_ZERO
 from firebox.kernels._linear import FORMATS, GROUPS, Problem
+from firebox.kernels.launch import Launcher
 from firebox.layers import _dense_library
 from firebox.layers.dense_gpu import CUBLAS, FEW, MANY, ONE, LinearKernels, Path, Workspace, path_of, rounds
 from firebox.tuning import linear as tuner
@@ -111,6 +112,25 @@ def test_one_token_by_every_tile_of_whole_rows(rows: int, columns: int, format: 
         layer.check(1, path)
         layer.check(1, path, in_place=True)
         plain.check(1, path)
+
+
+@pytest.mark.parametrize("format", linear_one.FORMATS)
+@pytest.mark.parametrize(("rows", "columns"), [(80, 2944), (5120, 2048)])
+def test_one_token_and_its_norm_by_every_tile(rows: int, columns: int, format: str, gpu: Gpu) -> None:
+    """Rows of very different size, so that eps counts."""
+    layer = Layer(Problem(rows, columns, format, bias=True), gpu, 1)
+    norm, p = rms_norm.Problem(columns, 1e-5), layer.problem
+    for config in linear_one.search_space(p, gpu):
+        launcher = Launcher(linear_one.request(p, config, gpu, eps=norm.eps))
+        given = rms_norm.inputs(norm, 3, layer.generator, device="cuda", dtype=torch.bfloat16)
+        for row in range(3):
+            x = given["x"][row : row + 1].contiguous()
+            out = torch.full((2, p.rows), float("nan"), dtype=torch.bfloat16, device="cuda")
+            torch.cuda.synchronize()
+            linear_one.run(launcher, p, x, layer.weights, None, out[:1], given["weight"])
+            assert out[1].isnan().all(), "behind the output was written"
+            wanted = linear_one.normed_reference(p, norm.eps, x, given["weight"], layer.weights)
+            assert relative_error(out[:1], wanted) < FEW_LIMIT, (p, config, row)
 
 
 @pytest.mark.parametrize(("format", "group"), KINDS)

@@ -13,7 +13,7 @@ import sys
 import torch
 
 from firebox.hardware.base import find_gpu
-from firebox.kernels import linear, linear_few, linear_one, quantise_fp8
+from firebox.kernels import linear, linear_few, linear_one, quantise_fp8, rms_norm
 from firebox.kernels._linear import Problem
 from firebox.kernels.launch import Launcher
 from tests.support import quick_interpreter
@@ -49,6 +49,14 @@ class Case:
         launcher = Launcher(linear_one.request(self.p, config, GPU, interpreted=True))
         linear_one.run(launcher, self.p, self.x, self.weights, self.residual, out[:1])
         return self._error(out, self.x)
+
+    def normed_one(self, config: linear_one.Config, eps: float = 0.1) -> float:
+        """`eps` as large as to show."""
+        out, gain = self._out(), torch.rand(self.p.columns, generator=torch.Generator().manual_seed(1)).half()
+        launcher = Launcher(linear_one.request(self.p, config, GPU, eps=eps, interpreted=True))
+        linear_one.run(launcher, self.p, self.x, self.weights, self.residual, out[:1], gain)
+        norm = rms_norm.Problem(self.p.columns, eps, dtype=self.p.dtype)
+        return self._error(out, rms_norm.reference(norm, self.x, gain)["out"])
 
     def many(self, config: linear.Config, *, in_place: bool = False) -> float:
         """With slices two launches, of the same counters and with other sums left over."""
@@ -112,6 +120,7 @@ def main(format: str, group: int) -> None:
             case = Case(p, 1, generator)
             for config in (linear_one.Config(1, 4), linear_one.Config(16, 8)):
                 found[f"one {p.rows} × {p.columns} {config.rows} rows"] = case.one(config)
+                found[f"normed one {p.rows} × {p.columns} {config.rows} rows"] = case.normed_one(config)
         if linear.accepts(p, GPU) is None:
             case = Case(p, 40, generator)
             for slices in (1, 2, 3):

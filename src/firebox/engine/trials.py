@@ -28,11 +28,13 @@ from firebox.kernels import (
     _linear,
     attention_rope_decode,
     linear,
+    linear_one,
     moe_down_few,
     moe_gate_up,
     moe_gate_up_few,
     quantise_fp8,
     quantise_groups,
+    rms_norm,
     sample,
 )
 from firebox.kernels._attention_cases import Case, attention, make
@@ -40,7 +42,7 @@ from firebox.kernels._experts import FP8
 from firebox.kernels.attention_decode import MAX_QUERIES, block_rows
 from firebox.kernels.launch import INTERPRETED
 from firebox.kernels.plan import Library, Operation, Single
-from firebox.layers import dense_gpu, experts, norm_gpu, rope_decode_gpu, route_gpu
+from firebox.layers import dense_gpu, experts, norm_gpu, norm_linear_gpu, rope_decode_gpu, route_gpu
 from firebox.layers._expert_store import ExpertStore
 from firebox.layers._invented import invented, relative_error, vary
 
@@ -74,6 +76,8 @@ def trial_of(operation: Operation, setup: Setup) -> Trial | None:
         return functools.partial(_small_trials.draw, operation.problem, setup)
     if operation.source is norm_gpu:
         return functools.partial(_small_trials.normalises, operation.problem, setup)
+    if operation.source is norm_linear_gpu:
+        return functools.partial(_normed_linear, operation.problem, setup)
     if operation.source is route_gpu:
         return functools.partial(_small_trials.routes_in_one, operation.problem, setup)
     if operation.source is rope_decode_gpu:
@@ -92,16 +96,35 @@ def _limit(rounds: bool, otherwise: float) -> float:
     return INTERPRETED_FP8 if INTERPRETED else ROUNDED
 
 
+def _linear_weights(p: _linear.Problem, setup: Setup, generator: torch.Generator) -> _linear.Weights:
+    dtype = dense_gpu.DTYPES[p.dtype]
+    parts = invented(p.format, p.group, (p.rows,), p.columns, generator, dtype)
+    vary([None if scale is None else scale.unsqueeze(0) for scale in parts[1:]], generator)
+    return _linear.Weights(*parts, 0.1 * setup.normal(generator, p.rows) if p.bias else None)
+
+
+def _normed_linear(problem: norm_linear_gpu.Problem, setup: Setup, tokens: int) -> list[Result]:
+    """A norm and a linear layer in one launch; nothing where two stand in."""
+    config, p = norm_linear_gpu.config_of(problem, setup.gpu, tokens), problem.linear
+    if config is None:
+        return []
+    norm, generator = problem.norm.norm, setup.generator()
+    weights = _linear_weights(p, setup, generator)
+    given = rms_norm.inputs(norm, 1, generator, device=setup.device, dtype=dense_gpu.DTYPES[p.dtype])
+    wanted = linear_one.normed_reference(p, norm.eps, given["x"], given["weight"], weights)
+    setup.settle()
+    found = norm_linear_gpu.run(problem, config, setup.gpu, given["x"], given["weight"], weights)
+    error, choice = relative_error(found.float(), wanted), norm_linear_gpu.choice_of(problem, config)
+    return [Result(f"{_tile(norm_linear_gpu.ONE, config)} with its norm", tokens, error, PLAIN, choice)]
+
+
 class LinearTrial:
     """One linear layer."""
 
     def __init__(self, problem: _linear.Problem, setup: Setup) -> None:
         self._p, self._setup, p = problem, setup, problem
         generator, dtype = setup.generator(), dense_gpu.DTYPES[problem.dtype]
-        parts = invented(p.format, p.group, (p.rows,), p.columns, generator, dtype)
-        vary([None if scale is None else scale.unsqueeze(0) for scale in parts[1:]], generator)
-        bias = 0.1 * setup.normal(generator, p.rows) if p.bias else None
-        self._weights = _linear.Weights(*parts, bias)
+        self._weights = _linear_weights(p, setup, generator)
         self._x = setup.normal(generator, setup.max_tokens, p.columns).to(dtype)
         self._residual = setup.normal(generator, setup.max_tokens, p.rows).to(dtype) if p.residual else None
 

@@ -97,5 +97,7 @@ def splits(
         longest, mean = min(longest, most), min(mean, most)
     programs = problem.kv_heads * -(-problem.group * queries // config.block_m) * requests
     places = attention_decode.places(problem, config, gpu)
-    whole = attention_decode.whole_tiles(problem)
-    return attention_decode.split_count(programs, (longest, mean), places, config.block_n, whole)
+    whole, fewest = (
+        count(problem, config) for count in (attention_decode.whole_tiles, attention_decode.min_tiles)
+    )
+    return attention_decode.split_count(programs, (longest, mean), places, config.block_n, whole, fewest)

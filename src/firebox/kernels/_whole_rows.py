@@ -39,18 +39,43 @@ def part_of_rows(w, at, FIRST: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.con
 
 @triton.jit
 def part_of_x(x, FIRST: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr):
-    """The same columns of x, [SIZE] float32."""
+    """The same columns of x, [SIZE], as stored."""
     column = FIRST + tl.arange(0, SIZE)
-    return tl.load(x + column, mask=column < COLUMNS, other=0.0).to(tl.float32)
+    return tl.load(x + column, mask=column < COLUMNS, other=0.0)
+
+
+@triton.jit
+def row_of_x(x, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, COLUMNS: tl.constexpr):
+    """`part_of_x` of each part that there is."""
+    found = (part_of_x(x, 0, C0, COLUMNS),)
+    if C1 > 0:
+        found = found + (part_of_x(x, C0, C1, COLUMNS),)
+    if C2 > 0:
+        found = found + (part_of_x(x, C0 + C1, C2, COLUMNS),)
+    return found
+
+
+@triton.jit
+def normed_row(x, gains, PARTS: tl.constexpr, COLUMNS: tl.constexpr, EPS: tl.constexpr, DTYPE: tl.constexpr):
+    """kernels/rms_norm.py of a row, rounded as there: `x` and `gains` as `row_of_x` has them."""
+    squares = tl.sum(x[0].to(tl.float32) * x[0].to(tl.float32))
+    for part in tl.static_range(1, PARTS):
+        squares += tl.sum(x[part].to(tl.float32) * x[part].to(tl.float32))
+    factor = tl.rsqrt(squares / COLUMNS + EPS)
+    found = ()
+    for part in tl.static_range(PARTS):
+        rounded = (x[part].to(tl.float32) * factor).to(DTYPE).to(tl.float32)
+        found = found + ((rounded * gains[part].to(tl.float32)).to(DTYPE),)
+    return found
 
 
 @triton.jit
 def part_product(tile, xs, scale_at, FIRST: tl.constexpr, COLUMNS: tl.constexpr):
-    """Σ tile · xs over a part's columns, [ROWS]. `scale_at`: where the scales of each row's blocks begin
-    [ROWS], or None."""
+    """Σ tile · xs in float32 over a part's columns, [ROWS]. `scale_at`: where the scales of each row's blocks
+    begin [ROWS], or None."""
     ROWS: tl.constexpr = tile.shape[0]
     SIZE: tl.constexpr = tile.shape[1]
-    products = tile.to(tl.float32) * xs[None, :]
+    products = tile.to(tl.float32) * xs.to(tl.float32)[None, :]
     if scale_at is None:
         return tl.sum(products, axis=1)
     else:

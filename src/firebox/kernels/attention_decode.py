@@ -60,6 +60,7 @@ MIN_TILES = 4  # a split of fewer costs more in the second launch than it saves 
 # So do two splits of few tiles: the second launch takes 2 µs, a tile of 64 keys 0.5 µs (H200, a model's
 # steps, 2026-11-22). A latent tile takes longer.
 WHOLE_TILES = 8
+TILE_KEYS = 64  # of such tiles; of wider ones fewer count
 MERGE_COLUMNS, MERGE_SPLITS = 128, 32
 _SHARED_LATENT = Config(16, 32, 8, 5, 128)  # two blocks a multiprocessor; without the limit it is one
 
@@ -112,24 +113,42 @@ def search_space(problem: Problem, gpu: Gpu, queries: int) -> list[Config]:
 
 def places(problem: Problem, config: Config, gpu: Gpu) -> int:
     """Blocks that run at once, as far as they matter: two a multiprocessor keep enough loads in flight, but
-    of most latent tiles there is room for one."""
-    return gpu.sms * (1 if problem.latent and config.max_registers is None else 2)
+    of most latent tiles, and of those whose keys and values fill more than half of it, there is room for
+    one."""
+    tile_bytes = config.block_n * (problem.head_dim + problem.value_dim) * problem.kv_dtype.itemsize
+    alone = config.max_registers is None if problem.latent else 2 * tile_bytes > gpu.smem_per_sm_bytes
+    return gpu.sms * (1 if alone else 2)
 
 
-def whole_tiles(problem: Problem) -> int:
+def min_tiles(problem: Problem, config: Config) -> int:
+    """A split has at least so many tiles of keys."""
+    return _counted(MIN_TILES, problem, config)
+
+
+def whole_tiles(problem: Problem, config: Config) -> int:
     """Up to so many tiles of keys are one split."""
-    return MIN_TILES if problem.latent else WHOLE_TILES
+    return _counted(MIN_TILES if problem.latent else WHOLE_TILES, problem, config)
+
+
+def _counted(tiles: int, problem: Problem, config: Config) -> int:
+    return tiles if problem.latent else max(1, tiles // max(1, config.block_n // TILE_KEYS))
 
 
 def split_count(
-    programs: int, contexts: tuple[int, int], places: int, tile_tokens: int, whole: int = MIN_TILES
+    programs: int,
+    contexts: tuple[int, int],
+    places: int,
+    tile_tokens: int,
+    whole: int = MIN_TILES,
+    fewest: int = MIN_TILES,
 ) -> int:
     """Splits that fill the `places` of a GPU. `programs`: blocks a split; `contexts`: tokens of the longest
-    request, and of all divided by the requests; `whole`: so many tiles are not divided. Where one request is
-    longer than the others, it is divided as if there were just so many of its length as make up the sum."""
+    request, and of all divided by the requests; `whole`: so many tiles are not divided; `fewest` tiles a
+    split has. Where one request is longer than the others, it is divided as if there were just so many of its
+    length as make up the sum."""
     longest, mean = max(contexts[0], 1), max(contexts[1], 1)
     alike = max(1.0, programs * mean / longest)
-    most = min(-(-longest // (tile_tokens * MIN_TILES)), MAX_SPLITS) if longest > tile_tokens * whole else 1
+    most = min(-(-longest // (tile_tokens * fewest)), MAX_SPLITS) if longest > tile_tokens * whole else 1
     least = min(max(1, int(places // alike)), most)
 
     def share_busy(splits: int) -> float:  # of the places, over all waves; each split more costs a little
@@ -346,8 +365,8 @@ def _launch_options(pdl: bool) -> dict[str, bool]:
 
 def _constants(problem: Problem, config: Config, pdl: bool) -> dict[str, Any]:
     own = {
-        "MIN_TILES": MIN_TILES,
-        "WHOLE_TILES": whole_tiles(problem),
+        "MIN_TILES": min_tiles(problem, config),
+        "WHOLE_TILES": whole_tiles(problem, config),
         "TREE_QUERIES": TREE_QUERIES,
         "LOG2E": LOG2E,
         "PDL": pdl,

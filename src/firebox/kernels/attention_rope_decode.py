@@ -46,7 +46,7 @@ from firebox.kernels._attention import Problem as PagedProblem
 from firebox.kernels._experts import DTYPES, POINTER_NAMES
 from firebox.kernels._kv_write import FP8, encoded
 from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before
-from firebox.kernels.attention_decode import MERGE_COLUMNS, MIN_TILES, depends, shares, whole_tiles
+from firebox.kernels.attention_decode import MERGE_COLUMNS, depends, min_tiles, shares, whole_tiles
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
 from firebox.kernels.rope_write import normed
@@ -265,8 +265,8 @@ def requests(problem: Problem, config: Config, gpu: Gpu, *, split: bool = True) 
         "EPS": rope.eps,
         "DTYPE": DTYPES[rope.dtype],
         "KV_TYPE": tl.float8e4nv if rope.kv_dtype == FP8 else DTYPES[rope.kv_dtype],
-        "MIN_TILES": MIN_TILES,
-        "WHOLE_TILES": whole_tiles(paged),
+        "MIN_TILES": min_tiles(paged, config),
+        "WHOLE_TILES": whole_tiles(paged, config),
         "LOG2E": LOG2E,
         "PDL": pdl,
     }

@@ -1,9 +1,13 @@
-"""A dense linear layer for one token: every program some whole rows, summed in place.
+"""A dense linear layer for one token, perhaps with the norm before it: every program some whole rows, summed
+in place.
 
     y = W · x (+ bias) (+ residual)
+    y = W · (gain · (x / √(mean(x²) + eps))) (+ bias) (+ residual)
 
-x [1, columns] bf16; W in bf16 or in the FP8 formats of kernels/_linear.py; residual [1, rows] bf16, which may
-be the same memory as y; y [1, rows] bf16 or float32. Weights, x and sums in float32, one rounding at the end.
+x [1, columns] bf16; gain [columns] bf16; W in bf16 or in the FP8 formats of kernels/_linear.py; residual
+[1, rows] bf16, which may be the same memory as y; y [1, rows] bf16 or float32. Weights, x and sums in
+float32, one rounding at the end. A norm is rounded as kernels/rms_norm.py does it; each program makes all of
+its row for itself.
 
 A tile for tensor cores has 64 rows in linear_few.py, too few tiles for a GPU unless the columns are divided;
 then programs write sums, and the last one adds them up. Here a program has a few rows, of which it loads all
@@ -17,17 +21,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from firebox.hardware.base import Gpu
-from firebox.kernels import _linear, _whole_rows
-from firebox.kernels._experts import BLOCK, FP8
+from firebox.kernels import _linear, _whole_rows, rms_norm
+from firebox.kernels._experts import BLOCK, DTYPES, FP8
 from firebox.kernels._linear import Problem, Weights
 from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before
-from firebox.kernels._whole_rows import part_of_rows, part_of_x, part_product
+from firebox.kernels._whole_rows import normed_row, part_of_rows, part_product, row_of_x
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
 
@@ -73,8 +78,9 @@ def default(problem: Problem, gpu: Gpu) -> Config:
 
 @triton.jit
 def linear_whole_rows(
-    x, w, scale, row_scale, bias, residual, out, R: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-    C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, PDL: tl.constexpr,
+    x, gain, w, scale, row_scale, bias, residual, out, R: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, EPS: tl.constexpr,
+    DTYPE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # of the result
     mine = tl.minimum(rows, R - 1).to(tl.int64)  # of W: those behind the last read the last one
@@ -93,12 +99,18 @@ def linear_whole_rows(
         factor = tl.load(row_scale + mine)
     if bias is not None:
         added = tl.load(bias + mine)
+    if gain is not None:
+        gains = row_of_x(gain, C0, C1, C2, COLUMNS)
     wait_for_launch_before(PDL)
-    total = part_product(w0, part_of_x(x, 0, C0, COLUMNS), scale_at, 0, COLUMNS)
+    xs = row_of_x(x, C0, C1, C2, COLUMNS)
+    if gain is not None:
+        PARTS: tl.constexpr = 1 + (C1 > 0) + (C2 > 0)
+        xs = normed_row(xs, gains, PARTS, COLUMNS, EPS, DTYPE)
+    total = part_product(w0, xs[0], scale_at, 0, COLUMNS)
     if C1 > 0:
-        total += part_product(w1, part_of_x(x, C0, C1, COLUMNS), scale_at, C0, COLUMNS)
+        total += part_product(w1, xs[1], scale_at, C0, COLUMNS)
     if C2 > 0:
-        total += part_product(w2, part_of_x(x, C0 + C1, C2, COLUMNS), scale_at, C0 + C1, COLUMNS)
+        total += part_product(w2, xs[2], scale_at, C0 + C1, COLUMNS)
     let_next_launch_begin(PDL)
     total = total * factor + added
     live = rows < R
@@ -110,13 +122,17 @@ def linear_whole_rows(
 # ---- 3. the launch
 
 
-def request(problem: Problem, config: Config, gpu: Gpu, *, interpreted: bool = False) -> CompileRequest:
-    """The compile of this problem."""
+def request(
+    problem: Problem, config: Config, gpu: Gpu, *, eps: float | None = None, interpreted: bool = False
+) -> CompileRequest:
+    """The compile of this problem. `eps`: of the norm before it, None without one."""
     assert BLOCK % config.rows == 0, config
     types, absent = _linear.arguments(problem, config.rows, 1, tma=False)
-    types |= {"x": f"*{_linear.OUT_TYPES[problem.dtype]}"}
+    types |= dict.fromkeys(("x",) if eps is None else ("x", "gain"), f"*{_linear.OUT_TYPES[problem.dtype]}")
+    absent |= {"gain": None} if eps is None else {}
     pdl = "pdl" in gpu.facts and not interpreted
-    constants = {"R": problem.rows, "COLUMNS": problem.columns, "ROWS": config.rows, "PDL": pdl}
+    constants: dict[str, Any] = {"R": problem.rows, "COLUMNS": problem.columns, "ROWS": config.rows}
+    constants |= {"EPS": eps or 0.0, "DTYPE": DTYPES[problem.dtype], "PDL": pdl}
     return CompileRequest(
         kernel=linear_whole_rows,
         signature=types,
@@ -137,12 +153,29 @@ def run(
     weights: Weights,
     residual: torch.Tensor | None,
     out: torch.Tensor,
+    gain: torch.Tensor | None = None,
 ) -> None:
-    """Launches `request(...)` for `x` [1, columns]; writes `out` [1, rows]. All contiguous."""
+    """Launches `request(...)` for `x` [1, columns]; writes `out` [1, rows]. `gain` [columns]: of the norm, if
+    it was compiled for one. All contiguous."""
     assert x.shape[0] == 1, f"one token, not {x.shape[0]}"
     grid = (-(-problem.rows // launcher.request.constexprs["ROWS"]), 1, 1)
-    launcher(grid, **_linear.bound(launcher, weights, residual), x=x, out=out)
+    assert (gain is not None) == ("gain" in launcher.request.signature), "a norm's gain, or none"
+    norm = {} if gain is None else {"gain": gain}
+    launcher(grid, **_linear.bound(launcher, weights, residual), **norm, x=x, out=out)
 
 
 # ---- 4. the reference: _linear.reference
 reference = _linear.reference
+
+
+def normed_reference(
+    problem: Problem,
+    eps: float,
+    x: torch.Tensor,
+    gain: torch.Tensor,
+    weights: Weights,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The same behind a norm."""
+    norm = rms_norm.Problem(problem.columns, eps, dtype=problem.dtype)
+    return reference(problem, rms_norm.reference(norm, x, gain)["out"], weights, residual)

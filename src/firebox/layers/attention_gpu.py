@@ -2,8 +2,8 @@
 
     rms_norm → linear (q, k, v) → rope_write → attention/triton_paged → (sigmoid_mul) → linear, which adds x
 
-Where every request has one query, rope_write and attention may be one launch (rope_decode_gpu.py). Weights
-stay in their format."""
+Where every request has one query, rope_write and attention may be one launch (rope_decode_gpu.py), and for
+one token the norm and the linear layer behind it (norm_linear_gpu.py). Weights stay in their format."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def operations(layer: Layer, setting: Setting) -> tuple[Operation, ...] | str:
     it."""
     from firebox.kernels import rope_write, sigmoid_mul
     from firebox.kernels.plan import Operation, Single
-    from firebox.layers import norm_gpu, rope_decode_gpu
+    from firebox.layers import norm_gpu, norm_linear_gpu, rope_decode_gpu
 
     gpu, tp, p = setting.gpu, setting.tp, layer.problem
     shared = max(1, p.kv_heads // tp)
@@ -77,8 +77,11 @@ def operations(layer: Layer, setting: Setting) -> tuple[Operation, ...] | str:
     paged = _paged_problem(p, setting.page_tokens)
     both = _rope_decode_problem(p, setting.page_tokens, gpu)
     in_one = (Operation("rope_attention", kv, rope_decode_gpu, both),) if both else ()
+    qkv = layer.qkv.problem(tp)
+    projects = _norm_linear_problem(p, qkv, gpu)
     return (
-        Operation("norm", dtype, norm_gpu, norm_gpu.Problem(_norm_problem(p), (layer.qkv.problem(tp),))),
+        *((Operation("norm_qkv", qkv.format, norm_linear_gpu, projects),) if projects else ()),
+        Operation("norm", dtype, norm_gpu, norm_gpu.Problem(_norm_problem(p), (qkv,))),
         layer.qkv.operation("qkv", setting),
         *in_one,
         Single("rope_write", kv, rope_write, _rope_problem(p)),
@@ -121,6 +124,14 @@ def _norm_problem(p: Problem) -> Any:
     return rms_norm.Problem(p.hidden, p.eps, dtype=KERNEL_DTYPES[p.dtype])
 
 
+def _norm_linear_problem(p: Problem, qkv: Any, gpu: Gpu) -> Any:
+    """None where the two are not one launch."""
+    from firebox.layers import norm_gpu, norm_linear_gpu
+
+    both = norm_linear_gpu.Problem(norm_gpu.Problem(_norm_problem(p), (qkv,)), qkv)
+    return None if norm_linear_gpu.accepts(both, gpu) else both
+
+
 def _rope_problem(p: Problem) -> Any:
     from firebox.kernels import rope_write
 
@@ -148,8 +159,9 @@ class AttentionKernels:
         p, device = layer.problem, build.shared
         assert device is not None
         self._layer, self._p, self._gpu = layer, p, build.gpu
-        behind = (layer.qkv.problem(),)
-        self._norm = norm_gpu.NormKernels(norm_gpu.Problem(_norm_problem(p), behind), build.gpu)
+        qkv = layer.qkv.problem()
+        self._norm = norm_gpu.NormKernels(norm_gpu.Problem(_norm_problem(p), (qkv,)), build.gpu)
+        self._projects = _norm_linear_problem(p, qkv, build.gpu)
         self._rope = device.launcher(rope_write, _rope_problem(p))
         self._given = {"cos": layer.tables[0], "sin": layer.tables[1]}
         if p.qk_norm:
@@ -168,14 +180,25 @@ class AttentionKernels:
         layer, p = self._layer, self._p
         pages = step.full if p.window_tokens is None else step.window
         assert pages is not None
-        h, codes = self._norm(x, layer.norm.weight)
-        qkv = layer.qkv(h, codes=codes)
+        qkv = self._projected(x)
         attended = self._attended(qkv, step, pages).flatten(1)
         if p.output_gate:
             gated = torch.empty_like(attended)
             sigmoid_mul.run(self._gate, attended, qkv, out=gated)
             attended = gated
         return layer.o(attended, x)
+
+    def _projected(self, x: torch.Tensor) -> torch.Tensor:
+        """Queries, keys and values [tokens, columns] of the normed rows."""
+        from firebox.layers import norm_linear_gpu
+
+        layer, both = self._layer, self._projects
+        if both is not None:
+            config = norm_linear_gpu.config_of(both, self._gpu, len(x))
+            if config is not None:
+                return norm_linear_gpu.run(both, config, self._gpu, x, layer.norm.weight, layer.qkv.weights)
+        h, codes = self._norm(x, layer.norm.weight)
+        return layer.qkv(h, codes=codes)
 
     def _attended(self, qkv: torch.Tensor, step: Step, pages: Pages) -> torch.Tensor:
         """[tokens, heads, head_dim]; the tokens' keys and values are then in the cache."""

@@ -3,13 +3,15 @@ attention in one launch, kernels/attention_rope_decode.py, where other steps tak
 
 Only where it was measured to be faster (attention.json, "rope_decode …"): on an H200 one launch saves 1.1 µs
 a layer of gpt-oss at one request and 1.3 of GLM-4.5-Air, and loses as much of Qwen3 at eight. Where its
-results were wrong, steps take the two launches.
+results were wrong, steps take the two launches. A tile that was measured without a limit to shared memory
+has fewer keys under one.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,8 +22,10 @@ from firebox.kernels import attention_rope_decode as kernel
 from firebox.kernels._attention import Config
 from firebox.kernels._veto import Choice, remembers, why_not
 from firebox.kernels.attention_rope_decode import Problem
+from firebox.kernels.compile import compile_all
 from firebox.kernels.launch import Launcher
 from firebox.kernels.plan import Compile, Made
+from firebox.layers import _fitting
 
 KIND = "rope_decode"  # of entries in attention.json
 
@@ -35,8 +39,18 @@ def choice_of(problem: Problem, config: Config) -> Choice:
 @functools.cache
 def config_of(problem: Problem, gpu: Gpu, tokens: int) -> Config | None:
     """The tile for so many requests; None where they take two launches."""
-    config = _attention_choice.entry(KIND, problem.paged, gpu, tokens)
+    config = _measured(problem, gpu, tokens)
     return None if config is None or why_not(choice_of(problem, config)) else config
+
+
+def _measured(problem: Problem, gpu: Gpu, tokens: int) -> Config | None:
+    """Under a limit to shared memory with as many keys as fit; None where no tile does."""
+    config = _attention_choice.entry(KIND, problem.paged, gpu, tokens)
+    if config is None or not _fitting.is_limited(gpu):
+        return config
+    narrower = [replace(config, block_n=config.block_n >> shift) for shift in range(3)]
+    compiled = compile_all([kernel.requests(problem, tile, gpu)[kernel.OP] for tile in narrower])
+    return next((tile for tile, result in zip(narrower, compiled, strict=True) if result.fits), None)
 
 
 def made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
@@ -44,7 +58,7 @@ def made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
     config = config_of(problem, gpu, tokens)
     if config is not None:
         return _made(problem, config, gpu)
-    found = _attention_choice.entry(KIND, problem.paged, gpu, tokens)
+    found = _measured(problem, gpu, tokens)
     wrong = found and why_not(choice_of(problem, found))
     return Made(
         _attention_choice.APART,

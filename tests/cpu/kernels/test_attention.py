@@ -148,6 +148,23 @@ def test_splits_follow_the_contexts() -> None:
     assert decode.split_count(8, (whole + 1, whole), 264, 64, decode.WHOLE_TILES) == 3
 
 
+def test_wide_tiles_count_as_what_they_hold() -> None:
+    """As many keys are one split, and as many a split at least, whatever the tile; but a tile is whole."""
+    problem, latent = Problem(32, 4, 128, 128, 64), Problem(128, 1, 576, 512, 64)
+    for block_n, fewest, whole in ((32, 4, 8), (64, 4, 8), (128, 2, 4), (256, 1, 2), (512, 1, 1)):
+        config = Config(16, block_n, 8, 2)
+        assert (decode.min_tiles(problem, config), decode.whole_tiles(problem, config)) == (fewest, whole)
+        assert decode.min_tiles(latent, config) == decode.whole_tiles(latent, config) == decode.MIN_TILES
+    h200 = find_gpu("h200")
+    assert [decode.places(problem, Config(16, n, 8, 2), h200) // h200.sms for n in (64, 128, 256)] == [
+        2,
+        2,
+        1,
+    ]
+    wide = decode.split_count(4, (32_768, 32_768), h200.sms, 256, 2, 1)
+    assert 4 * wide <= h200.sms and wide >= 32
+
+
 def test_tensors_laid_out_otherwise_are_refused() -> None:
     problem = Problem(4, 2, 64, 64, 16)
     k = torch.zeros(3, 16, 2, 64, dtype=torch.bfloat16)

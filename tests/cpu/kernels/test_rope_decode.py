@@ -99,10 +99,24 @@ def test_what_it_cannot_do_it_says(layer: kernel.Problem, said: str) -> None:
 def test_only_where_it_was_measured_to_be_faster() -> None:
     layer, gpu = LAYERS["gpt-oss"], find_gpu("h200")
     assert rope_decode_gpu.config_of(layer, gpu, 2) is not None
-    for other, name, tokens in ((layer, "h200", 8), (layer, "gb10", 1), (LAYERS["qwen3"], "h200", 1)):
+    for other, name, tokens in ((layer, "h200", 8), (layer, "gb10", 1), (LAYERS["qwen3.5"], "h200", 1)):
         made = rope_decode_gpu.made(other, tokens, find_gpu(name))
         assert rope_decode_gpu.config_of(other, find_gpu(name), tokens) is None
         assert made.compiles == () and made.why == "not measured to be faster"
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "qwen3"])
+def test_under_a_limit_a_tile_has_as_many_keys_as_fit(name: str) -> None:
+    layer, gpu = LAYERS[name], find_gpu("h200")
+    small = replace(gpu, smem_per_block_bytes=101_376)
+    usual, fitting = (rope_decode_gpu.config_of(layer, g, 1) for g in (gpu, small))
+    assert usual is not None and fitting is not None
+    assert fitting == replace(usual, block_n=128) and usual.block_n == {"gpt-oss": 128, "qwen3": 256}[name]
+    compiled = compile_all([c.request for c in rope_decode_gpu.made(layer, 1, small).compiles if c.request])
+    assert len(compiled) == 3 and all(result.fits for result in compiled)
+    none = replace(gpu, smem_per_block_bytes=8192)
+    assert rope_decode_gpu.config_of(layer, none, 1) is None
+    assert rope_decode_gpu.made(layer, 1, none).compiles == ()
 
 
 def test_a_tile_with_wrong_results_leaves_the_step_to_two_launches() -> None:

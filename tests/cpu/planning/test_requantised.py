@@ -63,7 +63,9 @@ def test_its_projections_are_planned_in_fp8_and_nothing_else() -> None:
         found = requantised("gpt-oss-120b", "h200", tp)
         assert [layers.refusal for layers in found.layers if layers.refusal] == [] and found.fits
         formats = {o.name: o.format for layers in found.layers for o in layers.operations}
-        assert {name for name, format in formats.items() if format == "fp8_channel"} == {"qkv", "o", "head"}
+        assert {name for name, format in formats.items() if format == "fp8_channel"} == {
+                "norm_qkv", "qkv", "o", "head",
+            }  # fmt: skip
         assert (formats["router"], formats["experts"]) == ("bf16", "mxfp4")
         problems = {o.name: o.problem for layers in found.layers for o in layers.operations}
         qkv, o, head = (problems[name] for name in ("qkv", "o", "head"))
