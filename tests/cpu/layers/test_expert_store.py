@@ -343,7 +343,8 @@ def test_invented_weights_have_their_size_and_every_code(name: str) -> None:
     found = _linear.dequantised(_linear.Problem(rows, columns, name, group), _linear.Weights(*made))
     size = columns**-0.5
     assert size / SLACK.get(name, 1.03) < float(found.std()) < size * SLACK.get(name, 1.03)
-    assert abs(float(found.mean())) < 0.12 * size  # integers go from −8 to 7: half a step from the middle
+    sums = found.sum(1)  # of what like inputs become: no output has a share of it that all the others have
+    assert abs(float(sums.mean())) < 0.2 * float(sums.std())
     there = sorted(set(codes(name, group, made[0]).flatten().tolist()))
     every = [code for code in range(256) if code & 127 != 127] if name in FP8 else list(range(16))
     assert there == ([0] if name == "bf16" else every)
