@@ -2,9 +2,9 @@
 columns) after dequantisation, every code in use; and how far what is computed with them is from what should
 be.
 
-Integers from −8 to 7 have a mean of −½, so scales of integers have either sign. Else every output has the same
-share of the sum of its inputs, and after a few layers little else: Kimi-K2.5's routers then chose 27 experts
-for 8 tokens, where 60 are to be expected.
+Integers from −8 to 7 have a mean of −½, so scales of integers have either sign. Else every output has the
+same share of the sum of its inputs, and after a few layers little else: Kimi-K2.5's routers then chose 27
+experts for 8 tokens, where 60 are to be expected.
 """
 
 from __future__ import annotations
