@@ -24,7 +24,7 @@ import torch
 from firebox.hardware.base import Gpu
 from firebox.kernels._experts import Problem
 from firebox.kernels.compile import compile_all
-from firebox.layers.experts import Path, like, path_of, requests
+from firebox.layers.expert_paths import Path, like, path_of, requests
 
 GRID_POINTS, GRID_LAST = 40, 4096
 GRID_SAMPLES = 5  # of at least 4 ms each; the main table takes 7

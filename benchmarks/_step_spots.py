@@ -18,7 +18,7 @@ from firebox.kernels import _attention_choice, _tuned, attention_decode, linear,
 from firebox.kernels import attention_rope_decode as rope_kernel
 from firebox.kernels._attention import Config as AttentionConfig
 from firebox.kernels.plan import Operation
-from firebox.layers import dense_gpu, experts, norm_linear_gpu, rope_decode_gpu, route_gpu
+from firebox.layers import dense_gpu, expert_paths, norm_linear_gpu, rope_decode_gpu, route_gpu
 from firebox.layers.launches import Layers
 from firebox.tuning import linear as linear_tuning
 
@@ -118,14 +118,19 @@ def _of(operation: Operation, tokens: int, gpu: Gpu) -> Iterator[Spot]:
         yield _spot(operation, "route", route_gpu.key(p), {"one": space, "apart": (None,)}, now, gpu)
     elif source is rope_decode_gpu:
         yield from _attention(operation, tokens, gpu)
-    elif source is experts:
-        path = experts.path_of(p, tokens, gpu)
+    elif source is expert_paths:
+        path = expert_paths.path_of(p, tokens, gpu)
         space = {
-            name: tuple(tuple(half.search_space(p, tokens, gpu)) for half in experts.MODULES[name])
-            for name in {path.name, experts.FEW, experts.SORTED, *((experts.ONE,) if tokens == 1 else ())}
+            name: tuple(tuple(half.search_space(p, tokens, gpu)) for half in expert_paths.MODULES[name])
+            for name in {
+                path.name,
+                expert_paths.FEW,
+                expert_paths.SORTED,
+                *((expert_paths.ONE,) if tokens == 1 else ()),
+            }
         }
         now = (path.name, (path.gate_up, path.down))
-        yield _spot(operation, "experts", experts.key(p), space, now, gpu)
+        yield _spot(operation, "experts", expert_paths.key(p), space, now, gpu)
 
 
 def _linear_space(p: Any, tokens: int, gpu: Gpu) -> dict[str, tuple[Any, ...]]:
@@ -159,7 +164,7 @@ def _spot(
 def _stored(entry: dict[str, Any], file: str) -> Choice:
     path = entry["path"]
     if file == "experts":
-        halves = zip(experts.MODULES[path], ("gate_up", "down"), strict=True)
+        halves = zip(expert_paths.MODULES[path], ("gate_up", "down"), strict=True)
         return path, tuple(module.Config(**entry[part]) for module, part in halves)
     if entry.get("config") is None:
         return path, None

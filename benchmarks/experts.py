@@ -47,19 +47,8 @@ from firebox.kernels import (
 )
 from firebox.kernels._experts import FP8, Problem
 from firebox.kernels.compile import PINNED_OPTIONS, CompileRequest, limit_bytes
-from firebox.layers.experts import (
-    FEW,
-    MODULES,
-    ONE,
-    SCALED,
-    SORTED,
-    Experts,
-    Path,
-    Workspace,
-    path_of,
-    requests,
-    stored_as,
-)
+from firebox.layers.expert_paths import FEW, MODULES, ONE, SCALED, SORTED, Path, path_of, requests, stored_as
+from firebox.layers.experts import Experts, Workspace
 from tests.support.experts import random_routing, random_weights, relative_error
 
 SHAPES = {

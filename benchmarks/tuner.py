@@ -39,7 +39,7 @@ from firebox.hardware.base import Gpu, find_gpu
 from firebox.hardware.probe import probe_gpu
 from firebox.kernels._experts import Problem
 from firebox.kernels.compile import Compiled, compile_all
-from firebox.layers.experts import SORTED
+from firebox.layers.expert_paths import SORTED
 from firebox.tuning import estimate, experts
 from firebox.tuning._launchers import launcher
 from firebox.tuning.base import Candidate, Option, Task

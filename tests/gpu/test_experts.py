@@ -24,7 +24,8 @@ from firebox.kernels import (
 from firebox.kernels._block_scaled import GROUPS, KINDS, Rounded
 from firebox.kernels._experts import FORMATS, FOUR_BIT, FP8, INT4_ZERO, INTEGERS, MXFP4, NIBBLES, Problem
 from firebox.kernels.launch import Launcher
-from firebox.layers.experts import FEW, ONE, SCALED, SORTED, Experts, Path, Workspace, default_path, path_of
+from firebox.layers.expert_paths import FEW, ONE, SCALED, SORTED, Path, default_path, path_of
+from firebox.layers.experts import Experts, Workspace
 from tests.support.experts import random_routing, random_weights, relative_error
 
 pytestmark = pytest.mark.gpu

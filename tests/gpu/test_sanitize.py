@@ -40,10 +40,10 @@ from firebox.kernels._gated_delta import reference
 from firebox.kernels._linear import Problem as LinearProblem
 from firebox.kernels.launch import Launcher
 from firebox.layers.dense_gpu import FEW, MANY, ONE, Path
-from firebox.layers.experts import FEW as FEW_EXPERTS
-from firebox.layers.experts import ONE as ONE_EXPERTS
-from firebox.layers.experts import SCALED, SORTED, default_path
-from firebox.layers.experts import Path as ExpertPath
+from firebox.layers.expert_paths import FEW as FEW_EXPERTS
+from firebox.layers.expert_paths import ONE as ONE_EXPERTS
+from firebox.layers.expert_paths import SCALED, SORTED, default_path
+from firebox.layers.expert_paths import Path as ExpertPath
 from tests.gpu import (
     test_attention,
     test_experts,

@@ -23,7 +23,8 @@ from firebox.kernels.cpu_moe_block import Problem as LayerProblem
 from firebox.layers.base import Build
 from firebox.layers.dense import DenseBlock
 from firebox.layers.device import Device
-from firebox.layers.experts import FEW, SCALED, SORTED, Experts, default_path
+from firebox.layers.expert_paths import FEW, SCALED, SORTED, default_path
+from firebox.layers.experts import Experts
 from firebox.layers.moe_gpu import MoeKernels
 from firebox.layers.moe_names import MoeNames
 from firebox.layers.norm import RMSNorm

@@ -50,7 +50,7 @@ class Span(NamedTuple):
 @contextmanager
 def experts_looked_at(tokens: int) -> Iterator[list[int]]:
     """Within it, calls of expert layers with so many tokens note how many distinct experts these chose."""
-    from firebox.layers.experts import Experts  # which imports Triton
+    from firebox.layers.experts import Experts
 
     found: list[int] = []
     call = Experts.__call__

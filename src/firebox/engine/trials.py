@@ -42,7 +42,15 @@ from firebox.kernels._experts import FP8
 from firebox.kernels.attention_decode import MAX_QUERIES, block_rows
 from firebox.kernels.launch import INTERPRETED
 from firebox.kernels.plan import Library, Operation, Single
-from firebox.layers import dense_gpu, experts, norm_gpu, norm_linear_gpu, rope_decode_gpu, route_gpu
+from firebox.layers import (
+    dense_gpu,
+    expert_paths,
+    experts,
+    norm_gpu,
+    norm_linear_gpu,
+    rope_decode_gpu,
+    route_gpu,
+)
 from firebox.layers._expert_store import ExpertStore
 from firebox.layers._invented import invented, relative_error, vary
 
@@ -70,7 +78,7 @@ def trial_of(operation: Operation, setup: Setup) -> Trial | None:
         return _small_trials.trial_of(operation, setup)
     if operation.source is dense_gpu:
         return LinearTrial(operation.problem, setup)
-    if operation.source is experts:
+    if operation.source is expert_paths:
         return ExpertsTrial(operation.problem, setup)
     if operation.source is sample:
         return functools.partial(_small_trials.draw, operation.problem, setup)
@@ -190,7 +198,7 @@ class ExpertsTrial:
     def __call__(self, tokens: int) -> list[Result]:
         """One result, of all launches together."""
         p, setup, x = self._p, self._setup, self._x[:tokens]
-        path = experts.path_of(p, tokens, setup.gpu)
+        path = expert_paths.path_of(p, tokens, setup.gpu)
         space = experts.Workspace(p, tokens, setup.device)
         for tensor in (space.h_few, space.partial, space.h, space.y):
             tensor.view(torch.uint8).fill_(0xFF)  # not a number, whatever the type
@@ -199,22 +207,22 @@ class ExpertsTrial:
         layer = experts.Experts(p, self._gate_up, self._down, setup.gpu, space)
         setup.settle()
         codes = None
-        if p.normed and experts.rounds_at(p, tokens, setup.gpu):
+        if p.normed and expert_paths.rounds_at(p, tokens, setup.gpu):
             columns = quantise_fp8.Problem(p.hidden, moe_gate_up.x_group(p), p.dtype)
             codes = quantise_fp8.reference(columns, x)
         layer(x, self._ids[:tokens], self._shares[:tokens], out, codes)
-        at, rounds = _checked(tokens), path.name == experts.SCALED or self._in_fp8(path)
+        at, rounds = _checked(tokens), path.name == expert_paths.SCALED or self._in_fp8(path)
         finite = bool(torch.isfinite(out).all())
         wanted = self._reference(path, at) + (before[at] if p.residual else before)
         error = relative_error(out[at].float(), wanted) if finite else float("inf")
-        choice = experts.choice_of(p, path)
+        choice = expert_paths.choice_of(p, path)
         tile = _tile(path.name, path.gate_up, path.down)
         return [Result(tile, tokens, error, _limit(rounds, EXPERTS), choice)]
 
-    def _in_fp8(self, path: experts.Path) -> bool:
-        return path.name == experts.SORTED and self._p.format in FP8
+    def _in_fp8(self, path: expert_paths.Path) -> bool:
+        return path.name == expert_paths.SORTED and self._p.format in FP8
 
-    def _reference(self, path: experts.Path, at: Sequence[int]) -> torch.Tensor:
+    def _reference(self, path: expert_paths.Path, at: Sequence[int]) -> torch.Tensor:
         """With activations rounded where the path rounds them."""
         p, ids = self._p, self._ids[at]
         x = self._rounded(path, self._x[at], moe_gate_up.x_group(p))
@@ -222,8 +230,8 @@ class ExpertsTrial:
         h = self._rounded(path, h, moe_gate_up.inner_group(p))
         return moe_down_few.reference(p, h, self._down, ids, self._shares[at])
 
-    def _rounded(self, path: experts.Path, values: torch.Tensor, group: int) -> torch.Tensor:
-        if path.name == experts.SCALED:
+    def _rounded(self, path: expert_paths.Path, values: torch.Tensor, group: int) -> torch.Tensor:
+        if path.name == expert_paths.SCALED:
             problem = quantise_groups.Problem(values.shape[1], _block_scaled.kind_of(self._p), self._p.dtype)
             return quantise_groups.dequantised(problem, quantise_groups.reference(problem, values))
         return _as_fp8(values, group, self._p.dtype) if self._in_fp8(path) else values

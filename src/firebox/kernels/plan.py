@@ -4,7 +4,7 @@
     Made        what so many tokens make of it: compiles, or a library's own kernel
     Planned     one compile, and the numbers of tokens that launch it
 
-What launches an operation says what it launches: `made` of layers/dense_gpu.py, layers/experts.py,
+What launches an operation says what it launches: `made` of layers/dense_gpu.py, layers/expert_paths.py,
 layers/delta_gpu.py, attention/triton_paged.py and kernels/sample.py, `request` of a kernel that has one
 compile. The engine asks the same functions when it launches. Between two of the numbers of tokens that
 `turns` names `made` says the same, so the plan of thousands of numbers asks at some hundred of them.

@@ -20,7 +20,15 @@ from firebox.kernels import sample
 from firebox.kernels._blocks import ATTENTION_BLOCK, DENSE_BLOCK, HEAD, MOE_BLOCK
 from firebox.kernels.compile import Compiled, CompileRequest, compile_all, limit_bytes
 from firebox.kernels.plan import CUBLAS, Operation, Planned, Setting, planned
-from firebox.layers import delta_gpu, dense_gpu, experts, gated_delta, latent_attention, route_gpu
+from firebox.layers import (
+    delta_gpu,
+    dense_gpu,
+    expert_paths,
+    experts,
+    gated_delta,
+    latent_attention,
+    route_gpu,
+)
 from firebox.layers.attention import AttentionBlock
 from firebox.layers.decoder import Decoder
 from firebox.layers.dense import DenseBlock
@@ -163,7 +171,7 @@ def workspace_bytes(layers: Sequence[Layers], gpu: Gpu, max_tokens: int) -> int:
     no kernel runs count nothing."""
     operations = dict.fromkeys(operation for alike in layers for operation in alike.operations)
     linears = [o.problem for o in operations if o.source is dense_gpu and type(o) is Operation]
-    routed = dict.fromkeys((o.problem, o.times) for o in operations if o.source is experts)
+    routed = dict.fromkeys((o.problem, o.times) for o in operations if o.source is expert_paths)
     found: list[Any] = [experts.Workspace(problem, times * max_tokens, "meta") for problem, times in routed]
     recurrent = (o.problem for o in operations if o.source is delta_gpu)
     found += [delta_gpu.Workspace(problem, max_tokens, "meta") for problem in recurrent]

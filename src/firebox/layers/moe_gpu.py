@@ -77,7 +77,7 @@ def operations(layer: Layer, setting: Setting) -> tuple[Operation, ...] | str:
     """What such a layer launches on one of `setting.gpus`, for the plan; or why the kernels cannot run it."""
     from firebox.kernels import moe_route
     from firebox.kernels.plan import Operation, Single
-    from firebox.layers import dense_gpu, experts, norm_gpu, route_gpu
+    from firebox.layers import dense_gpu, expert_paths, norm_gpu, route_gpu
 
     p = layer.problem
     share = _share(layer, setting)
@@ -101,7 +101,7 @@ def operations(layer: Layer, setting: Setting) -> tuple[Operation, ...] | str:
         *gate,
         Single("route", "f32", moe_route, route),
         *(() if fused or not p.shared_experts else _shared_operations(layer, setting)),
-        Operation("experts", format.name, experts, routed, times=setting.groups),
+        Operation("experts", format.name, expert_paths, routed, times=setting.groups),
     )
 
 
@@ -186,13 +186,13 @@ def _activation_problem(p: Problem) -> Any:
 
 def _experts_problem(p: Problem, format: Format, gpu: Gpu, shared: int = 0, *, normed: bool = False) -> Any:
     from firebox.kernels import _experts
-    from firebox.layers import _pack, experts
+    from firebox.layers import _pack, expert_paths
 
     name, group = _pack.kind(format, p.hidden)
     further: dict[str, Any] = {"int4_columns": group} if name in _experts.INTEGERS else {}
     if p.activation == "clamped_swiglu":
         further |= {"limit": p.limit, "alpha": p.alpha}
-    return _experts.widened(experts.stored_as(_experts.Problem(
+    return _experts.widened(expert_paths.stored_as(_experts.Problem(
         p.hidden, p.inter, p.experts + shared, p.top_k + shared, name, p.activation,
         biases=p.biases, dtype=KERNEL_DTYPES[p.dtype], residual=True, shared=shared,
         normed=normed and name in _experts.FP8, **further,

@@ -19,7 +19,7 @@ from firebox.kernels import _experts, _linear, _tuned, linear, moe_gate_up, rms_
 from firebox.kernels._rows import Outputs
 from firebox.kernels.launch import INTERPRETED, Launcher
 from firebox.kernels.plan import Compile, Made
-from firebox.layers import dense_gpu, experts
+from firebox.layers import dense_gpu, expert_paths
 
 Codes = tuple[torch.Tensor, torch.Tensor]  # q [tokens, width] float8_e4m3fn, scales float32
 
@@ -44,7 +44,7 @@ def _outputs(problem: Problem, tokens: int, gpu: Gpu) -> Outputs:
         linear.x_group(p) if p.normed and dense_gpu.rounds_at(p, tokens, gpu) else None
         for p in problem.linears
     ] + [
-        moe_gate_up.x_group(p) if p.normed and experts.rounds_at(p, tokens, gpu) else None
+        moe_gate_up.x_group(p) if p.normed and expert_paths.rounds_at(p, tokens, gpu) else None
         for p in problem.experts
     ]  # fmt: skip
     rounding = {group for group in groups if group is not None}
@@ -69,7 +69,7 @@ def turns(problem: Problem, max_tokens: int, gpu: Gpu) -> Iterator[int]:
     for line in problem.linears:
         yield from dense_gpu.turns(line, max_tokens, gpu) if line.normed else ()
     for routed in problem.experts:
-        yield from experts.turns(routed, max_tokens, gpu) if routed.normed else ()
+        yield from expert_paths.turns(routed, max_tokens, gpu) if routed.normed else ()
 
 
 class NormKernels:

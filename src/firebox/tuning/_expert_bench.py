@@ -30,7 +30,8 @@ from firebox.kernels._experts import FP8, Problem
 from firebox.kernels.launch import Launcher
 from firebox.layers._expert_store import ExpertStore
 from firebox.layers._invented import relative_error, vary
-from firebox.layers.experts import FEW, ONE, SORTED, Experts, Path, Workspace, default_path, requests
+from firebox.layers.expert_paths import FEW, ONE, SORTED, Path, default_path, requests
+from firebox.layers.experts import Experts, Workspace
 from firebox.tuning._launchers import launcher
 from firebox.tuning.base import Candidate
 from firebox.tuning.clock import Call

@@ -1,5 +1,5 @@
-"""Tuning of expert layers: two parts, gate_up and down, on the paths of layers/experts.py. On sorted paths a
-part's tile also sets how many choices a block has; both parts run with the larger of the two.
+"""Tuning of expert layers: two parts, gate_up and down, on the paths of layers/expert_paths.py. On sorted
+paths a part's tile also sets how many choices a block has; both parts run with the larger of the two.
 """
 
 from __future__ import annotations
@@ -15,16 +15,7 @@ from firebox.kernels import _tuned, moe_down_few, moe_gate_up_few
 from firebox.kernels._block_scaled import native_from
 from firebox.kernels._experts import Problem
 from firebox.kernels.compile import Compiled, CompileRequest
-from firebox.layers.experts import (
-    FEW,
-    MODULES,
-    ONE,
-    SCALED,
-    SORTED,
-    default_path,
-    requests,
-    stock_path,
-)
+from firebox.layers.expert_paths import FEW, MODULES, ONE, SCALED, SORTED, default_path, requests, stock_path
 from firebox.tuning import estimate
 from firebox.tuning._expert_bench import DOWN, Weighted
 from firebox.tuning.base import Bench, Candidate, Option, Task

@@ -17,8 +17,7 @@ from firebox.config import EngineConfig
 from firebox.errors import ConfigError
 from firebox.hardware.base import Gpu
 from firebox.kernels.plan import Operation
-from firebox.layers import dense_gpu
-from firebox.layers import experts as expert_layers
+from firebox.layers import dense_gpu, expert_paths
 from firebox.layers.launches import Layers
 from firebox.planning.fit import Source, open_source, plan
 from firebox.tuning import attention, experts, linear
@@ -57,7 +56,7 @@ def _problems(name: str, operation: Operation) -> Iterator[Any]:
     """What module `name` tunes of an operation. A Library has a kernel's module for its source, too."""
     if type(operation) is not Operation:
         return
-    if (name, operation.source) in (("moe", expert_layers), ("linear", dense_gpu)):
+    if (name, operation.source) in (("moe", expert_paths), ("linear", dense_gpu)):
         yield _alone(operation.problem)
     elif name == "attention" and operation.source is triton_paged:
         yield from attention.problems(operation.problem)

@@ -15,7 +15,7 @@ import pytest
 
 from firebox.hardware.base import find_gpu
 from firebox.kernels._experts import Problem
-from firebox.layers.experts import SORTED, Path, default_path
+from firebox.layers.expert_paths import SORTED, Path, default_path
 
 ROOT = FilePath(__file__).resolve().parents[3]
 H200 = find_gpu("h200")

@@ -19,7 +19,7 @@ from firebox.hardware.base import find_gpu
 from firebox.kernels import _tuned
 from firebox.kernels.plan import Setting
 from firebox.kernels.select import Choice
-from firebox.layers import dense_gpu, experts
+from firebox.layers import dense_gpu, expert_paths
 from tests.support.dry import model_of
 from tests.support.engine import InProcessEngine
 
@@ -182,7 +182,7 @@ def test_strict_refuses_default_tiles_on_a_gpu(monkeypatch: pytest.MonkeyPatch) 
 
 def forget() -> None:
     """Paths that were chosen from other files."""
-    for cached in (experts._path_of, dense_gpu._path_of):
+    for cached in (expert_paths.settled_path, dense_gpu._path_of):
         cached.cache_clear()
 
 

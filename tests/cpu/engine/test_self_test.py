@@ -16,7 +16,7 @@ from firebox.hardware.base import find_gpu
 from firebox.kernels import _attention, _attention_choice, _linear, _tuned, _veto, attention_decode
 from firebox.kernels._experts import Problem
 from firebox.kernels.plan import Operation, planned
-from firebox.layers import dense_gpu, experts
+from firebox.layers import dense_gpu, expert_paths
 from tests.support.interpreter import interpreted
 
 GB10 = find_gpu("gb10")
@@ -131,12 +131,12 @@ def test_a_tuned_tile_gives_way_to_the_default_and_that_to_another_path(
 
 
 def test_experts_go_another_way_too(files: dict[str, dict[str, Any]]) -> None:
-    first = experts.path_of(EXPERTS, 4, GB10)
+    first = expert_paths.path_of(EXPERTS, 4, GB10)
     assert first.name == "few"
-    _veto.veto(experts.choice_of(EXPERTS, first), "it")
-    second = experts.path_of(EXPERTS, 4, GB10)
+    _veto.veto(expert_paths.choice_of(EXPERTS, first), "it")
+    second = expert_paths.path_of(EXPERTS, 4, GB10)
     assert second.name == "sorted" and second.why.endswith("; instead of it")
-    assert experts.path_of(EXPERTS, 64, GB10).why == "default", "others are as they were"
+    assert expert_paths.path_of(EXPERTS, 64, GB10).why == "default", "others are as they were"
 
 
 def test_a_tuned_tile_of_attention_gives_way_to_the_default(files: dict[str, dict[str, Any]]) -> None:

@@ -20,7 +20,7 @@ from firebox.kernels import _block_scaled, moe_down_scaled, moe_gate_up_scaled, 
 from firebox.kernels._block_scaled import GROUPS, KINDS, NEVER, native_from
 from firebox.kernels._experts import Problem
 from firebox.kernels.compile import CompileRequest, compile_all
-from firebox.layers.experts import FEW, SCALED, SORTED, path_of, requests, stock_path, stored_as
+from firebox.layers.expert_paths import FEW, SCALED, SORTED, path_of, requests, stock_path, stored_as
 
 ROOT = FilePath(__file__).resolve().parents[3]
 GLM = Problem(5120, 384, 160, 8, "nvfp4_nibbles")

@@ -16,7 +16,7 @@ from firebox.hardware.base import find_gpu
 from firebox.kernels import moe_down_one, moe_gate_up_few, moe_gate_up_one
 from firebox.kernels._experts import FORMATS, FOUR_BIT, FP8, INTEGERS, MXFP4, Problem, dequantised, word_bits
 from firebox.kernels.compile import CompileRequest, compile_all
-from firebox.layers.experts import Path, path_of, requests
+from firebox.layers.expert_paths import Path, path_of, requests
 from tests.support.experts import WIDE, random_weights
 
 ROOT = FilePath(__file__).resolve().parents[3]

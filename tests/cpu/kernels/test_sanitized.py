@@ -17,7 +17,7 @@ from firebox.find import names
 from firebox.hardware.base import find_gpu
 from firebox.kernels._experts import FORMATS, Problem
 from firebox.kernels.compile import compile_all
-from firebox.layers.experts import FEW, SORTED, default_path, requests
+from firebox.layers.expert_paths import FEW, SORTED, default_path, requests
 from tests.support import sanitized, sanitizer_canary
 from tools import sanitize
 

@@ -15,7 +15,7 @@ from firebox.kernels import _linear, _tuned
 from firebox.kernels._experts import Problem
 from firebox.kernels.compile import compile_all
 from firebox.kernels.moe_gate_up import Config
-from firebox.layers import _fitting, dense_gpu, experts
+from firebox.layers import _fitting, dense_gpu, expert_paths
 from firebox.layers._fitting import distance, nearest_first, nearest_that_fits, with_fewer_stages
 from tests.support.tuned import TunedFolder, tuned_folder
 
@@ -104,17 +104,17 @@ def test_without_a_limit_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("FIREBOX_SMEM_LIMIT", raising=False)
     for gpu in (H200, find_gpu("gb10")):
         assert not _fitting.is_limited(gpu)
-        assert experts.path_of(GLM, 4096, gpu).why in ("measured", "default")
+        assert expert_paths.path_of(GLM, 4096, gpu).why in ("measured", "default")
     with pytest.raises(AssertionError, match="compiles"):
-        experts.path_of(Problem(256, 128, 8, 2, "bf16"), 3, SMALL)
+        expert_paths.path_of(Problem(256, 128, 8, 2, "bf16"), 3, SMALL)
 
 
 def test_an_expert_layer_stays_below_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """GLM-4.7's share as it was tuned on an H200, whose tiles are too large in both halves."""
     monkeypatch.delenv("FIREBOX_SMEM_LIMIT", raising=False)
-    free, small = (experts.path_of(GLM, 4096, gpu) for gpu in (H200, SMALL))
+    free, small = (expert_paths.path_of(GLM, 4096, gpu) for gpu in (H200, SMALL))
     sizes = {
-        name: compile_all(list(experts.requests(GLM, 4096, path, SMALL).values()))
+        name: compile_all(list(expert_paths.requests(GLM, 4096, path, SMALL).values()))
         for name, path in (("free", free), ("small", small))
     }
     assert not all(c.fits for c in sizes["free"]), "this test needs a tile that is too large"
@@ -122,7 +122,7 @@ def test_an_expert_layer_stays_below_a_limit(monkeypatch: pytest.MonkeyPatch) ->
     assert small.gate_up != free.gate_up and small.gate_up.tokens == free.gate_up.tokens
     assert small.why.startswith("measured; another gate_up, ") and "of 101,376 shared bytes" in small.why
     monkeypatch.setenv("FIREBOX_SMEM_LIMIT", str(LIMIT))
-    assert experts.path_of(GLM, 4096, H200) == small
+    assert expert_paths.path_of(GLM, 4096, H200) == small
 
 
 def test_a_linear_layer_stays_below_a_limit(
@@ -143,7 +143,7 @@ def test_a_linear_layer_stays_below_a_limit(
 def test_what_was_chosen_is_forgotten_with_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """`_tuned.use` forgets every choice that depends on what is written there."""
     monkeypatch.delenv("FIREBOX_SMEM_LIMIT", raising=False)
-    experts.path_of(GLM, 64, SMALL)
-    assert experts._fitted.cache_info().currsize > 0  # type: ignore[attr-defined]
+    expert_paths.path_of(GLM, 64, SMALL)
+    assert expert_paths._fitted.cache_info().currsize > 0  # type: ignore[attr-defined]
     _tuned.use()
-    assert experts._fitted.cache_info().currsize == 0  # type: ignore[attr-defined]
+    assert expert_paths._fitted.cache_info().currsize == 0  # type: ignore[attr-defined]

@@ -19,7 +19,7 @@ from firebox.kernels import _linear
 from firebox.kernels._experts import FORMATS, NIBBLES, Problem, refuse, widened
 from firebox.kernels.compile import compile_all
 from firebox.layers._pack import Packed, pack, padded
-from firebox.layers.experts import path_of, requests
+from firebox.layers.expert_paths import path_of, requests
 from tests.support import quantise
 from tests.support.interpreted_widened import int4_of
 from tests.support.small_models import fp8_blocks

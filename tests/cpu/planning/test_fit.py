@@ -19,7 +19,7 @@ from firebox.kernels import _tuned
 from firebox.kernels.compile import Compiled
 from firebox.kernels.plan import Operation
 from firebox.kernels.plan import planned as plan_of
-from firebox.layers import dense_gpu, experts, launches
+from firebox.layers import dense_gpu, expert_paths, launches
 from firebox.planning.fit import Fit, compiled, open_source, plan
 from firebox.text.folder import bundled
 from tests.support.planning import FP8_BLOCK, opened, planned, source_of
@@ -350,7 +350,7 @@ def tuned(monkeypatch: pytest.MonkeyPatch, keys: set[str] | None) -> None:
             return self.entry if keys is None or key in keys else default
 
     monkeypatch.setattr(_tuned, "_file", lambda gpu_name, name="experts": File(name))
-    for cached in (experts._path_of, dense_gpu._path_of):
+    for cached in (expert_paths.settled_path, dense_gpu._path_of):
         cached.cache_clear()
 
 

@@ -26,8 +26,9 @@ from firebox.kernels import (
 )
 from firebox.kernels._experts import Problem
 from firebox.kernels.plan import Operation, Planned, Setting, planned
-from firebox.layers import dense_gpu, experts, moe_gpu
-from firebox.layers.experts import Workspace, path_of, requests
+from firebox.layers import dense_gpu, expert_paths, moe_gpu
+from firebox.layers.expert_paths import path_of, requests
+from firebox.layers.experts import Workspace
 from firebox.layers.launches import Layers, layers_of, rows, workspace_bytes
 from firebox.planning._parts import open_source
 from tests.support.planning import FP8_BLOCK, opened, source_of
@@ -44,7 +45,7 @@ TOKENS = (*range(1, 70), 127, 128, 129, 511, 512, 1143, 1144, 1145, 1279, 1280, 
 
 
 def operation(problem: Problem) -> Operation:
-    return Operation("experts", problem.format, experts, problem)
+    return Operation("experts", problem.format, expert_paths, problem)
 
 
 def model_layers(card: str, tp: int = 1, gpu: str = "gb10", **changes: Any) -> dict[str, Layers]:
@@ -125,11 +126,11 @@ def measured(monkeypatch: pytest.MonkeyPatch, paths: dict[int, str]) -> list[Pla
     tiles = {"few": FEW_TILE, "sorted": SORTED_TILE}
     entries = {n: {"path": p, "gate_up": tiles[p], "down": tiles[p]} for n, p in paths.items()}
     monkeypatch.setattr(_tuned, "_file", lambda *name: {_tuned.key(GLM): entries})
-    experts._path_of.cache_clear()
+    expert_paths.settled_path.cache_clear()
     try:
         return planned(operation(GLM), GB10, 8)
     finally:
-        experts._path_of.cache_clear()
+        expert_paths.settled_path.cache_clear()
 
 
 def test_measured_paths_are_planned_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +180,7 @@ def test_one_tokens_experts_let_the_next_launch_begin_late() -> None:
     for problem, tokens, path, late in (
         (GLM, 1, path_of(GLM, 1, h200), True),
         (GLM, 2, path_of(GLM, 2, h200), False),
-        (kimi, 1, experts.Path("few", *tiles, "test"), False),
+        (kimi, 1, expert_paths.Path("few", *tiles, "test"), False),
     ):
         found = requests(problem, tokens, path, h200)
         halves = (found["moe_gate_up"], found["moe_down"])

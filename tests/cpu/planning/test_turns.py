@@ -20,7 +20,7 @@ from firebox.hardware.base import Gpu, find_gpu
 from firebox.kernels import _attention, _attention_choice, _linear, _tuned, _veto
 from firebox.kernels._experts import Problem
 from firebox.kernels.plan import Operation, Planned, Setting, planned
-from firebox.layers import _fitting, dense_gpu, experts
+from firebox.layers import _fitting, dense_gpu, expert_paths
 from firebox.layers.launches import layers_of
 from firebox.layers.moe import MoeBlock
 from firebox.planning._parts import first_layout, open_source
@@ -39,7 +39,8 @@ GQA = _attention.Problem(24, 2, 128, 128, 16)
 OPERATIONS = tuple(
     Operation("one", problem.format, source, problem)
     for source, problem in (
-        (experts, ROUTED), (experts, NIBBLES), (dense_gpu, FP8), (dense_gpu, BF16), (dense_gpu, INT4)
+        (expert_paths, ROUTED), (expert_paths, NIBBLES), (dense_gpu, FP8), (dense_gpu, BF16),
+        (dense_gpu, INT4),
     )
 )  # fmt: skip
 ATTENTION = Operation("attention", "bf16", triton_paged, GQA)
@@ -78,7 +79,11 @@ def test_the_plan_of_a_model_is_that_of_every_number(card: str, gpu_name: str, t
     gpu = find_gpu(gpu_name)
     layers = layers_of(opened(card).model, Setting(gpu, tp, ep=ep, drafts=3))
     operations = {o for alike in layers for o in alike.operations if type(o) is Operation}
-    assert {o.source.__name__.rpartition(".")[2] for o in operations} >= {"dense_gpu", "experts", "sample"}
+    assert {o.source.__name__.rpartition(".")[2] for o in operations} >= {
+        "dense_gpu",
+        "expert_paths",
+        "sample",
+    }
     for operation in operations:
         assert differences(operation, gpu) == [], operation
 
@@ -93,9 +98,10 @@ def tile(module: Any, problem: Any, tokens: int) -> dict[str, Any]:
 def entry(operation: Operation, tokens: int, draw: random.Random) -> dict[str, Any]:
     how = draw.choice(["measured", "predicted"])
     problem, source = operation.problem, operation.source
-    if source is experts:
-        path = draw.choice([p for p in experts.MODULES if p != experts.SCALED or problem is NIBBLES])
-        gate_up, down = (tile(m, problem, draw.choice([16, 32, 64])) for m in experts.MODULES[path])
+    if source is expert_paths:
+        paths = [p for p in expert_paths.MODULES if p != expert_paths.SCALED or problem is NIBBLES]
+        path = draw.choice(paths)
+        gate_up, down = (tile(m, problem, draw.choice([16, 32, 64])) for m in expert_paths.MODULES[path])
         return {"path": path, "gate_up": gate_up, "down": down, "how": how}
     path = draw.choice([dense_gpu.FEW, dense_gpu.MANY, dense_gpu.CUBLAS])
     if path == dense_gpu.CUBLAS:
@@ -151,7 +157,7 @@ def test_with_vetoes(operation: Operation) -> None:
     """What stands in for the choices at one token, and at 3000 where there is something."""
     source: Any = operation.source
     try:
-        for tokens in (1, 3000) if source is experts else (1,):
+        for tokens in (1, 3000) if source is expert_paths else (1,):
             path = source.path_of(operation.problem, tokens, H200)
             _veto.veto(source.choice_of(operation.problem, path), f"wrong at {tokens}")
         assert differences(operation, H200, 4096) == []

@@ -252,7 +252,7 @@ def test_one_long_request_that_is_not_divided_would_wait_for_one_multiprocessor(
     """Splits are what makes a context of 128k as fast as memory allows: with tiles so large that there are
     few splits, most of the GPU is idle."""
     p = Problem(DECODE, PAGED["gqa"], 2048)
-    small, large = (Config(16, block_n, 4, 3) for block_n in (32, 128))
+    small, large = (Config(16, block_n, 4, 3) for block_n in (32, 512))
     assert p.splits(1, small, H200) > p.splits(1, large, H200) > 1
     task = attention.task(p, 1)
     times = [

@@ -12,7 +12,7 @@ import pytest
 from firebox.hardware.base import find_gpu
 from firebox.kernels import _tuned
 from firebox.kernels._experts import Problem
-from firebox.layers.experts import MODULES, path_of, requests
+from firebox.layers.expert_paths import MODULES, path_of, requests
 from firebox.tuning import experts
 from firebox.tuning.base import Candidate, Option
 from firebox.tuning.entries import MEASURED, PREDICTED, Entry
