@@ -114,23 +114,27 @@ def test_one_token_by_every_tile_of_whole_rows(rows: int, columns: int, format: 
         plain.check(1, path)
 
 
+def check_normed(layer: Layer, config: linear_one.Config) -> None:
+    """A row and the norm before it in one launch: rows of very different size, so that eps counts."""
+    p, norm = layer.problem, rms_norm.Problem(layer.problem.columns, 1e-5)
+    launcher = Launcher(linear_one.request(p, config, layer.gpu, eps=norm.eps))
+    given = rms_norm.inputs(norm, 3, layer.generator, device="cuda", dtype=torch.bfloat16)
+    gain = given["weight"]
+    for x in given["x"].split(1):
+        out = torch.full((2, p.rows), float("nan"), dtype=torch.bfloat16, device="cuda")
+        torch.cuda.synchronize()
+        linear_one.run(launcher, p, x.contiguous(), layer.weights, None, out[:1], gain)
+        assert out[1].isnan().all(), "behind the output was written"
+        wanted = linear_one.normed_reference(p, norm.eps, x, gain, layer.weights)
+        assert relative_error(out[:1], wanted) < FEW_LIMIT, (p, config)
+
+
 @pytest.mark.parametrize("format", linear_one.FORMATS)
 @pytest.mark.parametrize(("rows", "columns"), [(80, 2944), (5120, 2048)])
 def test_one_token_and_its_norm_by_every_tile(rows: int, columns: int, format: str, gpu: Gpu) -> None:
-    """Rows of very different size, so that eps counts."""
     layer = Layer(Problem(rows, columns, format, bias=True), gpu, 1)
-    norm, p = rms_norm.Problem(columns, 1e-5), layer.problem
-    for config in linear_one.search_space(p, gpu):
-        launcher = Launcher(linear_one.request(p, config, gpu, eps=norm.eps))
-        given = rms_norm.inputs(norm, 3, layer.generator, device="cuda", dtype=torch.bfloat16)
-        for row in range(3):
-            x = given["x"][row : row + 1].contiguous()
-            out = torch.full((2, p.rows), float("nan"), dtype=torch.bfloat16, device="cuda")
-            torch.cuda.synchronize()
-            linear_one.run(launcher, p, x, layer.weights, None, out[:1], given["weight"])
-            assert out[1].isnan().all(), "behind the output was written"
-            wanted = linear_one.normed_reference(p, norm.eps, x, given["weight"], layer.weights)
-            assert relative_error(out[:1], wanted) < FEW_LIMIT, (p, config, row)
+    for config in linear_one.search_space(layer.problem, gpu):
+        check_normed(layer, config)
 
 
 @pytest.mark.parametrize(("format", "group"), KINDS)

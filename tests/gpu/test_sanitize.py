@@ -179,8 +179,12 @@ def linear_layer(format: str, group: int, gpu: Gpu) -> test_linear.Layer:
 @pytest.mark.sanitize("linear_one")
 @pytest.mark.parametrize("format", linear_one.FORMATS)
 def test_one_token_of_a_linear_layer(format: str, gpu: Gpu) -> None:
+    """With a norm before it too, and without."""
     layer = linear_layer(format, 0, gpu)
-    layer.check(1, Path(ONE, linear_one.default(layer.problem, gpu), "test"))
+    config = linear_one.default(layer.problem, gpu)
+    layer.check(1, Path(ONE, config, "test"))
+    alone = LinearProblem(200, layer.problem.columns, format, bias=True)
+    test_linear.check_normed(test_linear.Layer(alone, gpu, 1), config)
 
 
 @pytest.mark.sanitize("attention_rope_decode", "attention_decode")
