@@ -2,7 +2,7 @@
 from its neighbours, or leave it idle for them, which no bench of one launch shows.
 
     PYTHONPATH=src:. python benchmarks/whole_steps.py MODEL --out DIR [--tokens 1] [--layers 12]
-        [--seconds 300] [--near 6] [--only NAME,…] [-- FLAGS OF firebox bench offline]
+        [--seconds 300] [--near 6] [--only NAME,…] [--requantize fp8]
 
 The engine runs so many requests of random weights, cut to --layers, behind a prompt of 128. One choice of the
 tuned files after the other (--only: those of these operations) is changed to what is most like it, and to
@@ -29,21 +29,18 @@ from _step_spots import Choice, Spot, spots
 
 from firebox.bench import offline
 from firebox.bench._offline import Settings
-from firebox.cli.bench import bench
+from firebox.config import Config, EngineConfig, ModelConfig
 from firebox.hardware.base import Gpu
 from firebox.hardware.probe import probe_gpu
 from firebox.kernels import _tuned
 from firebox.kernels.plan import Setting
 from firebox.layers.launches import layers_of
 from firebox.planning._parts import Source, open_source
+from firebox.text.folder import resolve_folder
 from firebox.weights.checkpoint import open_checkpoint
 
-CONTEXT, STEPS = 128, 128
+CONTEXT, STEPS, PAGE_TOKENS = 128, 128, 64
 MARGIN = 0.003  # of a step, below which two are alike
-FLAGS = (
-    *("--load-format", "dummy", "--dtype", "bfloat16", "--self-test", "off", "--page-tokens", "64"),
-    *("--max-batch-tokens", "2048", "--prefill-chunk-tokens", "2048", "--prefill", "", "--no-profile"),
-)  # fmt: skip
 
 Choices = dict[tuple[str, str], Choice]
 Measure = Callable[[Choices], float]
@@ -56,9 +53,12 @@ def descend(
     in_time: Callable[[], bool],
     say: Callable[[str], None],
 ) -> tuple[Choices, float]:
-    """What differs from the choices in use in the end, and the milliseconds of a step with it."""
+    """What differs from the choices in use in the end, and the milliseconds of a step with it. Raises
+    RuntimeError if the choices in use do not run."""
     best: Choices = {}
     least = measure(best)
+    if math.isinf(least):
+        raise RuntimeError("the step as it is does not run; steps.jsonl says why")
     say(f"{least:.4f} ms as it is")
     better = True
     while better and in_time():
@@ -104,7 +104,7 @@ class Steps:
 
     def __init__(self, settings: Settings, gpu: Gpu, folder: Path, log: TextIO) -> None:
         self._settings, self._gpu, self._folder, self._log = settings, gpu, folder, log
-        self._package = _tuned.roots()[0]
+        self._roots = _tuned.roots()
         self.spots: list[Spot] = []
 
     def __call__(self, choices: Choices) -> float:
@@ -112,7 +112,7 @@ class Steps:
         tokens, began = max(self._settings.batches), time.monotonic()
         write(self._folder, self._gpu, self.spots, choices, tokens)
         forget()
-        _tuned.use(self._package, self._folder)
+        _tuned.use(*self._roots, self._folder)
         found, why = math.inf, ""
         try:
             report = offline.measure(self._settings)
@@ -128,32 +128,20 @@ class Steps:
         return found
 
 
-def settings_of(model: str, tokens: int, layers: int, flags: Sequence[str]) -> Settings:
-    """As `firebox bench offline` makes them of its flags."""
-    found: list[Settings] = []
-
-    def keep(settings: Settings, on_row: Any) -> Any:
-        found.append(settings)
-        raise KeyboardInterrupt
-
-    real, offline.measure = offline.measure, keep
-    sizes = (
-        "--batches",
-        str(tokens),
-        "--contexts",
-        str(CONTEXT),
-        "--tokens",
-        str(STEPS),
-        "--layers",
-        str(layers),
+def settings_of(model: str, tokens: int, layers: int, requantize: str) -> Settings:
+    """Of `firebox bench offline` for one row of decode, without a profile. Raises ConfigError."""
+    weights = ModelConfig(
+        str(resolve_folder(model)),
+        load_format="dummy",
+        dtype="bfloat16",
+        layers=layers,
+        requantize=requantize,
     )
-    try:
-        bench(["offline", model, *FLAGS, *sizes, *flags], standalone_mode=False)
-    except (KeyboardInterrupt, SystemExit):
-        pass
-    finally:
-        offline.measure = real
-    return found[0]
+    engine = EngineConfig(
+        self_test="off", page_tokens=PAGE_TOKENS, max_batch_tokens=2048, prefill_chunk_tokens=2048
+    )
+    sizes: dict[str, Any] = {"batches": [tokens], "contexts": [CONTEXT], "prefills": [], "tokens": STEPS}
+    return Settings(config=Config(weights, engine), name=model, profile=False, **sizes)
 
 
 def model_spots(settings: Settings, tokens: int, gpu: Gpu) -> list[Spot]:
@@ -161,7 +149,9 @@ def model_spots(settings: Settings, tokens: int, gpu: Gpu) -> list[Spot]:
     checkpoint = open_checkpoint(Path(settings.config.model.model))
     in_fp8 = settings.config.model.requantize == "fp8"
     source = Source(settings.name, checkpoint.model_type, checkpoint.text_config, "bfloat16", None, in_fp8)
-    return spots(layers_of(open_source(source, gpu).model, Setting(gpu, page_tokens=64)), tokens, gpu)
+    return spots(
+        layers_of(open_source(source, gpu).model, Setting(gpu, page_tokens=PAGE_TOKENS)), tokens, gpu
+    )
 
 
 def main() -> int:
@@ -174,14 +164,14 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--only", default="", help="operations, with commas between")
-    parser.add_argument("flags", nargs="*", help="after --: passed on")
+    parser.add_argument("--requantize", default="none", choices=("none", "fp8"))
     arguments = parser.parse_args()
     gpu = probe_gpu()
     if gpu is None:
         sys.exit("error: this needs an NVIDIA GPU")
     arguments.out.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + arguments.seconds
-    settings = settings_of(arguments.model, arguments.tokens, arguments.layers, arguments.flags)
+    settings = settings_of(arguments.model, arguments.tokens, arguments.layers, arguments.requantize)
     with (arguments.out / "steps.jsonl").open("a", encoding="utf-8") as log:
         steps = Steps(settings, gpu, arguments.out / "trial", log)
         every = model_spots(settings, arguments.tokens, gpu)

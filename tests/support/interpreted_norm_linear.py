@@ -21,6 +21,7 @@ from firebox.kernels import _tuned, _veto, launch, linear_one
 from firebox.kernels.linear_one import Config
 from firebox.kernels.plan import Operation
 from firebox.layers import norm_linear_gpu
+from firebox.layers._in_one import ONE
 from firebox.weights.checkpoint import open_checkpoint
 from tests.support import quick_interpreter
 from tests.support.experts import relative_error
@@ -43,7 +44,7 @@ def layer(folder: Path) -> dict[str, Any]:
         return kernels._projected(x[:tokens]), list(launched)
 
     apart, two = run(1)
-    entry = {"path": norm_linear_gpu.ONE, "config": asdict(Config(2, 2))}
+    entry = {"path": ONE, "config": asdict(Config(2, 2))}
     tuned = folder / "tuned" / _tuned.folder(GPU.name)
     tuned.mkdir(parents=True)
     (tuned / "linear.json").write_text(json.dumps({norm_linear_gpu.key(problem): {"1": entry}}))

@@ -21,6 +21,7 @@ from firebox.kernels import moe_norm_route as kernel
 from firebox.kernels.moe_norm_route import Config
 from firebox.kernels.plan import Operation
 from firebox.layers import route_gpu
+from firebox.layers._in_one import ONE
 from firebox.weights.checkpoint import open_checkpoint
 from tests.support import quick_interpreter
 from tests.support.experts import relative_error
@@ -53,7 +54,7 @@ def layer(folder: Path) -> dict[str, Any]:
         return block(x[:tokens].clone()), list(launched)
 
     apart, three = run(1)
-    entry = {"path": route_gpu.ONE, "config": asdict(Config(2, 2))}
+    entry = {"path": ONE, "config": asdict(Config(2, 2))}
     tuned = folder / "tuned" / _tuned.folder(GPU.name)
     tuned.mkdir(parents=True)
     (tuned / "route.json").write_text(json.dumps({route_gpu.key(problem): {"1": entry}}))

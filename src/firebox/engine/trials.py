@@ -52,6 +52,7 @@ from firebox.layers import (
     route_gpu,
 )
 from firebox.layers._expert_store import ExpertStore
+from firebox.layers._in_one import ONE
 from firebox.layers._invented import invented, relative_error, vary
 
 __all__ = ["Result", "Setup", "Trial", "trial_of"]
@@ -123,7 +124,7 @@ def _normed_linear(problem: norm_linear_gpu.Problem, setup: Setup, tokens: int) 
     setup.settle()
     found = norm_linear_gpu.run(problem, config, setup.gpu, given["x"], given["weight"], weights)
     error, choice = relative_error(found.float(), wanted), norm_linear_gpu.choice_of(problem, config)
-    return [Result(f"{_tile(norm_linear_gpu.ONE, config)} with its norm", tokens, error, PLAIN, choice)]
+    return [Result(f"{_tile(ONE, config)} with its norm", tokens, error, PLAIN, choice)]
 
 
 class LinearTrial:

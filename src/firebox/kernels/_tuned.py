@@ -6,6 +6,8 @@ attention.json and route.json. Kernels read them; who finds them writes them.
          "256": {"path": "sorted", "gate_up": …, "down": …}, …}, …}
     {"fp8_channel rows=3584 columns=5120":
         {"16": {"path": "few", "config": {…Config…}}, "512": {"path": "many", "config": …}, …}, …}
+    {"norm bf16 rows=5120 columns=2048":  (of linear.json too; layers/norm_linear_gpu.py, `key`)
+        {"1": {"path": "one", "config": {…Config…}}}, …}
     {"decode bfloat16 kv=bfloat16 heads=24 …":  (_attention_choice.py, `key`)
         {"8": {"path": "decode", "config": {…Config…}}, …}, …}
     {"bf16 hidden=2880 experts=128 …":  (layers/route_gpu.py, `key`)

@@ -176,6 +176,6 @@ def normed_reference(
     weights: Weights,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The same behind a norm."""
+    """The same for `x` [tokens, columns] before the norm with `gain` [columns]: y [tokens, rows] float32."""
     norm = rms_norm.Problem(problem.columns, eps, dtype=problem.dtype)
     return reference(problem, rms_norm.reference(norm, x, gain)["out"], weights, residual)

@@ -20,8 +20,7 @@ from firebox.kernels.launch import INTERPRETED, Launcher
 from firebox.kernels.linear_one import Config
 from firebox.kernels.plan import Compile, Made
 from firebox.layers import dense_gpu, norm_gpu
-
-ONE, APART = "one", "apart"
+from firebox.layers._in_one import ONE, apart
 
 
 @dataclass(frozen=True)
@@ -71,17 +70,12 @@ def made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
         return _made(problem, config, gpu)
     found = _measured(problem, gpu, tokens)
     wrong = found and why_not(choice_of(problem, found))
-    return _apart(f"two launches instead of {wrong}" if wrong else "not measured to be faster")
+    return apart("two launches", wrong or "")
 
 
 @functools.cache
 def _made(problem: Problem, config: Config, gpu: Gpu) -> Made:
     return Made(ONE, "measured", (Compile(linear_one.OP, _launcher(problem, config, gpu).request, config),))
-
-
-@functools.cache
-def _apart(why: str) -> Made:
-    return Made(APART, why, ())
 
 
 def turns(problem: Problem, max_tokens: int, gpu: Gpu) -> Iterator[int]:
@@ -97,7 +91,8 @@ def run(
     gain: torch.Tensor,
     weights: _linear.Weights,
 ) -> torch.Tensor:
-    """`x` [1, columns], the norm's `gain` [columns] → y [1, rows]."""
+    """`x` [1, columns] and the norm's `gain` [columns], in its dtype → y [1, rows] in the linear layer's
+    output type."""
     y = x.new_empty(1, problem.linear.rows, dtype=dense_gpu.DTYPES[problem.linear.out_dtype])
     linear_one.run(_launcher(problem, config, gpu), problem.linear, x, weights, None, y, gain)
     return y

@@ -26,8 +26,10 @@ from firebox.kernels.compile import compile_all
 from firebox.kernels.launch import Launcher
 from firebox.kernels.plan import Compile, Made
 from firebox.layers import _fitting
+from firebox.layers._in_one import apart
 
 KIND = "rope_decode"  # of entries in attention.json
+MEASURED = "measured"
 
 
 def choice_of(problem: Problem, config: Config) -> Choice:
@@ -39,40 +41,43 @@ def choice_of(problem: Problem, config: Config) -> Choice:
 @functools.cache
 def config_of(problem: Problem, gpu: Gpu, tokens: int) -> Config | None:
     """The tile for so many requests; None where they take two launches."""
-    config = _measured(problem, gpu, tokens)
+    config, _ = _measured(problem, gpu, tokens)
     return None if config is None or why_not(choice_of(problem, config)) else config
 
 
-def _measured(problem: Problem, gpu: Gpu, tokens: int) -> Config | None:
-    """Under a limit to shared memory with as many keys as fit; None where no tile does."""
+def _measured(problem: Problem, gpu: Gpu, tokens: int) -> tuple[Config | None, str]:
+    """The tile and how it was found; under a limit to shared memory with as many keys as fit. Where none
+    does, None and why."""
     config = _attention_choice.entry(KIND, problem.paged, gpu, tokens)
     if config is None or not _fitting.is_limited(gpu):
-        return config
+        return config, MEASURED
     narrower = [replace(config, block_n=config.block_n >> shift) for shift in range(3)]
     compiled = compile_all([kernel.requests(problem, tile, gpu)[kernel.OP] for tile in narrower])
-    return next((tile for tile, result in zip(narrower, compiled, strict=True) if result.fits), None)
+    own = compiled[0]
+    too_much = own.error or f"{own.shared_bytes:,} of {own.limit_bytes:,} shared bytes"
+    if own.fits:
+        return config, MEASURED
+    for tile, result in zip(narrower, compiled, strict=True):
+        if result.fits:
+            return tile, f"{MEASURED}; another tile, {too_much}"
+    return None, f"{config}, {too_much}"
 
 
 def made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
     """What so many requests launch, for the plan: keys divided or not."""
-    config = config_of(problem, gpu, tokens)
-    if config is not None:
-        return _made(problem, config, gpu)
-    found = _measured(problem, gpu, tokens)
-    wrong = found and why_not(choice_of(problem, found))
-    return Made(
-        _attention_choice.APART,
-        f"two launches instead of {wrong}" if wrong else "not measured to be faster",
-        (),
-    )
+    config, how = _measured(problem, gpu, tokens)
+    if config is None:
+        return apart("two launches", "" if how == MEASURED else how)
+    wrong = why_not(choice_of(problem, config))
+    return apart("two launches", wrong) if wrong else _made(problem, config, how, gpu)
 
 
 @functools.cache
-def _made(problem: Problem, config: Config, gpu: Gpu) -> Made:
+def _made(problem: Problem, config: Config, how: str, gpu: Gpu) -> Made:
     whole, part = (kernel.requests(problem, config, gpu, split=split) for split in (False, True))
     return Made(
         KIND,
-        "measured",
+        how,
         (
             Compile(kernel.OP, whole[kernel.OP], config),
             Compile(kernel.OP, part[kernel.OP], config, "keys divided"),

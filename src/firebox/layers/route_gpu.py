@@ -22,8 +22,8 @@ from firebox.kernels.launch import INTERPRETED, Launcher
 from firebox.kernels.moe_norm_route import Config
 from firebox.kernels.plan import Compile, Made
 from firebox.layers import norm_gpu
+from firebox.layers._in_one import ONE, apart
 
-ONE, APART = "one", "apart"
 TUNED_FILE = "route"  # the file in tuned/<gpu>/
 MAX_EXPERTS = 1024
 
@@ -73,17 +73,12 @@ def made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
         return _made(problem.kernel, config, gpu)
     found = _measured(problem, gpu, tokens)
     wrong = found and why_not(choice_of(problem, found))
-    return _apart(f"three launches instead of {wrong}" if wrong else "not measured to be faster")
+    return apart("three launches", wrong or "")
 
 
 @functools.cache
 def _made(problem: kernel.Problem, config: Config, gpu: Gpu) -> Made:
     return Made(ONE, "measured", (Compile(kernel.OP, _launcher(problem, config, gpu).request, config),))
-
-
-@functools.cache
-def _apart(why: str) -> Made:
-    return Made(APART, why, ())
 
 
 def turns(problem: Problem, max_tokens: int, gpu: Gpu) -> Iterator[int]:

@@ -103,6 +103,16 @@ def test_what_is_written_is_what_runs(steps: ModuleType, card: str, tmp_path: Fi
     }
 
 
+def test_the_settings_are_those_of_one_row_of_decode(steps: ModuleType) -> None:
+    """And the model is the one that is cut and requantised."""
+    settings = steps.settings_of("gpt-oss-20b", 4, 2, "fp8")
+    assert (settings.batches, settings.contexts, settings.prefills) == ([4], [128], [])
+    config = settings.config
+    assert (config.model.layers, config.model.requantize, config.model.load_format) == (2, "fp8", "dummy")
+    found = {spot.name: spot for spot in steps.model_spots(settings, 4, H200)}
+    assert found["qkv"].key.startswith("fp8_channel") and found["experts"].key.startswith("mxfp4")
+
+
 def descended(steps: ModuleType, found: list[Any], cost: Any, seconds: int = 10**6) -> tuple[Any, float, int]:
     """The search with `cost` of the choices; a measurement takes a second."""
     asked = []
@@ -137,6 +147,12 @@ def test_the_search_finds_what_is_better_together(steps: ModuleType) -> None:
         lambda c: 4.0 if all(c[k] == s.now for s in found for k in [(s.file, s.key)]) else math.inf,
     )
     assert least == 4.0, "what does not run is no candidate"
+
+
+def test_without_a_step_there_is_no_search(steps: ModuleType) -> None:
+    found = list(spots_of(steps, "qwen3-30b-a3b", 8).values())[:1]
+    with pytest.raises(RuntimeError, match="does not run"):
+        descended(steps, found, lambda choices: math.inf)
 
 
 def test_what_seems_faster_is_measured_again(steps: ModuleType) -> None:

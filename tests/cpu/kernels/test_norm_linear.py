@@ -13,6 +13,7 @@ from firebox.hardware.base import find_gpu
 from firebox.kernels import _linear, _tuned, _veto, linear_one, rms_norm
 from firebox.kernels.linear_one import Config
 from firebox.layers import dense_gpu, norm_gpu, norm_linear_gpu
+from firebox.layers._in_one import ONE
 from firebox.layers.norm_linear_gpu import Problem
 from tests.support.interpreter import interpreted
 
@@ -65,7 +66,7 @@ def test_every_entry_is_of_a_layer_that_was_measured() -> None:
     entries = {k: v for k, v in _tuned._file(H200.name, dense_gpu.TUNED).items() if k.startswith("norm ")}
     assert set(entries) == set(layers)
     for key, found in entries.items():
-        assert set(found) == {1} and found[1]["path"] == norm_linear_gpu.ONE, key
+        assert set(found) == {1} and found[1]["path"] == ONE, key
         assert Config(**found[1]["config"]) in set(linear_one.search_space(layers[key].linear, H200)), key
 
 

@@ -13,6 +13,7 @@ from firebox.kernels import _linear, _tuned, _veto, moe_route
 from firebox.kernels import moe_norm_route as kernel
 from firebox.kernels._rows import Outputs
 from firebox.layers import dense_gpu, norm_gpu, route_gpu
+from firebox.layers._in_one import ONE
 from tests.support.interpreter import check_launches, interpreted
 from tests.support.norm_route import MODELS, WEIGHT_LIMIT
 
@@ -105,7 +106,7 @@ def test_every_entry_is_of_a_router_that_was_measured() -> None:
     assert len(problems) == len(MODELS), "keys tell routers apart"
     for key, entries in _tuned._file(H200.name, route_gpu.TUNED_FILE).items():
         assert set(entries) == {1} and key in problems, key
-        tile = kernel.Config(**entries[1]["config"]) if entries[1]["path"] == route_gpu.ONE else None
+        tile = kernel.Config(**entries[1]["config"]) if entries[1]["path"] == ONE else None
         assert tile is None or tile in set(kernel.search_space(problems[key], H200)), tile
 
 

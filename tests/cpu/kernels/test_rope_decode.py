@@ -114,9 +114,14 @@ def test_under_a_limit_a_tile_has_as_many_keys_as_fit(name: str) -> None:
     assert fitting == replace(usual, block_n=128) and usual.block_n == {"gpt-oss": 128, "qwen3": 256}[name]
     compiled = compile_all([c.request for c in rope_decode_gpu.made(layer, 1, small).compiles if c.request])
     assert len(compiled) == 3 and all(result.fits for result in compiled)
+    why = rope_decode_gpu.made(layer, 1, small).why
+    assert why == (
+        "measured" if fitting == usual else "measured; another tile, 139,264 of 101,376 shared bytes"
+    )
     none = replace(gpu, smem_per_block_bytes=8192)
     assert rope_decode_gpu.config_of(layer, none, 1) is None
-    assert rope_decode_gpu.made(layer, 1, none).compiles == ()
+    made = rope_decode_gpu.made(layer, 1, none)
+    assert made.compiles == () and "8,192 shared bytes" in made.why and str(usual) in made.why
 
 
 def test_a_tile_with_wrong_results_leaves_the_step_to_two_launches() -> None:
