@@ -139,6 +139,25 @@ def test_all_tokens_to_the_same_experts(format: str, tokens: int, gpu: Gpu) -> N
     assert layer.error(tokens, expert_ids=same) < limit
 
 
+@pytest.mark.parametrize(
+    ("format", "panels"), [*((name, False) for name in FORMATS), *((name, True) for name in FOUR_BIT)]
+)
+@pytest.mark.parametrize("tokens", [7, 9, 30, 128])
+def test_passes_side_by_side_and_tiles_in_a_row(format: str, panels: bool, tokens: int, gpu: Gpu) -> None:
+    """The last expert is every token's, so its later passes have programs of their own; every 97th tile
+    of the space, and of those with several tiles a program."""
+    layer = Layer(problem(format, hidden=640, inter=384, experts=40, panels=panels), gpu, 128)
+    p, generator = layer.problem, torch.Generator("cuda").manual_seed(1)
+    ids, _ = random_routing(replace(p, experts=39), tokens, generator, "cuda")
+    ids[:, -1] = 39
+    ups, downs = (list(m.search_space(p, tokens, gpu)) for m in (moe_gate_up_few, moe_down_few))
+    some = downs[::97] + [tile for tile in downs if tile.tiles > 1][::97]
+    assert tokens <= moe_gate_up_few.COLUMNS_UP_TO or any(tile.tiles > 1 for tile in some)
+    for i, down in enumerate(some):
+        path = Path(FEW, ups[97 * i % len(ups)], down, "test")
+        assert layer.error(tokens, path, ids) < FEW_LIMIT[format], path
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_odd_widths(format: str, gpu: Gpu) -> None:
     """Widths that leave a remainder behind the pipeline's steps: gpt-oss's 2,880 in small, GLM's 384, 192."""

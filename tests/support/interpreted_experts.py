@@ -20,6 +20,7 @@ import triton
 from firebox.formats import layouts
 from firebox.hardware.base import find_gpu
 from firebox.kernels import (
+    _experts,
     moe_arrange,
     moe_combine,
     moe_down,
@@ -74,15 +75,30 @@ def spread(p: Problem, config: Any, depth: int) -> dict[str, Any]:
     return {f" spread {n}": replace(config, tokens=n) for n in (least, 2 * least) if n < 8}
 
 
+def in_a_row(p: Problem, config: Any) -> dict[str, Any]:
+    """Two and four of the same tiles in a program, or as near to that as its columns allow."""
+    depth = max(d for d in _experts.pipeline_depths(p.inter, p, remainder=False) if d <= config.depth)
+    return {f" {n} tiles": replace(config, depth=depth, tiles=n) for n in (2, 4)}
+
+
+def shared_last(ids: torch.Tensor, p: Problem) -> torch.Tensor:
+    """The choices, but that the last expert is every token's."""
+    ids = ids.clone()
+    ids[:, -1] = torch.where((ids == p.experts - 1).any(1), ids[:, -1], p.experts - 1)
+    return ids
+
+
 def few(
-    p: Problem, tokens: int, gate_up: Weights, down: Weights, generator: torch.Generator
+    p: Problem, tokens: int, gate_up: Weights, down: Weights, generator: torch.Generator, *, shared: bool
 ) -> dict[str, float]:
     ids, weights = random_routing(p, tokens, generator)
+    if shared:
+        ids = shared_last(ids, p)
     x = torch.randn(tokens, p.hidden, generator=generator).half()
     wanted = moe_gate_up_few.reference(p, x, gate_up, ids)
     found = {}
     config = unspread(in_depths(moe_gate_up_few.default(p, tokens, GPU), p, p.hidden))
-    for name, tile in {"": config, **spread(p, config, config.depth)}.items():
+    for name, tile in {"": config, **({} if shared else spread(p, config, config.depth))}.items():
         h = torch.full((tokens * p.top_k, p.inter), NAN, dtype=torch.float16)
         table = torch.full(
             (moe_gate_up_few.programs(p, tokens), 1 + moe_gate_up_few.padded(tokens)), -1, dtype=torch.int32
@@ -92,7 +108,7 @@ def few(
         found[f"few {tokens} gate_up{name}"] = relative_error(h, wanted)
     wanted = moe_down_few.reference(p, h, down, ids, weights)
     config = unspread(in_depths(moe_down_few.default(p, tokens, GPU), p, p.inter))
-    tiles = {"": config, **spread(p, config, config.depth)}
+    tiles = {"": config} if shared else {"": config, **spread(p, config, config.depth), **in_a_row(p, config)}
     if tokens <= moe_gate_up_few.COLUMNS_UP_TO:
         whole = moe_down_few.Config(rows=config.rows, depth=0, warps=config.warps)
         tiles |= {" whole": whole, " apart": replace(config, apart=True)}
@@ -256,7 +272,9 @@ def main(format: str) -> None:
         size = f"{hidden} × {inter} × {experts}: "
         found |= {size + case: error for case, error in one(p, gate_up, down, generator).items()}
         for tokens in few_tokens:
-            found |= {size + case: error for case, error in few(p, tokens, gate_up, down, generator).items()}
+            for shared in (False, True) if tokens > 8 else (False,):
+                errors = few(p, tokens, gate_up, down, generator, shared=shared)
+                found |= {size + case + " shared" * shared: error for case, error in errors.items()}
         for tokens in many:
             found |= {
                 size + case: error for case, error in sorted_(p, tokens, gate_up, down, generator).items()

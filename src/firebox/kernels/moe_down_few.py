@@ -6,7 +6,9 @@ of its choices,
 h [tokens · top_k, inter] and table as kernels/moe_gate_up_few.py leaves them; routing_weights [tokens, top_k]
 float32; out [tokens, hidden] bf16, to which the sum is added if the problem has a residual.
 
-A program takes ROWS rows of one expert and writes its tokens' products. Who adds them up:
+A program takes ROWS rows of one expert and writes its tokens' products; where TILES are more than one, it
+takes so many times ROWS, their steps in one loop, so that a tile's weights are on their way while the one
+before is stored: a tile of a narrow expert is two or three steps. Who adds the products up:
 
     the last program  of each ROWS (a counter says so; it is zero before and after): products are float32, and
                       the sum over a token's choices goes in their order, so that it depends neither on the
@@ -34,6 +36,7 @@ from firebox.hardware.base import Gpu
 from firebox.kernels import _experts
 from firebox.kernels._expert_tiles import (
     added_groups,
+    chunk,
     four_products,
     row_factors,
     row_of_tile,
@@ -50,10 +53,12 @@ from firebox.kernels.moe_gate_up_few import (
     COLUMNS_UP_TO,
     MAX_TOKENS,
     accepts,
+    earlier_choices,
+    launched,
     mode,
     padded,
+    passes,
     program_of_choices,
-    programs,
     spread_groups,
     usual_width,
     widths,
@@ -66,12 +71,15 @@ __all__ = ["MAX_TOKENS", "accepts"]
 OP = "moe_down"
 SUMMED_TOKENS = 8  # tokens whose choices the last program adds up at a time
 APART_FROM = 4  # tokens from which waiting takes as long as another launch, or longer
+IN_A_ROW = (1, 2, 4)  # tiles of a program
+LONG = 1024  # columns from which a tile is long enough for itself
 
 
 @dataclass(frozen=True)
 class Config:
     """As in moe_gate_up_few, but an expert's tokens always come in passes of `tokens`. `depth` 0: the whole
-    width at once. `apart`: see above."""
+    width at once. `apart`: see above. `tiles` of a program: more than one only where `depth` divides the
+    width, and added up apart."""
 
     rows: int = 64
     tokens: int = 8
@@ -80,11 +88,12 @@ class Config:
     stages: int = 3
     tma: bool = False
     apart: bool = False
+    tiles: int = 1
 
 
 def adds_apart(config: Config, tokens: int) -> bool:
     """Is kernels/moe_combine.py to add up what this tile leaves for so many tokens?"""
-    return config.apart or tokens > COLUMNS_UP_TO
+    return config.apart or config.tiles > 1 or tokens > COLUMNS_UP_TO
 
 
 def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
@@ -115,11 +124,14 @@ def _whole_width(problem: Problem, tokens: int) -> int:
 
 
 def _variants(config: Config, problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
-    """With and without TMA; as wide as an expert's tokens ask for."""
+    """With and without TMA; as wide as an expert's tokens ask for; several in a row where they are short."""
     tma = "tma" in gpu.facts and (config.depth // 4 if problem.group else config.depth) <= 256
+    columns = problem.stored(problem.inter)
+    short = tokens > COLUMNS_UP_TO and columns <= LONG and columns % config.depth == 0
     for found in (config, replace(config, tma=True)) if tma else (config,):
         for width in widths(problem, tokens, config.depth):
-            yield replace(found, tokens=width, apart=tokens >= APART_FROM)
+            for tiles in IN_A_ROW if short else (1,):
+                yield replace(found, tokens=width, apart=tokens >= APART_FROM, tiles=tiles)
 
 
 def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
@@ -146,19 +158,81 @@ def _store(acc, factor, bias, routing_weights, products, rows, place, live, HIDD
 
 
 @triton.jit
-def _pass(
-    h, matrix, tiles, first_row, rows, scale, factor, bias, routing_weights, products, place, live,
-    HIDDEN: tl.constexpr, INTER: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-    DEPTH: tl.constexpr, PANEL: tl.constexpr,
+def _first_scale(rows, INTER: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, PANEL: tl.constexpr):
+    """Where the scales of an expert's rows begin, [ROWS, 1]."""
+    if GROUP > 0:
+        return rows[:, None] * together(GROUPS, GROUP, PANEL)
+    return (rows // 128)[:, None] * (INTER // 128)
+
+
+@triton.jit
+def _pass_of_tiles(
+    h, matrix, tiles, expert, first_tile, scale, row_scale, bias, routing_weights, products, place, live,
+    HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, STORED: tl.constexpr,
+    ROWS: tl.constexpr, TILES: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, PANEL: tl.constexpr,
     FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
     SPREAD: tl.constexpr,
 ):  # fmt: skip
+    """As _pass for the tiles from `first_tile` on; `scale` points at the expert's."""
+    COLUMNS: tl.constexpr = TOKENS if SPREAD == 0 else TOKENS * SPREAD
+    STEPS: tl.constexpr = STORED // DEPTH
     row_of_h = h + spread(place, TOKENS, SPREAD)[:, None].to(tl.int64) * INTER
-    acc = tile(
-        matrix, tiles, first_row, rows, scale, row_of_h, spread(live, TOKENS, SPREAD),
-        HIDDEN, INTER, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, ASM, SPREAD,
-    )  # fmt: skip
-    _store(acc, factor, bias, routing_weights, products, rows, place, live, HIDDEN)
+    live_h = spread(live, TOKENS, SPREAD)
+    first_of_expert = expert.to(tl.int64) * HIDDEN
+    steps = tl.minimum(TILES, HIDDEN // ROWS - first_tile) * STEPS
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        n = first_tile + step // STEPS
+        k = step % STEPS
+        rows = n * ROWS + tl.arange(0, ROWS)
+        scale_of_row = None
+        if scale is not None:
+            scale_of_row = scale + _first_scale(rows, INTER, GROUPS, GROUP, PANEL)
+        acc = chunk(
+            acc, matrix, tiles, row_of_tile(expert, n * ROWS, HIDDEN, STORED, PANEL), rows, scale_of_row,
+            row_of_h, live_h, k * DEPTH,
+            HIDDEN, INTER, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, ASM, SPREAD,
+        )  # fmt: skip
+        if k == STEPS - 1:
+            factor = None
+            if row_scale is not None:
+                factor = row_factors(row_scale, first_of_expert + rows, FORMAT, ASM and SPREAD == 0)
+            bias_of_row = None
+            if bias is not None:
+                bias_of_row = tl.load(bias + first_of_expert + rows)
+            done = added_groups(acc, ROWS, TOKENS, SPREAD)
+            _store(done, factor, bias_of_row, routing_weights, products, rows, place, live, HIDDEN)
+            acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+
+
+@triton.jit
+def _pass(
+    h, matrix, tiles, expert, n, rows, scale, row_scale, bias, factor, bias_of_row, routing_weights, products,
+    place, live,
+    HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, STORED: tl.constexpr,
+    ROWS: tl.constexpr, TILES: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, PANEL: tl.constexpr,
+    FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+    SPREAD: tl.constexpr,
+):  # fmt: skip
+    """The n-th program's tiles for the tokens at `place`. `scale` points at the expert's; `rows`, `factor`
+    and `bias_of_row` are the first tile's."""
+    if TILES > 1:
+        _pass_of_tiles(
+            h, matrix, tiles, expert, n * TILES, scale, row_scale, bias, routing_weights, products, place,
+            live, HIDDEN, INTER, GROUPS, STORED, ROWS, TILES, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP,
+            STAGES, ASM, SPREAD,
+        )  # fmt: skip
+    else:
+        row_of_h = h + spread(place, TOKENS, SPREAD)[:, None].to(tl.int64) * INTER
+        scale_of_row = None
+        if scale is not None:
+            scale_of_row = scale + _first_scale(rows, INTER, GROUPS, GROUP, PANEL)
+        acc = tile(
+            matrix, tiles, row_of_tile(expert, n * ROWS, HIDDEN, STORED, PANEL), rows, scale_of_row, row_of_h,
+            spread(live, TOKENS, SPREAD),
+            HIDDEN, INTER, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, ASM, SPREAD,
+        )  # fmt: skip
+        _store(acc, factor, bias_of_row, routing_weights, products, rows, place, live, HIDDEN)
 
 
 @triton.jit
@@ -239,14 +313,16 @@ def down_few(
     h, w, tiles, scale, row_scale, bias, expert_ids, routing_weights, table, products, out, counters,
     tokens, choices,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, WIDE: tl.constexpr, GROUPS: tl.constexpr,
-    STORED: tl.constexpr, PANEL: tl.constexpr, TOP_K: tl.constexpr,
+    STORED: tl.constexpr, PANEL: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
     TOP_K_PADDED: tl.constexpr, PADDED: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr,
-    TOKENS: tl.constexpr, DEPTH: tl.constexpr, APART: tl.constexpr, FORMAT: tl.constexpr,
+    TILES: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, APART: tl.constexpr, FORMAT: tl.constexpr,
     DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, SUMMED: tl.constexpr,
     RESIDUAL: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr, LATE: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0)
-    which = program_of_choices(MODE)
+    which, later = program_of_choices(EXPERTS, MODE)
+    earlier = 0
+    listed_by = which
     if not LATE:
         let_next_launch_begin(PDL)
     t = tl.arange(0, TOKENS)
@@ -260,9 +336,8 @@ def down_few(
         place = which + t * 0
         live = t < 1
     elif MODE != "experts":
-        c = tl.arange(0, PADDED * TOP_K_PADDED)
-        chosen = tl.load(expert_ids + c, mask=c < choices, other=-1)
-        mine = tl.min(tl.where(chosen == expert, c, choices)) == which
+        earlier, listed_by = earlier_choices(expert_ids, expert, which, choices, PADDED * TOP_K_PADDED)
+        mine = earlier % TOKENS == 0
     IN_PASSES: tl.constexpr = MODE == "columns" and TOKENS < PADDED  # otherwise the table says who is next
     if MODE == "columns":
         all_t = tl.arange(0, PADDED)
@@ -279,26 +354,26 @@ def down_few(
     e = expert.to(tl.int64)
     factor = None
     bias_of_row = None
-    scale_of_row = None
+    scale_of_expert = None
     if GROUP > 0:
         matrix = w + e * (HIDDEN * (STORED // 4))
-        scale_of_row = scale + e * (HIDDEN * GROUPS) + rows[:, None] * together(GROUPS, GROUP, PANEL)
+        scale_of_expert = scale + e * (HIDDEN * GROUPS)
     else:
         matrix = w + e * (HIDDEN * INTER)
         if scale is not None:
-            blocks = scale + e * (HIDDEN // 128 * (INTER // 128))
-            scale_of_row = blocks + (rows // 128)[:, None] * (INTER // 128)
-    if row_scale is not None:
-        factor = row_factors(row_scale, e * HIDDEN + rows, FORMAT, ASM and SPREAD == 0)
-    if bias is not None:
-        bias_of_row = tl.load(bias + e * HIDDEN + rows)
-    first_row = row_of_tile(expert, n * ROWS, HIDDEN, STORED, PANEL)
+            scale_of_expert = scale + e * (HIDDEN // 128 * (INTER // 128))
+    if TILES == 1:
+        if row_scale is not None:
+            factor = row_factors(row_scale, e * HIDDEN + rows, FORMAT, ASM and SPREAD == 0)
+        if bias is not None:
+            bias_of_row = tl.load(bias + e * HIDDEN + rows)
     if DEPTH == 0:
+        scale_of_tile = scale_of_expert
+        if GROUP > 0:
+            scale_of_tile = scale_of_expert + _first_scale(rows, INTER, GROUPS, GROUP, PANEL)
         if mine:
-            if GROUP == 0 and scale is not None:
-                scale_of_row = blocks
             _whole_tile(
-                h, matrix, scale_of_row, factor, bias_of_row, routing_weights, products, rows, n * ROWS,
+                h, matrix, scale_of_tile, factor, bias_of_row, routing_weights, products, rows, n * ROWS,
                 place, live,
                 HIDDEN, INTER, WIDE, ROWS, TOKENS, PANEL, FORMAT, DTYPE, GROUP, ASM, SPREAD, PDL,
             )  # fmt: skip
@@ -308,36 +383,40 @@ def down_few(
         wait_for_launch_before(PDL)
         if mine:
             if IN_PASSES:
-                for before in range(0, count, TOKENS):
+                first, last, step = passes(which, later, earlier, count, EXPERTS, TOKENS, MODE)
+                for before in range(first, last, step):
                     next_ones = (rank[None, :] == (before + t)[:, None]) & live[None, :]  # [TOKENS, PADDED]
                     moved = tl.sum(tl.where(next_ones, place[None, :], 0), axis=1)
                     _pass(
-                        h, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row,
-                        routing_weights, products, moved, before + t < count,
-                        HIDDEN, INTER, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, ASM,
-                        SPREAD,
+                        h, matrix, tiles, expert, n, rows, scale_of_expert, row_scale, bias, factor,
+                        bias_of_row, routing_weights, products, moved, before + t < count,
+                        HIDDEN, INTER, GROUPS, STORED, ROWS, TILES, TOKENS, DEPTH, PANEL, FORMAT, DTYPE,
+                        GROUP, STAGES, ASM, SPREAD,
                     )  # fmt: skip
             elif MODE == "one" or MODE == "columns":
                 _pass(
-                    h, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row, routing_weights,
-                    products, place, live,
-                    HIDDEN, INTER, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, ASM,
-                    SPREAD,
+                    h, matrix, tiles, expert, n, rows, scale_of_expert, row_scale, bias, factor, bias_of_row,
+                    routing_weights, products, place, live,
+                    HIDDEN, INTER, GROUPS, STORED, ROWS, TILES, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP,
+                    STAGES, ASM, SPREAD,
                 )  # fmt: skip
             else:
-                entry = table + which * (PADDED + 1)
+                entry = table + listed_by * (PADDED + 1)
                 count = tl.load(entry)
-                listed = tl.load(entry + 1 + t)  # before `count` is there; what it does not cover is dropped
-                for before in range(0, count, TOKENS):
+                first, last, step = passes(which, later, earlier, count, EXPERTS, TOKENS, MODE)
+                listed = tl.load(
+                    entry + 1 + first + t
+                )  # before `count` is there; what that leaves out is dropped
+                for before in range(first, last, step):
                     there = before + t < count
                     _pass(
-                        h, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row,
-                        routing_weights, products, tl.where(there, listed, 0), there,
-                        HIDDEN, INTER, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, ASM,
-                        SPREAD,
+                        h, matrix, tiles, expert, n, rows, scale_of_expert, row_scale, bias, factor,
+                        bias_of_row, routing_weights, products, tl.where(there, listed, 0), there,
+                        HIDDEN, INTER, GROUPS, STORED, ROWS, TILES, TOKENS, DEPTH, PANEL, FORMAT, DTYPE,
+                        GROUP, STAGES, ASM, SPREAD,
                     )  # fmt: skip
-                    if before + TOKENS < count:
-                        listed = tl.load(entry + 1 + before + TOKENS + t)
+                    if before + step < last:
+                        listed = tl.load(entry + 1 + before + step + t)
     if LATE:
         let_next_launch_begin(PDL)
     if not APART:
@@ -374,11 +453,13 @@ def request(
     wide = triton.next_power_of_2(problem.inter)
     constants |= {
         "WIDE": wide,
+        "EXPERTS": problem.experts,
         "TOP_K": problem.top_k,
         "TOP_K_PADDED": triton.next_power_of_2(problem.top_k),
         "PADDED": padded(tokens),
         "MODE": how,
         "ROWS": config.rows,
+        "TILES": config.tiles,
         "TOKENS": config.tokens,
         "DEPTH": config.depth,
         "APART": apart,
@@ -417,7 +498,9 @@ def run(
     place, bf16 if they are added up apart, float32 if here; then also `out`, and `counters` [hidden / rows]
     int32 are zero and come back zero."""
     tokens = expert_ids.shape[0]
-    grid = (problem.hidden // launcher.request.constexprs["ROWS"], programs(problem, tokens), 1)
+    sizes = launcher.request.constexprs
+    programs = launched(problem, tokens, sizes["TOKENS"])
+    grid = (-(-problem.hidden // (sizes["ROWS"] * sizes["TILES"])), programs, 1)
     arguments = _experts.bound(launcher, weights)
     if "table" in launcher.request.signature:
         arguments["table"] = table

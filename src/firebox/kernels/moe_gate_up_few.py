@@ -11,13 +11,15 @@ saturates at ±65,504. Others are multiplied as bf16; a 4-bit weight times its g
 In tiles of fewer than 8 tokens (_expert_tiles.py, SPREAD) the scale comes last and is not rounded; x and h
 must then stay below 2²⁸ in MXFP4 and NVFP4.
 
-A program takes ROWS interleaved rows of one expert and all tokens that chose it, so an expert's weights are
-read once: the program of its first choice does the work and the others end (MODE "pairs"), or there is one
-for every expert (MODE "experts"). Up to 8 tokens are columns of the product as they stand ("columns"; "one"
-for a single token), or passes of those that chose the expert where a tile has fewer; with more, those that
-chose the expert are moved together, and `table` [choices or experts, 1 + tokens padded] int32 keeps how many
-and which for the second half. An expert that more chose than TOKENS takes a pass for each so many; a wider
-second pass would cost every program registers.
+A program takes ROWS interleaved rows of one expert and TOKENS that chose it: the one of every TOKENS-th of
+its choices does the work and the others end (MODE "pairs"), or there is one for every expert (MODE
+"experts"). Up to 8 tokens are columns of the product as they stand ("columns"; "one" for a single token), or
+passes of those that chose the expert where a tile has fewer; with more, those that chose the expert are moved
+together, and `table` [choices or experts, 1 + tokens padded] int32 keeps how many and which for the second
+half. An expert that more chose than TOKENS takes a pass for each so many; a wider second pass would cost
+every program registers. Passes of an expert are programs side by side, which read its weights together: in
+"pairs" always, in "experts" those of the last one, which may be every token's (a shared expert); the others'
+come one after the other.
 
 Source: own. Measured: H200, 2026-11-21, docs/log/2026-11-21-gpu-kernels.md.
 """
@@ -92,6 +94,12 @@ def padded(tokens: int) -> int:
 def programs(problem: Problem, tokens: int) -> int:
     """Programs along the choices or the experts."""
     return problem.experts if mode(problem, tokens) == "experts" else tokens * problem.top_k
+
+
+def launched(problem: Problem, tokens: int, width: int) -> int:
+    """The same and those of the last expert's later passes, each for `width` tokens."""
+    later = -(-tokens // width) - 1 if mode(problem, tokens) == "experts" else 0
+    return programs(problem, tokens) + later
 
 
 def spread_groups(problem: Problem, tokens: int, depth: int) -> int:
@@ -186,26 +194,49 @@ def _pass(
 
 
 @triton.jit
-def program_of_choices(MODE: tl.constexpr):
-    """The choice or expert that this program is of."""
+def program_of_choices(EXPERTS: tl.constexpr, MODE: tl.constexpr):
+    """The choice or expert that this program is of, and which of its passes, 0 but for the last expert's."""
     which = tl.program_id(1)
+    later = 0
     if MODE == "experts":  # the last ones begin: a shared expert, which is every token's, has the most to do
         which = tl.num_programs(1) - 1 - which
-    return which
+        later = tl.maximum(which - (EXPERTS - 1), 0)
+        which -= later
+    return which, later
+
+
+@triton.jit
+def earlier_choices(expert_ids, expert, which, choices, CHOICES: tl.constexpr):
+    """How often `expert` was chosen before choice `which`, and which choice was its first."""
+    c = tl.arange(0, CHOICES)
+    its = tl.load(expert_ids + c, mask=c < choices, other=-1) == expert
+    return tl.sum((its & (c < which)).to(tl.int32)), tl.min(tl.where(its, c, choices))
+
+
+@triton.jit
+def passes(which, later, earlier, count, EXPERTS: tl.constexpr, TOKENS: tl.constexpr, MODE: tl.constexpr):
+    """What a program passes through of an expert's `count` tokens: from, up to, by steps of."""
+    if MODE == "experts":
+        in_step = 1
+        if which == EXPERTS - 1:
+            in_step = tl.num_programs(1) - (EXPERTS - 1)
+        return later * TOKENS, count, in_step * TOKENS
+    return earlier, tl.minimum(earlier + TOKENS, count), TOKENS
 
 
 @triton.jit
 def gate_up_few(
     x, w, tiles, scale, row_scale, bias, expert_ids, h, table, tokens, choices,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, STORED: tl.constexpr,
-    PANEL: tl.constexpr, TOP_K: tl.constexpr, TOP_K_PADDED: tl.constexpr,
+    PANEL: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, TOP_K_PADDED: tl.constexpr,
     PADDED: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
     FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
     CLAMPED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
     LATE: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0)
-    which = program_of_choices(MODE)
+    which, later = program_of_choices(EXPERTS, MODE)
+    earlier = 0
     wait_for_launch_before(PDL)
     if not LATE:
         let_next_launch_begin(PDL)
@@ -220,10 +251,9 @@ def gate_up_few(
         place = which + t * 0
         live = t < 1
     else:
-        if MODE != "experts":  # the expert's first choice does the work for all
-            c = tl.arange(0, PADDED * TOP_K_PADDED)
-            chosen = tl.load(expert_ids + c, mask=c < choices, other=-1)
-            if tl.min(tl.where(chosen == expert, c, choices)) < which:
+        if MODE != "experts":
+            earlier, _ = earlier_choices(expert_ids, expert, which, choices, PADDED * TOP_K_PADDED)
+            if earlier % TOKENS != 0:
                 return
         all_t = tl.arange(0, PADDED)
         k = tl.arange(0, TOP_K_PADDED)
@@ -237,7 +267,7 @@ def gate_up_few(
             count = tl.sum(live.to(tl.int32))
             rank = tl.cumsum(live.to(tl.int32), 0) - 1
         if MODE != "columns":
-            if n == 0:
+            if (n == 0) & (earlier + later == 0):
                 entry = table + which * (PADDED + 1)
                 tl.store(entry, count)
                 tl.store(entry + 1 + rank, place, mask=live)
@@ -269,7 +299,8 @@ def gate_up_few(
         if LATE:
             let_next_launch_begin(PDL)
     else:
-        for before in range(0, count, TOKENS):
+        first, last, step = passes(which, later, earlier, count, EXPERTS, TOKENS, MODE)
+        for before in range(first, last, step):
             mine = (rank[None, :] == (before + t)[:, None]) & live[None, :]  # [TOKENS, PADDED]
             moved = tl.sum(tl.where(mine, place[None, :], 0), axis=1)
             _pass(
@@ -301,6 +332,7 @@ def request(
         absent["table"] = None
     constants = _experts.weight_constants(problem, problem.hidden, gpu, interpreted=interpreted)
     constants |= {
+        "EXPERTS": problem.experts,
         "TOP_K": problem.top_k,
         "TOP_K_PADDED": triton.next_power_of_2(problem.top_k),
         "PADDED": padded(tokens),
@@ -340,8 +372,8 @@ def run(
     """Launches `request(...)` of as many tokens as `x` has. Writes `h` [tokens · top_k, inter] and, beyond 8
     tokens, `table` [programs, 1 + padded] int32."""
     tokens = x.shape[0]
-    config_rows = launcher.request.constexprs["ROWS"]
-    grid = (2 * problem.inter // config_rows, programs(problem, tokens), 1)
+    sizes = launcher.request.constexprs
+    grid = (2 * problem.inter // sizes["ROWS"], launched(problem, tokens, sizes["TOKENS"]), 1)
     arguments = _experts.bound(launcher, weights)
     if "table" in launcher.request.signature:
         arguments["table"] = table
