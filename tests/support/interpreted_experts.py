@@ -198,13 +198,13 @@ def sorted_(
             inner, moe_gate_up.reference(p, exact, gate_up, ids, order)
         )
     }
-    y = torch.full((ids.numel(), p.hidden), NAN, dtype=torch.float16)
     config = in_depths(moe_down.default(p, BLOCK, GPU), p, p.inter)
-    launcher = Launcher(moe_down.request(p, config, GPU, interpreted=True))
-    moe_down.run(launcher, p, h, h_scale, down, order, blocks, weights, y)
-    found[f"sorted {tokens} down"] = relative_error(
-        y, moe_down.reference(p, inner, down, ids, order, weights)
-    )
+    wanted = moe_down.reference(p, inner, down, ids, order, weights)
+    for name, tile in {" 2 tiles": replace(config, tiles=2), "": config}.items():
+        y = torch.full((ids.numel(), p.hidden), NAN, dtype=torch.float16)
+        launcher = Launcher(moe_down.request(p, tile, GPU, interpreted=True))
+        moe_down.run(launcher, p, h, h_scale, down, order, blocks, weights, y)
+        found[f"sorted {tokens} down{name}"] = relative_error(y, wanted)
     sums = moe_combine.Problem(p.hidden, p.top_k, "f16")
     out = torch.full((tokens, p.hidden), NAN, dtype=torch.float16)
     moe_combine.run(Launcher(moe_combine.request(sums, GPU, interpreted=True)), y, out)

@@ -73,6 +73,49 @@ def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
 
 
 @triton.jit
+def _store(
+    acc, row_scale, bias, y, weight, row_of_y, column, live, there, of_expert, rows,
+    FORMAT: tl.constexpr, ASM: tl.constexpr, FLIP: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """A tile that is done; `of_expert`: where the expert's rows begin in `row_scale` and `bias`."""
+    of_row = None
+    if row_scale is not None:
+        of_row = row_factors(row_scale, of_expert + rows, FORMAT, ASM)
+    acc = scaled(acc, of_row, None, FLIP)
+    if bias is not None:
+        acc = biased(acc, tl.load(bias + of_expert + rows), FLIP)
+    store_tile(y, scaled(acc, None, weight, FLIP), row_of_y, column, live, there, FLIP, RAGGED)
+
+
+@triton.jit
+def _add(
+    acc, n, k, expert, matrix, tiles, scale, row_of_h, scale_of_choice, live,
+    HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, STORED: tl.constexpr,
+    PANEL: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, FLIP: tl.constexpr,
+    FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, H_GROUP: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """`acc` with step k of tile n."""
+    column = n * ROWS + tl.arange(0, ROWS)
+    rows = column
+    if HIDDEN % ROWS != 0:
+        rows = tl.minimum(column, HIDDEN - 1)
+    e = expert.to(tl.int64)
+    scale_of_row = None
+    other_scale = None
+    if GROUP > 0:
+        scale_of_row = scale + e * (HIDDEN * GROUPS) + rows[:, None] * together(GROUPS, GROUP, PANEL)
+    elif scale is not None:
+        scale_of_row = scale + (e * (HIDDEN // 128) + n * ROWS // 128) * (INTER // 128)
+        other_scale = scale_of_row + (INTER // 128 if ROWS == 256 else 0)
+    return add_chunk(
+        acc, matrix, tiles, row_of_tile(expert, n * ROWS, HIDDEN, STORED, PANEL), rows, scale_of_row,
+        other_scale, tl.arange(0, ROWS) >= 128, row_of_h, scale_of_choice, live, k * DEPTH,
+        HIDDEN, INTER, STORED, ROWS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, H_GROUP, ASM, FLIP,
+    )  # fmt: skip
+
+
+@triton.jit
 def down_sorted(
     h, h_scale, w, tiles, scale, row_scale, bias, order, blocks, routing_weights, y,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, STORED: tl.constexpr,
@@ -82,7 +125,12 @@ def down_sorted(
     STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A block of choices is PARTS programs' work. A program does TILES tiles of ROWS, their steps in one
-    loop, so that a tile's weights are on their way while the one before is stored."""
+    loop, so that a tile's weights are on their way while the one before is stored.
+
+    4-bit weights are four products a step, the last of them asynchronous. Where a loop also chooses between
+    its sum and a new tile's zeros, Triton (3.6 to 3.9, sm_90) puts no wait in between, and the assembler then
+    waits after each of the 16 instructions. So one tile has a loop without that choice, and of several each
+    step's products have a sum of their own."""
     wait_for_launch_before(PDL)
     let_next_launch_begin(PDL)
     part = tl.program_id(1) % PARTS
@@ -108,37 +156,49 @@ def down_sorted(
     ROW_TILES: tl.constexpr = (HIDDEN + ROWS - 1) // ROWS
     RAGGED: tl.constexpr = HIDDEN % ROWS != 0
     first_tile = tl.program_id(0) * TILES
-    steps = tl.minimum(TILES, ROW_TILES - first_tile) * STEPS
     acc = empty_tile(ROWS, TOKENS, FLIP)
-    for step in tl.range(0, steps, num_stages=STAGES):
-        n = first_tile + step // STEPS
-        k = step % STEPS
-        column = n * ROWS + tl.arange(0, ROWS)
-        there = column < HIDDEN
+    if TILES == 1:
+        for k in tl.range(0, STEPS, num_stages=STAGES):
+            acc = _add(
+                acc, first_tile, k, expert, matrix, tiles, scale, row_of_h, scale_of_choice, live,
+                HIDDEN, INTER, GROUPS, STORED, PANEL, ROWS, DEPTH, FLIP, FORMAT, DTYPE, GROUP, H_GROUP, ASM,
+            )  # fmt: skip
+        column = first_tile * ROWS + tl.arange(0, ROWS)
         rows = column
         if RAGGED:
             rows = tl.minimum(column, HIDDEN - 1)
-        scale_of_row = None
-        other_scale = None
-        if GROUP > 0:
-            scale_of_row = scale + e * (HIDDEN * GROUPS) + rows[:, None] * together(GROUPS, GROUP, PANEL)
-        elif scale is not None:
-            scale_of_row = scale + (e * (HIDDEN // 128) + n * ROWS // 128) * (INTER // 128)
-            other_scale = scale_of_row + (INTER // 128 if ROWS == 256 else 0)
-        acc = add_chunk(
-            acc, matrix, tiles, row_of_tile(expert, n * ROWS, HIDDEN, STORED, PANEL), rows, scale_of_row,
-            other_scale, tl.arange(0, ROWS) >= 128, row_of_h, scale_of_choice, live, k * DEPTH,
-            HIDDEN, INTER, STORED, ROWS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, H_GROUP, ASM, FLIP,
+        _store(
+            acc, row_scale, bias, y, weight, row_of_y, column, live, column < HIDDEN, e * HIDDEN, rows,
+            FORMAT, ASM, FLIP, RAGGED,
         )  # fmt: skip
-        if k == STEPS - 1:
-            of_row = None
-            if row_scale is not None:
-                of_row = row_factors(row_scale, e * HIDDEN + rows, FORMAT, ASM)
-            acc = scaled(acc, of_row, None, FLIP)
-            if bias is not None:
-                acc = biased(acc, tl.load(bias + e * HIDDEN + rows), FLIP)
-            store_tile(y, scaled(acc, None, weight, FLIP), row_of_y, column, live, there, FLIP, RAGGED)
-            acc = empty_tile(ROWS, TOKENS, FLIP)
+    else:
+        steps = tl.minimum(TILES, ROW_TILES - first_tile) * STEPS
+        for step in tl.range(0, steps, num_stages=STAGES):
+            n = first_tile + step // STEPS
+            k = step % STEPS
+            if GROUP > 0:
+                acc += _add(
+                    empty_tile(ROWS, TOKENS, FLIP), n, k, expert, matrix, tiles, scale, row_of_h,
+                    scale_of_choice, live,
+                    HIDDEN, INTER, GROUPS, STORED, PANEL, ROWS, DEPTH, FLIP, FORMAT, DTYPE, GROUP, H_GROUP,
+                    ASM,
+                )  # fmt: skip
+            else:
+                acc = _add(
+                    acc, n, k, expert, matrix, tiles, scale, row_of_h, scale_of_choice, live,
+                    HIDDEN, INTER, GROUPS, STORED, PANEL, ROWS, DEPTH, FLIP, FORMAT, DTYPE, GROUP, H_GROUP,
+                    ASM,
+                )  # fmt: skip
+            if k == STEPS - 1:
+                column = n * ROWS + tl.arange(0, ROWS)
+                rows = column
+                if RAGGED:
+                    rows = tl.minimum(column, HIDDEN - 1)
+                _store(
+                    acc, row_scale, bias, y, weight, row_of_y, column, live, column < HIDDEN, e * HIDDEN,
+                    rows, FORMAT, ASM, FLIP, RAGGED,
+                )  # fmt: skip
+                acc = empty_tile(ROWS, TOKENS, FLIP)
 
 
 # ---- 3. the launch

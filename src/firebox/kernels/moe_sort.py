@@ -8,6 +8,10 @@ choice does not depend on it. First launch: programs count, the last one makes o
 programs take places from the offsets with atomics; others write the blocks. Counts and the counter of ended
 programs are zero before and after.
 
+BESIDE: the launch before the first one rounds or arranges the activations, and waits for its own predecessor
+before it lets this one begin. So expert ids are there, and choices are counted while that one runs; the first
+launch then ends no sooner than that one, as whoever waits for this one has to find its results.
+
 Source: own. Measured: H200, 2026-11-21, docs/log/2026-11-21-gpu-kernels.md.
 """
 
@@ -77,10 +81,12 @@ def scratch(problem: Problem, device: torch.device | str) -> Scratch:
 def count_choices(
     expert_ids, counts, ended, starts, last_blocks, cursors, choices,
     EXPERTS: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr, PDL: tl.constexpr,
+    BESIDE: tl.constexpr,
 ):  # fmt: skip
     """EXPERTS: padded to a power of two; those that are not there count nothing."""
     let_next_launch_begin(PDL)
-    wait_for_launch_before(PDL)
+    if not BESIDE:
+        wait_for_launch_before(PDL)
     place = tl.program_id(0) * CHOICES + tl.arange(0, CHOICES)
     chosen = tl.load(expert_ids + place, mask=place < choices, other=0)
     mine = tl.histogram(chosen, EXPERTS, mask=place < choices)
@@ -96,6 +102,8 @@ def count_choices(
         tl.store(last_blocks + e, tl.cumsum((total + BLOCK - 1) // BLOCK, 0))
         tl.store(counts + e, tl.zeros((EXPERTS,), tl.int32))
         tl.store(ended, 0)
+    if BESIDE:
+        wait_for_launch_before(PDL)
 
 
 @triton.jit
@@ -136,9 +144,9 @@ def place_choices(
 
 
 def requests(
-    problem: Problem, gpu: Gpu, *, interpreted: bool = False
+    problem: Problem, gpu: Gpu, *, beside: bool = False, interpreted: bool = False
 ) -> tuple[CompileRequest, CompileRequest]:
-    """Counting and placing."""
+    """Counting and placing; `beside`: see above."""
     pdl = "pdl" in gpu.facts and not interpreted
     shared = {
         "EXPERTS": triton.next_power_of_2(problem.experts),
@@ -156,7 +164,7 @@ def requests(
 
     offsets = ("starts", "last_blocks", "cursors")
     return (
-        request(count_choices, ("expert_ids", "counts", "ended", *offsets), ("choices",)),
+        request(count_choices, ("expert_ids", "counts", "ended", *offsets), ("choices",), BESIDE=beside),
         request(
             place_choices,
             ("expert_ids", *offsets, "order", "blocks"),

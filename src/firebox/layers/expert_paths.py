@@ -217,9 +217,11 @@ def requests(problem: Problem, tokens: int, path: Path, gpu: Gpu) -> dict[str, C
         apart = moe_down_few.adds_apart(path.down, tokens)
         return found | ({"moe_combine": _combine_request(problem, gpu)} if apart else {})
     sort = moe_sort.Problem(problem.experts, path.block)
-    count, place = moe_sort.requests(sort, gpu, interpreted=INTERPRETED)
+    rounds = moe_gate_up.quantised(problem) and not problem.normed
+    beside = path.name == SORTED and (rounds or problem.arranged)
+    count, place = moe_sort.requests(sort, gpu, beside=beside, interpreted=INTERPRETED)
     found = {"moe_count": count, "moe_place": place}
-    if moe_gate_up.quantised(problem) and not problem.normed:
+    if rounds:
         rows = quantise_fp8.Problem(problem.hidden, moe_gate_up.x_group(problem), problem.dtype)
         found["quantise_fp8"] = quantise_fp8.request(rows, gpu, interpreted=INTERPRETED)
     if path.name == SCALED:

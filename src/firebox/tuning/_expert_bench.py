@@ -210,8 +210,8 @@ class ExpertBench:
             return
         path = default_path(self.problem, SORTED, SMALLEST_BLOCK, self._layer.gpu)
         launchers = self._further_launchers(path)
-        self._sort(launchers, path.block, data)
         self._change(launchers, data)
+        self._sort(launchers, path.block, data)
         self._fill_h(data)
         data.sorted_ready = True
 
@@ -242,14 +242,14 @@ class ExpertBench:
     # ---- what surrounds them
 
     def further(self, path: str, parts: Mapping[str, Candidate]) -> list[Call]:
-        """Sorting, changing the activations, summing."""
+        """Changing the activations, sorting, summing."""
         chosen = path_of(parts)
         launchers = self._further_launchers(chosen)
 
         def run(data: _Data) -> None:
             if path not in UNSORTED:
-                self._sort(launchers, chosen.block, data)
                 self._change(launchers, data)
+                self._sort(launchers, chosen.block, data)
             moe_combine.run(launchers["moe_combine"], data.space.y, data.out)
 
         if not launchers:

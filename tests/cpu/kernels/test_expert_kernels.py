@@ -17,7 +17,7 @@ from firebox.hardware.base import find_gpu
 from firebox.kernels import moe_down_few, moe_down_one, moe_gate_up_few, moe_gate_up_one
 from firebox.kernels._experts import FORMATS, FOUR_BIT, FP8, INTEGERS, MXFP4, Problem, dequantised, word_bits
 from firebox.kernels.compile import CompileRequest, compile_all
-from firebox.layers.expert_paths import Path, path_of, requests
+from firebox.layers.expert_paths import SORTED, Path, default_path, path_of, requests, stored_as
 from tests.support.experts import WIDE, random_weights
 
 ROOT = FilePath(__file__).resolve().parents[3]
@@ -44,7 +44,7 @@ def test_kernels_equal_their_references_under_the_interpreter(format: str, group
     variants = ("spread", ": one ", " tiles", " shared")
     as_they_are = [case for case in errors if not any(variant in case for variant in variants)]
     assert len(as_they_are) == 2 * (4 + (format in WIDE)) + 2 * 2 + 2 * 3 + 2 * 2 * KINDS.get(format, 0)
-    assert sum(" tiles" in case for case in errors) == 2 * (4 + (format in WIDE))
+    assert sum(" tiles" in case for case in errors) == 2 * (4 + (format in WIDE)) + 2
     assert sum(" shared" in case for case in errors) == 2 * (2 + (format in WIDE))
     of_one_token = [case for case in errors if ": one " in case]
     assert len(of_one_token) == 2 * 2 * 2
@@ -131,6 +131,26 @@ def test_every_kind_of_a_second_half_of_few_tokens_compiles() -> None:
                 wanted[format, kind, tokens] = moe_down_few.request(p, tokens, tile, gpu)
     for name, compiled in zip(wanted, compile_all(list(wanted.values())), strict=True):
         assert compiled.fits, (name, compiled.error)
+
+
+@pytest.mark.parametrize(
+    ("format", "normed", "beside"),
+    [
+        ("bf16", False, False),
+        ("fp8_block", False, True),
+        ("fp8_block", True, False),
+        ("int4_group", False, True),
+    ],
+)
+def test_choices_are_counted_beside_what_rounds_or_arranges_them(
+    format: str, normed: bool, beside: bool
+) -> None:
+    """Only there is it known that the launch before has waited (kernels/moe_sort.py)."""
+    gpu = find_gpu("h200")
+    p = stored_as(Problem(512, 256, 24, 3, format, normed=normed), gpu)
+    found = requests(p, 500, default_path(p, SORTED, 16, gpu), gpu)
+    assert found["moe_count"].constexprs["BESIDE"] is beside
+    assert ("quantise_fp8" in found or "moe_arrange" in found) is beside
 
 
 def test_fp8_products_are_fp8_on_sm_121_where_many_tokens_meet() -> None:
