@@ -200,7 +200,9 @@ def sorted_(
     }
     config = in_depths(moe_down.default(p, BLOCK, GPU), p, p.inter)
     wanted = moe_down.reference(p, inner, down, ids, order, weights)
-    for name, tile in {" 2 tiles": replace(config, tiles=2), "": config}.items():
+    in_a_row = replace(config, tiles=2)
+    held = {" 2 tiles held": replace(in_a_row, held=True)} if moe_down.can_hold(p, config.depth) else {}
+    for name, tile in {" 2 tiles": in_a_row, **held, "": config}.items():
         y = torch.full((ids.numel(), p.hidden), NAN, dtype=torch.float16)
         launcher = Launcher(moe_down.request(p, tile, GPU, interpreted=True))
         moe_down.run(launcher, p, h, h_scale, down, order, blocks, weights, y)

@@ -53,32 +53,38 @@ def add_chunk(
         else:
             wt = tiles.load([first_row, first])
         xt = tl.load(x + i[None, :], mask=live[:, None], other=0.0)
-        if X_GROUP > 0 or scale is not None:
-            if FLIP:
-                part = tl.dot(xt, tl.trans(wt))
-            else:
-                part = tl.dot(wt, tl.trans(xt))
-            if X_GROUP > 0:
-                of_token = tl.load(x_scale + first // X_GROUP, mask=live, other=0.0)
-            if scale is not None:
-                of_row = tl.where(
-                    of_other, tl.load(other_scale + first // 128), tl.load(scale + first // 128)
-                )
-                if FLIP:
-                    part *= of_row[None, :]
-                else:
-                    part *= of_row[:, None]
-            if X_GROUP > 0:
-                if FLIP:
-                    part *= of_token[:, None]
-                else:
-                    part *= of_token[None, :]
-            return acc + part
+        of_token = None
+        if X_GROUP > 0:
+            of_token = tl.load(x_scale + first // X_GROUP, mask=live, other=0.0)
+        return add_product(acc, wt, xt, of_token, scale, other_scale, of_other, first, FLIP)
+
+
+@triton.jit
+def add_product(acc, wt, xt, of_token, scale, other_scale, of_other, first, FLIP: tl.constexpr):
+    """`acc` with one step of weights that are not in groups: `wt` [ROWS, DEPTH], `xt` [TOKENS, DEPTH],
+    `of_token` [TOKENS] their scales, or None; the rest as in add_chunk."""
+    if of_token is not None or scale is not None:
+        if FLIP:
+            part = tl.dot(xt, tl.trans(wt))
         else:
+            part = tl.dot(wt, tl.trans(xt))
+        if scale is not None:
+            of_row = tl.where(of_other, tl.load(other_scale + first // 128), tl.load(scale + first // 128))
             if FLIP:
-                return tl.dot(xt, tl.trans(wt), acc)
+                part *= of_row[None, :]
             else:
-                return tl.dot(wt, tl.trans(xt), acc)
+                part *= of_row[:, None]
+        if of_token is not None:
+            if FLIP:
+                part *= of_token[:, None]
+            else:
+                part *= of_token[None, :]
+        return acc + part
+    else:
+        if FLIP:
+            return tl.dot(xt, tl.trans(wt), acc)
+        else:
+            return tl.dot(wt, tl.trans(xt), acc)
 
 
 @triton.jit

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from firebox.kernels import _experts
 from firebox.kernels._expert_tiles import row_factors, row_of_tile, together
 from firebox.kernels._experts import Problem, Weights
 from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before
-from firebox.kernels._sorted import add_chunk, biased, empty_tile, scaled, store_tile
+from firebox.kernels._sorted import add_chunk, add_product, biased, empty_tile, scaled, store_tile
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
 from firebox.kernels.moe_gate_up import FLIPPED_FROM, Config, inner_group, quantised
@@ -36,6 +37,7 @@ __all__ = ["Config", "accepts"]
 
 OP = "moe_down"
 LONG = 1024  # columns from which a tile is long enough for itself
+MOST_HELD = 8  # steps of a tile whose activations a program keeps
 
 
 def depths(problem: Problem) -> tuple[int, ...]:
@@ -58,7 +60,15 @@ def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
                 for stages, tiles in itertools.product((3, 4), all_tiles):
                     if rows * tiles > problem.hidden or (tiles > 1 and problem.inter > LONG):
                         continue
-                    yield Config(rows, tokens, depth, warps, stages, "tma" in gpu.facts, flip, tiles)
+                    config = Config(rows, tokens, depth, warps, stages, "tma" in gpu.facts, flip, tiles)
+                    yield config
+                    if tiles > 1 and can_hold(problem, depth):
+                        yield replace(config, stages=stages - 1, held=True)
+
+
+def can_hold(problem: Problem, depth: int) -> bool:
+    """May a program keep the activations of all its tiles?"""
+    return problem.group == 0 and problem.inter // depth <= MOST_HELD
 
 
 def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
@@ -73,18 +83,30 @@ def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
 
 
 @triton.jit
+def _rows_of(n, HIDDEN: tl.constexpr, ROWS: tl.constexpr):
+    """The n-th tile's rows: as they are counted, and those that are read, none beyond the last."""
+    column = n * ROWS + tl.arange(0, ROWS)
+    rows = column
+    if HIDDEN % ROWS != 0:
+        rows = tl.minimum(column, HIDDEN - 1)
+    return column, rows
+
+
+@triton.jit
 def _store(
-    acc, row_scale, bias, y, weight, row_of_y, column, live, there, of_expert, rows,
-    FORMAT: tl.constexpr, ASM: tl.constexpr, FLIP: tl.constexpr, RAGGED: tl.constexpr,
+    acc, n, row_scale, bias, y, weight, row_of_y, live, of_expert,
+    HIDDEN: tl.constexpr, ROWS: tl.constexpr, FORMAT: tl.constexpr, ASM: tl.constexpr, FLIP: tl.constexpr,
 ):  # fmt: skip
-    """A tile that is done; `of_expert`: where the expert's rows begin in `row_scale` and `bias`."""
+    """The n-th tile, done; `of_expert`: where the expert's rows begin in `row_scale` and `bias`."""
+    column, rows = _rows_of(n, HIDDEN, ROWS)
     of_row = None
     if row_scale is not None:
         of_row = row_factors(row_scale, of_expert + rows, FORMAT, ASM)
     acc = scaled(acc, of_row, None, FLIP)
     if bias is not None:
         acc = biased(acc, tl.load(bias + of_expert + rows), FLIP)
-    store_tile(y, scaled(acc, None, weight, FLIP), row_of_y, column, live, there, FLIP, RAGGED)
+    acc = scaled(acc, None, weight, FLIP)
+    store_tile(y, acc, row_of_y, column, live, column < HIDDEN, FLIP, HIDDEN % ROWS != 0)
 
 
 @triton.jit
@@ -96,10 +118,7 @@ def _add(
     ASM: tl.constexpr,
 ):  # fmt: skip
     """`acc` with step k of tile n."""
-    column = n * ROWS + tl.arange(0, ROWS)
-    rows = column
-    if HIDDEN % ROWS != 0:
-        rows = tl.minimum(column, HIDDEN - 1)
+    _, rows = _rows_of(n, HIDDEN, ROWS)
     e = expert.to(tl.int64)
     scale_of_row = None
     other_scale = None
@@ -120,12 +139,14 @@ def down_sorted(
     h, h_scale, w, tiles, scale, row_scale, bias, order, blocks, routing_weights, y,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, STORED: tl.constexpr,
     PANEL: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-    PARTS: tl.constexpr, DEPTH: tl.constexpr, TILES: tl.constexpr, FLIP: tl.constexpr, FORMAT: tl.constexpr,
-    DTYPE: tl.constexpr, GROUP: tl.constexpr, H_GROUP: tl.constexpr,
+    PARTS: tl.constexpr, DEPTH: tl.constexpr, TILES: tl.constexpr, HELD: tl.constexpr, FLIP: tl.constexpr,
+    FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, H_GROUP: tl.constexpr,
     STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A block of choices is PARTS programs' work. A program does TILES tiles of ROWS, their steps in one
-    loop, so that a tile's weights are on their way while the one before is stored.
+    loop, so that a tile's weights are on their way while the one before is stored. HELD: it reads its
+    activations once, a third of what a tile of 64 choices and 128 rows moves through the L2; a step of the
+    loop is then a tile.
 
     4-bit weights are four products a step, the last of them asynchronous. Where a loop also chooses between
     its sum and a new tile's zeros, Triton (3.6 to 3.9, sm_90) puts no wait in between, and the assembler then
@@ -154,7 +175,6 @@ def down_sorted(
     matrix = w + e * (HIDDEN * (STORED // 4 if GROUP > 0 else INTER))
     STEPS: tl.constexpr = STORED // DEPTH
     ROW_TILES: tl.constexpr = (HIDDEN + ROWS - 1) // ROWS
-    RAGGED: tl.constexpr = HIDDEN % ROWS != 0
     first_tile = tl.program_id(0) * TILES
     acc = empty_tile(ROWS, TOKENS, FLIP)
     if TILES == 1:
@@ -163,14 +183,41 @@ def down_sorted(
                 acc, first_tile, k, expert, matrix, tiles, scale, row_of_h, scale_of_choice, live,
                 HIDDEN, INTER, GROUPS, STORED, PANEL, ROWS, DEPTH, FLIP, FORMAT, DTYPE, GROUP, H_GROUP, ASM,
             )  # fmt: skip
-        column = first_tile * ROWS + tl.arange(0, ROWS)
-        rows = column
-        if RAGGED:
-            rows = tl.minimum(column, HIDDEN - 1)
         _store(
-            acc, row_scale, bias, y, weight, row_of_y, column, live, column < HIDDEN, e * HIDDEN, rows,
-            FORMAT, ASM, FLIP, RAGGED,
+            acc, first_tile, row_scale, bias, y, weight, row_of_y, live, e * HIDDEN,
+            HIDDEN, ROWS, FORMAT, ASM, FLIP,
         )  # fmt: skip
+    elif HELD:
+        xs = ()
+        of_tokens = ()
+        for k in tl.static_range(STEPS):
+            xt = tl.load(row_of_h + k * DEPTH + tl.arange(0, DEPTH)[None, :], mask=live[:, None], other=0.0)
+            xs = xs + (xt,)
+            if h_scale is not None:
+                of_token = tl.load(scale_of_choice + k * DEPTH // H_GROUP, mask=live, other=0.0)
+                of_tokens = of_tokens + (of_token,)
+        for step in tl.range(0, tl.minimum(TILES, ROW_TILES - first_tile), num_stages=STAGES):
+            n = first_tile + step
+            _, rows = _rows_of(n, HIDDEN, ROWS)
+            scale_of_row = None
+            other_scale = None
+            if scale is not None:
+                scale_of_row = scale + (e * (HIDDEN // 128) + n * ROWS // 128) * (INTER // 128)
+                other_scale = scale_of_row + (INTER // 128 if ROWS == 256 else 0)
+            acc = empty_tile(ROWS, TOKENS, FLIP)
+            for k in tl.static_range(STEPS):
+                if tiles is None:
+                    wt = tl.load(matrix + rows[:, None] * INTER + k * DEPTH + tl.arange(0, DEPTH)[None, :])
+                else:
+                    wt = tiles.load([row_of_tile(expert, n * ROWS, HIDDEN, STORED, PANEL), k * DEPTH])
+                acc = add_product(
+                    acc, wt, xs[k], of_tokens[k] if h_scale is not None else None, scale_of_row, other_scale,
+                    tl.arange(0, ROWS) >= 128, k * DEPTH, FLIP,
+                )  # fmt: skip
+            _store(
+                acc, n, row_scale, bias, y, weight, row_of_y, live, e * HIDDEN,
+                HIDDEN, ROWS, FORMAT, ASM, FLIP,
+            )  # fmt: skip
     else:
         steps = tl.minimum(TILES, ROW_TILES - first_tile) * STEPS
         for step in tl.range(0, steps, num_stages=STAGES):
@@ -190,13 +237,9 @@ def down_sorted(
                     ASM,
                 )  # fmt: skip
             if k == STEPS - 1:
-                column = n * ROWS + tl.arange(0, ROWS)
-                rows = column
-                if RAGGED:
-                    rows = tl.minimum(column, HIDDEN - 1)
                 _store(
-                    acc, row_scale, bias, y, weight, row_of_y, column, live, column < HIDDEN, e * HIDDEN,
-                    rows, FORMAT, ASM, FLIP, RAGGED,
+                    acc, n, row_scale, bias, y, weight, row_of_y, live, e * HIDDEN,
+                    HIDDEN, ROWS, FORMAT, ASM, FLIP,
                 )  # fmt: skip
                 acc = empty_tile(ROWS, TOKENS, FLIP)
 
@@ -226,6 +269,7 @@ def request(
         "PARTS": (block or config.tokens) // config.tokens,
         "DEPTH": config.depth,
         "TILES": config.tiles,
+        "HELD": config.held,
         "FLIP": config.flip,
         "H_GROUP": inner_group(problem),
         "STAGES": config.stages,

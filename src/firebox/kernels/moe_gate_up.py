@@ -44,8 +44,8 @@ MOST_OF_4_WARPS = 128 * 64  # sums of a tile; twice as many spill on sm_120 and 
 @dataclass(frozen=True)
 class Config:
     """`rows` of weights and `tokens` of a tile, `depth` columns a step. `flip`: tokens are the product's
-    first operand (kernels/_sorted.py); `tiles`: of rows, one after the other in a program (second half of the
-    layer only)."""
+    first operand (kernels/_sorted.py); `tiles`: of rows, one after the other in a program, which keeps its
+    activations for all of them if they are `held` (both in the second half of the layer only)."""
 
     rows: int
     tokens: int
@@ -55,6 +55,7 @@ class Config:
     tma: bool = False
     flip: bool = False
     tiles: int = 1
+    held: bool = False
 
 
 def quantised(problem: Problem) -> bool:
