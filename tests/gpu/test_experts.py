@@ -24,7 +24,7 @@ from firebox.kernels import (
 from firebox.kernels._block_scaled import GROUPS, KINDS, Rounded
 from firebox.kernels._experts import FORMATS, FOUR_BIT, FP8, INT4_ZERO, INTEGERS, MXFP4, NIBBLES, Problem
 from firebox.kernels.launch import Launcher
-from firebox.layers.expert_paths import FEW, ONE, SCALED, SORTED, Path, default_path, path_of
+from firebox.layers.expert_paths import FEW, ONE, SCALED, SORTED, Path, default_path, path_of, requests
 from firebox.layers.experts import Experts, Workspace
 from tests.support.experts import random_routing, random_weights, relative_error
 
@@ -88,7 +88,8 @@ class Layer:
         out[tokens:] = 7.0
         experts(x, ids, weights, out[:tokens])
         assert (out[tokens:] == 7.0).all(), "rows behind the output were written"
-        assert not space.counters.any() and not space.sort.counts.any(), "counters are not zero again"
+        for counters in (space.counters, space.ready, space.sort.counts):
+            assert not counters.any(), "counters are not zero again"
         h = moe_gate_up_few.reference(p, x, self.gate_up, ids)
         return relative_error(out[:tokens], moe_down_few.reference(p, h, self.down, ids, weights))
 
@@ -156,6 +157,45 @@ def test_passes_side_by_side_and_tiles_in_a_row(format: str, panels: bool, token
     for i, down in enumerate(some):
         path = Path(FEW, ups[97 * i % len(ups)], down, "test")
         assert layer.error(tokens, path, ids) < FEW_LIMIT[format], path
+
+
+@pytest.mark.parametrize("tokens", [5, 16, 64])
+def test_the_second_half_reads_no_expert_before_the_first_is_done_with_it(tokens: int, gpu: Gpu) -> None:
+    """What it would read too early is no number. The products come out as they do one launch at a time."""
+    layer = Layer(problem("fp8_block", hidden=4096, inter=512, experts=128, top_k=8), gpu, tokens)
+    p, space = layer.problem, layer.workspace
+    down = replace(moe_down_few.default(p, tokens, gpu), apart=True)
+    path = Path(FEW, moe_gate_up_few.default(p, tokens, gpu), down, "test")
+    experts = Experts(p, layer.gate_up, layer.down, gpu, space, {tokens: path})
+    assert "ready" in requests(p, tokens, path, gpu)["moe_down"].signature
+    x = torch.randn(tokens, p.hidden, generator=layer.generator, device="cuda").bfloat16()
+    ids, weights = random_routing(p, tokens, layer.generator, "cuda")
+    first = Launcher(moe_gate_up_few.request(p, tokens, path.gate_up, gpu))
+    moe_gate_up_few.run(first, p, x, layer.gate_up, ids, space.h_few, space.table)
+    second = Launcher(moe_down_few.request(p, tokens, down, gpu))
+    moe_down_few.run(second, p, space.h_few, layer.down, ids, weights, space.table, space.y)
+    wanted, out = space.y.clone(), torch.empty_like(x)
+    for _ in range(200):
+        space.h_few.fill_(float("nan"))
+        experts(x, ids, weights, out)
+        assert torch.equal(space.y, wanted)
+
+
+def test_a_layer_that_fails_leaves_no_count_behind(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = Layer(problem("bf16"), gpu, 16)
+    p, space = layer.problem, layer.workspace
+    path = default_path(p, FEW, 16, gpu)
+
+    def fail(*_: object, **__: object) -> None:
+        torch.cuda.synchronize()
+        assert space.ready.any(), "nothing was counted: the test shows nothing"
+        raise RuntimeError("no second half")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(moe_down_few, "run", fail)
+        with pytest.raises(RuntimeError, match="no second half"):
+            layer.error(16, path)
+    assert layer.error(16, path) < FEW_LIMIT["bf16"]
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -88,6 +88,15 @@ def shared_last(ids: torch.Tensor, p: Problem) -> torch.Tensor:
     return ids
 
 
+def programs_with_work(p: Problem, ids: torch.Tensor, tile: moe_gate_up_few.Config) -> torch.Tensor:
+    """[experts] int32: how many programs of the first half an expert has."""
+    counts = torch.bincount(ids.flatten(), minlength=p.experts)
+    if moe_gate_up_few.mode(p, len(ids)) == "experts":
+        counts = torch.ones_like(counts)
+        counts[-1] = len(ids)
+    return (-(-counts // tile.tokens) * (2 * p.inter // tile.rows)).int()
+
+
 def few(
     p: Problem, tokens: int, gate_up: Weights, down: Weights, generator: torch.Generator, *, shared: bool
 ) -> dict[str, float]:
@@ -103,10 +112,13 @@ def few(
         table = torch.full(
             (moe_gate_up_few.programs(p, tokens), 1 + moe_gate_up_few.padded(tokens)), -1, dtype=torch.int32
         )
-        launcher = Launcher(moe_gate_up_few.request(p, tokens, tile, GPU, interpreted=True))
-        moe_gate_up_few.run(launcher, p, x, gate_up, ids, h, table)
+        ready = torch.zeros(p.experts, dtype=torch.int32)
+        launcher = Launcher(moe_gate_up_few.request(p, tokens, tile, GPU, counted=True, interpreted=True))
+        moe_gate_up_few.run(launcher, p, x, gate_up, ids, h, table, ready)
+        assert torch.equal(ready, programs_with_work(p, ids, tile)), f"{tokens}{name}: {ready}"
         found[f"few {tokens} gate_up{name}"] = relative_error(h, wanted)
     wanted = moe_down_few.reference(p, h, down, ids, weights)
+    ready, first_half = programs_with_work(p, ids, config), config
     config = unspread(in_depths(moe_down_few.default(p, tokens, GPU), p, p.inter))
     tiles = {"": config} if shared else {"": config, **spread(p, config, config.depth), **in_a_row(p, config)}
     if tokens <= moe_gate_up_few.COLUMNS_UP_TO:
@@ -118,11 +130,12 @@ def few(
     for name, tile in tiles.items():
         out = torch.full((tokens + 1, p.hidden), NAN, dtype=torch.float16)
         out[-1] = 7.0
-        launcher = Launcher(moe_down_few.request(p, tokens, tile, GPU, interpreted=True))
+        apart = moe_down_few.adds_apart(tile, tokens)
+        launcher = Launcher(moe_down_few.request(p, tokens, tile, GPU, counted=apart, interpreted=True))
         half = (launcher, p, h, down, ids, weights, table)
-        if moe_down_few.adds_apart(tile, tokens):
+        if apart:
             products = torch.full((tokens * p.top_k, p.hidden), NAN, dtype=torch.float16)
-            moe_down_few.run(*half, products)
+            moe_down_few.run(*half, products, ready=ready, first_half=first_half)
             out[:-1] = products.float().unflatten(0, (tokens, p.top_k)).sum(1)
         else:
             counters = torch.zeros(p.hidden // tile.rows, dtype=torch.int32)
@@ -209,7 +222,10 @@ def sorted_(
         found[f"sorted {tokens} down{name}"] = relative_error(y, wanted)
     sums = moe_combine.Problem(p.hidden, p.top_k, "f16")
     out = torch.full((tokens, p.hidden), NAN, dtype=torch.float16)
-    moe_combine.run(Launcher(moe_combine.request(sums, GPU, interpreted=True)), y, out)
+    ready = torch.ones(p.experts + 1, dtype=torch.int32)
+    launcher = Launcher(moe_combine.request(sums, GPU, experts=p.experts, interpreted=True))
+    moe_combine.run(launcher, y, out, ready)
+    assert not ready[:-1].any() and ready[-1] == 1, f"not zero again, or beyond: {ready}"
     return found | {f"sorted {tokens} combine": relative_error(out, moe_combine.reference(sums, y))}
 
 

@@ -9,6 +9,11 @@ tile is done; experts do so for one token, unless the second half loads its whol
 what comes directly before the programs of experts (moe_route.py, moe_norm_route.py, moe_sort.py's second,
 quantise_fp8.py) waits first.
 
+The second half of few tokens' experts waits for each expert's first half only (`say_ready`,
+`wait_until_ready`): while the last programs of a launch run, most of the memory's time is nobody's. For 16
+and 64 tokens a layer takes 1 to 7 % less (H200, 2026-11-23). Its programs begin when all of the first half's
+have, so none waits for one that has no place to run.
+
 What a kernel reads before its wait no launch of the same step has written, but for the choices of experts
 that moe_down_few.py and moe_down_one.py read: moe_gate_up_few.py and moe_gate_up_one.py, before them, wait
 first; and that moe_sort.py's first reads beside quantise_fp8.py or moe_arrange.py, which wait first."""
@@ -31,3 +36,29 @@ def wait_for_launch_before(PDL: tl.constexpr):
 def let_next_launch_begin(PDL: tl.constexpr):
     if PDL:
         gdc_launch_dependents()
+
+
+@triton.jit
+def say_ready(counter):
+    """Counts this program; what it wrote is there for who sees the count."""
+    tl.debug_barrier()
+    tl.atomic_add(counter, 1, sem="release")
+
+
+@triton.jit
+def _seen(counter, PDL: tl.constexpr):
+    if PDL:
+        return tl.inline_asm_elementwise(
+            "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [counter.to(tl.int64)], dtype=tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        return tl.atomic_add(counter, 0, sem="acquire")
+
+
+@triton.jit
+def wait_until_ready(counter, wanted, PDL: tl.constexpr):
+    """Returns when `wanted` programs have been counted, and what they wrote can be read. Every thread looks
+    for itself: an atomic operation takes a barrier more."""
+    while _seen(counter, PDL) < wanted:
+        pass

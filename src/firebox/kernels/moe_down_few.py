@@ -17,6 +17,10 @@ before is stored: a tile of a narrow expert is two or three steps. Who adds the 
                       GPU sees what it wrote: with many tokens that takes up to a third of its life, and one
                       launch more takes 2 to 6 µs. Always beyond 8 tokens.
 
+An expert's programs begin when all of its first half's are done, which these count (`ready`), not when the
+launch before has ended; kernels/moe_combine.py sets the counts back to zero. Where products are added up
+here, they wait for the launch.
+
 With DEPTH 0 the program reads its whole tile before the launch before has ended, which hides most of the
 memory's latency behind the first half: for the fewest tokens, whose tiles are small.
 
@@ -33,7 +37,7 @@ import triton
 import triton.language as tl
 
 from firebox.hardware.base import Gpu
-from firebox.kernels import _experts
+from firebox.kernels import _experts, moe_gate_up_few
 from firebox.kernels._expert_tiles import (
     added_groups,
     chunk,
@@ -45,7 +49,7 @@ from firebox.kernels._expert_tiles import (
     together,
 )
 from firebox.kernels._experts import Problem, Weights
-from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before
+from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before, wait_until_ready
 from firebox.kernels._words import in_panels, scales_of, spread_scales
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
@@ -310,8 +314,8 @@ def _add_up(
 
 @triton.jit
 def down_few(
-    h, w, tiles, scale, row_scale, bias, expert_ids, routing_weights, table, products, out, counters,
-    tokens, choices,
+    h, w, tiles, scale, row_scale, bias, expert_ids, routing_weights, table, ready, products, out, counters,
+    tokens, choices, parts, width,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, WIDE: tl.constexpr, GROUPS: tl.constexpr,
     STORED: tl.constexpr, PANEL: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
     TOP_K_PADDED: tl.constexpr, PADDED: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr,
@@ -323,6 +327,7 @@ def down_few(
     which, later = program_of_choices(EXPERTS, MODE)
     earlier = 0
     listed_by = which
+    of_expert = tl.where(which == EXPERTS - 1, tokens, 1)  # choices that the first half has programs for
     if not LATE:
         let_next_launch_begin(PDL)
     t = tl.arange(0, TOKENS)
@@ -336,7 +341,9 @@ def down_few(
         place = which + t * 0
         live = t < 1
     elif MODE != "experts":
-        earlier, listed_by = earlier_choices(expert_ids, expert, which, choices, PADDED * TOP_K_PADDED)
+        earlier, listed_by, of_expert = earlier_choices(
+            expert_ids, expert, which, choices, PADDED * TOP_K_PADDED
+        )
         mine = earlier % TOKENS == 0
     IN_PASSES: tl.constexpr = MODE == "columns" and TOKENS < PADDED  # otherwise the table says who is next
     if MODE == "columns":
@@ -380,7 +387,10 @@ def down_few(
         else:
             wait_for_launch_before(PDL)
     else:
-        wait_for_launch_before(PDL)
+        if ready is None:
+            wait_for_launch_before(PDL)
+        elif mine:
+            wait_until_ready(ready + expert, parts * tl.cdiv(of_expert, width), PDL)
         if mine:
             if IN_PASSES:
                 first, last, step = passes(which, later, earlier, count, EXPERTS, TOKENS, MODE)
@@ -432,10 +442,17 @@ def down_few(
 
 
 def request(
-    problem: Problem, tokens: int, config: Config, gpu: Gpu, *, late: bool = False, interpreted: bool = False
+    problem: Problem,
+    tokens: int,
+    config: Config,
+    gpu: Gpu,
+    *,
+    late: bool = False,
+    counted: bool = False,
+    interpreted: bool = False,
 ) -> CompileRequest:
-    """The compile of this problem for so many tokens. Token counts of one mode and padding share it. `late`:
-    as in moe_gate_up_few."""
+    """The compile of this problem for so many tokens. Token counts of one mode and padding share it. `late`,
+    `counted`: as in moe_gate_up_few."""
     how = mode(problem, tokens)
     types, absent = _experts.weight_arguments(
         problem, problem.inter, config.rows, config.depth, tma=config.tma and config.depth > 0
@@ -449,6 +466,10 @@ def request(
         types["table"] = "*i32"
     else:
         absent["table"] = None
+    if counted:
+        types |= {"ready": "*i32", "parts": "i32", "width": "i32"}
+    else:
+        absent |= dict.fromkeys(("ready", "parts", "width"))
     constants = _experts.weight_constants(problem, problem.inter, gpu, interpreted=interpreted)
     wide = triton.next_power_of_2(problem.inter)
     constants |= {
@@ -493,10 +514,13 @@ def run(
     products: torch.Tensor,
     out: torch.Tensor | None = None,
     counters: torch.Tensor | None = None,
+    ready: torch.Tensor | None = None,
+    first_half: moe_gate_up_few.Config | None = None,
 ) -> None:
     """Launches `request(...)` for `expert_ids` [tokens, top_k]. Writes `products` [tokens · top_k, hidden] by
     place, bf16 if they are added up apart, float32 if here; then also `out`, and `counters` [hidden / rows]
-    int32 are zero and come back zero."""
+    int32 are zero and come back zero. `ready` [experts] int32: what the first half, of these tiles, counted,
+    if the request is `counted`."""
     tokens = expert_ids.shape[0]
     sizes = launcher.request.constexprs
     programs = launched(problem, tokens, sizes["TOKENS"])
@@ -504,6 +528,10 @@ def run(
     arguments = _experts.bound(launcher, weights)
     if "table" in launcher.request.signature:
         arguments["table"] = table
+    if "ready" in launcher.request.signature:
+        assert first_half is not None
+        parts = 2 * problem.inter // first_half.rows
+        arguments |= {"ready": ready, "parts": parts, "width": first_half.tokens}
     if not launcher.request.constexprs["APART"]:
         arguments |= {"out": out, "counters": counters}
     launcher(

@@ -18,8 +18,8 @@ passes of those that chose the expert where a tile has fewer; with more, those t
 together, and `table` [choices or experts, 1 + tokens padded] int32 keeps how many and which for the second
 half. An expert that more chose than TOKENS takes a pass for each so many; a wider second pass would cost
 every program registers. Passes of an expert are programs side by side, which read its weights together: in
-"pairs" always, in "experts" those of the last one, which may be every token's (a shared expert); the others'
-come one after the other.
+"columns" and "pairs" always, in "experts" those of the last one, which may be every token's (a shared
+expert); the others' come one after the other.
 
 Source: own. Measured: H200, 2026-11-21, docs/log/2026-11-21-gpu-kernels.md.
 """
@@ -45,7 +45,7 @@ from firebox.kernels._expert_tiles import (
     together,
 )
 from firebox.kernels._experts import Problem, Weights
-from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before
+from firebox.kernels._pdl import let_next_launch_begin, say_ready, wait_for_launch_before
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
 
@@ -207,10 +207,11 @@ def program_of_choices(EXPERTS: tl.constexpr, MODE: tl.constexpr):
 
 @triton.jit
 def earlier_choices(expert_ids, expert, which, choices, CHOICES: tl.constexpr):
-    """How often `expert` was chosen before choice `which`, and which choice was its first."""
+    """How often `expert` was chosen before choice `which`; which choice was its first; how often in all."""
     c = tl.arange(0, CHOICES)
     its = tl.load(expert_ids + c, mask=c < choices, other=-1) == expert
-    return tl.sum((its & (c < which)).to(tl.int32)), tl.min(tl.where(its, c, choices))
+    its_first = tl.min(tl.where(its, c, choices))
+    return tl.sum((its & (c < which)).to(tl.int32)), its_first, tl.sum(its.to(tl.int32))
 
 
 @triton.jit
@@ -226,7 +227,7 @@ def passes(which, later, earlier, count, EXPERTS: tl.constexpr, TOKENS: tl.const
 
 @triton.jit
 def gate_up_few(
-    x, w, tiles, scale, row_scale, bias, expert_ids, h, table, tokens, choices,
+    x, w, tiles, scale, row_scale, bias, expert_ids, h, table, ready, tokens, choices,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, STORED: tl.constexpr,
     PANEL: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, TOP_K_PADDED: tl.constexpr,
     PADDED: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
@@ -252,7 +253,7 @@ def gate_up_few(
         live = t < 1
     else:
         if MODE != "experts":
-            earlier, _ = earlier_choices(expert_ids, expert, which, choices, PADDED * TOP_K_PADDED)
+            earlier, _, _ = earlier_choices(expert_ids, expert, which, choices, PADDED * TOP_K_PADDED)
             if earlier % TOKENS != 0:
                 return
         all_t = tl.arange(0, PADDED)
@@ -272,6 +273,8 @@ def gate_up_few(
                 tl.store(entry, count)
                 tl.store(entry + 1 + rank, place, mask=live)
             if count == 0:
+                if ready is not None:
+                    say_ready(ready + expert)
                 return
     e = expert.to(tl.int64)
     first_row = row_of_tile(expert, n * ROWS, 2 * INTER, STORED, PANEL)
@@ -309,16 +312,26 @@ def gate_up_few(
                 HIDDEN, INTER, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, CLAMPED,
                 LIMIT, ALPHA, ASM, SPREAD,
             )  # fmt: skip
+    if ready is not None:
+        say_ready(ready + expert)
 
 
 # ---- 3. the launch
 
 
 def request(
-    problem: Problem, tokens: int, config: Config, gpu: Gpu, *, late: bool = False, interpreted: bool = False
+    problem: Problem,
+    tokens: int,
+    config: Config,
+    gpu: Gpu,
+    *,
+    late: bool = False,
+    counted: bool = False,
+    interpreted: bool = False,
 ) -> CompileRequest:
     """The compile of this problem for so many tokens. Token counts of one mode and padding share it. `late`:
-    the next launch begins when the programs of this one are done with their tiles, not before."""
+    the next launch begins when the programs of this one are done with their tiles, not before. `counted`: an
+    expert's programs that are done are counted, for the second half to begin with that expert."""
     how = mode(problem, tokens)
     types, absent = _experts.weight_arguments(
         problem, problem.hidden, config.rows, config.depth, tma=config.tma
@@ -330,6 +343,10 @@ def request(
         types["table"] = "*i32"
     else:
         absent["table"] = None
+    if counted:
+        types["ready"] = "*i32"
+    else:
+        absent["ready"] = None
     constants = _experts.weight_constants(problem, problem.hidden, gpu, interpreted=interpreted)
     constants |= {
         "EXPERTS": problem.experts,
@@ -368,15 +385,18 @@ def run(
     expert_ids: torch.Tensor,
     h: torch.Tensor,
     table: torch.Tensor | None,
+    ready: torch.Tensor | None = None,
 ) -> None:
     """Launches `request(...)` of as many tokens as `x` has. Writes `h` [tokens · top_k, inter] and, beyond 8
-    tokens, `table` [programs, 1 + padded] int32."""
+    tokens, `table` [programs, 1 + padded] int32; `ready` [experts] int32, zero before, counts programs."""
     tokens = x.shape[0]
     sizes = launcher.request.constexprs
     grid = (2 * problem.inter // sizes["ROWS"], launched(problem, tokens, sizes["TOKENS"]), 1)
     arguments = _experts.bound(launcher, weights)
     if "table" in launcher.request.signature:
         arguments["table"] = table
+    if "ready" in launcher.request.signature:
+        arguments["ready"] = ready
     launcher(
         grid, **arguments, x=x, expert_ids=expert_ids, h=h, tokens=tokens, choices=tokens * problem.top_k
     )

@@ -208,14 +208,14 @@ def requests(problem: Problem, tokens: int, path: Path, gpu: Gpu) -> dict[str, C
     if path.name == FEW:
         # One token's programs are few: where others wait beside them, they crowd on some multiprocessors.
         late = tokens == 1 and path.down.depth > 0
+        apart = moe_down_few.adds_apart(path.down, tokens)
+        counted = apart and path.down.depth > 0 and "pdl" in gpu.facts
+        how = {"late": late, "counted": counted, "interpreted": INTERPRETED}
         found = {
-            f"moe_{part}": module.request(
-                problem, tokens, getattr(path, part), gpu, late=late, interpreted=INTERPRETED
-            )
+            f"moe_{part}": module.request(problem, tokens, getattr(path, part), gpu, **how)
             for part, module in zip(("gate_up", "down"), MODULES[FEW], strict=True)
         }
-        apart = moe_down_few.adds_apart(path.down, tokens)
-        return found | ({"moe_combine": _combine_request(problem, gpu)} if apart else {})
+        return found | ({"moe_combine": _combine_request(problem, gpu, counted=counted)} if apart else {})
     sort = moe_sort.Problem(problem.experts, path.block)
     rounds = moe_gate_up.quantised(problem) and not problem.normed
     beside = path.name == SORTED and (rounds or problem.arranged)
@@ -256,9 +256,9 @@ def _scaled_requests(problem: Problem, path: Path, gpu: Gpu) -> dict[str, Compil
     }
 
 
-def _combine_request(problem: Problem, gpu: Gpu) -> CompileRequest:
+def _combine_request(problem: Problem, gpu: Gpu, *, counted: bool = False) -> CompileRequest:
     sums = moe_combine.Problem(problem.hidden, problem.top_k, problem.dtype, problem.residual)
-    return moe_combine.request(sums, gpu, interpreted=INTERPRETED)
+    return moe_combine.request(sums, gpu, experts=problem.experts if counted else 0, interpreted=INTERPRETED)
 
 
 def like(problem: Problem, tokens: int, path: Path) -> int:

@@ -48,6 +48,7 @@ class Workspace:
         self.partial = empty(added_up, p.hidden, dtype=torch.float32)
         self.table = empty(max(few * p.top_k, p.experts), 1 + moe_gate_up_few.padded(few), dtype=torch.int32)
         self.counters = torch.zeros(p.hidden // 16, dtype=torch.int32, device=device)
+        self.ready = torch.zeros(p.experts, dtype=torch.int32, device=device)
         inner = torch.float8_e4m3fn if native else DTYPES[p.dtype]
         self.h = empty(choices, p.inter, dtype=inner)
         self.y = empty(choices, p.hidden, dtype=DTYPES[p.dtype])
@@ -155,15 +156,19 @@ class Experts:
         out: torch.Tensor,
     ) -> None:
         p, space = self.problem, self.workspace
-        moe_gate_up_few.run(
-            launchers["moe_gate_up"], p, x, self.gate_up, expert_ids, space.h_few, space.table
-        )
+        first = (launchers["moe_gate_up"], p, x, self.gate_up, expert_ids, space.h_few, space.table)
         half = (launchers["moe_down"], p, space.h_few, self.down, expert_ids, routing_weights, space.table)
-        if moe_down_few.adds_apart(path.down, len(x)):
-            moe_down_few.run(*half, space.y)
-            moe_combine.run(launchers["moe_combine"], space.y, out)
-        else:
+        if not moe_down_few.adds_apart(path.down, len(x)):
+            moe_gate_up_few.run(*first)
             moe_down_few.run(*half, space.partial, out, space.counters)
+            return
+        try:
+            moe_gate_up_few.run(*first, space.ready)
+            moe_down_few.run(*half, space.y, ready=space.ready, first_half=path.gate_up)
+            moe_combine.run(launchers["moe_combine"], space.y, out, space.ready)
+        except BaseException:
+            space.ready.zero_()  # what was counted is of this layer
+            raise
 
     def _sorted(
         self,

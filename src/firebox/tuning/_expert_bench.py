@@ -250,7 +250,7 @@ class ExpertBench:
             if path not in UNSORTED:
                 self._change(launchers, data)
                 self._sort(launchers, chosen.block, data)
-            moe_combine.run(launchers["moe_combine"], data.space.y, data.out)
+            moe_combine.run(launchers["moe_combine"], data.space.y, data.out, data.space.ready)
 
         if not launchers:
             return []
