@@ -104,8 +104,8 @@ def all_models(models: list[str], flags: list[str], budget_s: float) -> dict[str
 def over_http(model: str, flags: list[str], at_once: int, prompt: int, output: int) -> dict[str, Any]:
     """One batch offline, over the contexts that the streams go through, and the same over HTTP: as long,
     because a GPU at its power limit runs its first second faster (gpt-oss-120b on an H200: 17.1 ms a step of
-    64 tokens, later 18.0). Both with the server's own settings, the longest context it takes among them:
-    graphs are made for that."""
+    64 tokens, later 18.0); the share of its first 64 steps' rate is there too. Both with the server's own
+    settings, the longest context it takes among them: graphs are made for that."""
     name, *_ = flags_of(model)
     config = json.loads((resolve_folder(name) / "config.json").read_text())
     config = config.get("text_config", config)
@@ -116,9 +116,14 @@ def over_http(model: str, flags: list[str], at_once: int, prompt: int, output: i
         return {"model": model, "offline": alone, "failed": "no offline rate"}
     serve = [*flags_of(model), *DUMMY, "--max-running-requests", str(at_once), *flags]
     served = _served.streams(serve, at_once, prompt, output, int(config["vocab_size"]))
-    rate = alone["decode"][0]["tokens_per_s"]
-    shares = {key: served[key] and round(served[key] / rate, 3) for key in served if key.endswith("_per_s")}
-    return {"model": model, "offline": alone, "served": served, "share_of_offline": shares}
+    row = alone["decode"][0]
+    rates = {"offline": row["tokens_per_s"], "offline_first_steps": at_once / row["first_ms_per_token"] * 1e3}
+    found = {key: value for key, value in served.items() if key.endswith("_per_s")}
+    shares = {
+        f"share_of_{name}": {key: value and round(value / rate, 3) for key, value in found.items()}
+        for name, rate in rates.items()
+    }
+    return {"model": model, "offline": alone, "served": served, **shares}
 
 
 def main() -> int:
@@ -148,7 +153,7 @@ def main() -> int:
         found = over_http(
             arguments.http, flags, arguments.streams, arguments.prompt_tokens, arguments.output_tokens
         )
-        print(json.dumps({key: found.get(key) for key in ("served", "share_of_offline")}))
+        print(json.dumps({key: value for key, value in found.items() if key not in ("model", "offline")}))
     else:
         serve = [*flags_of(arguments.port_open), *DUMMY, *flags]
         found = {"model": arguments.port_open, **_served.port_open(serve)}

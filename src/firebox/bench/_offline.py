@@ -2,6 +2,7 @@
 
     ms_per_token   the median time between two steps in which every request of the batch gets one token,
                    greedy, host work and the tokens' way to the host included
+    first_ms_per_token  the same of the first 64 steps, in which a GPU may not be at its power limit yet
     roof_ms        bytes that such a step reads (weights, of E experts the share 1 − (1 − k/E)^batch; keys
                    and values of the context; recurrent states twice) over the copy rate, which is measured
                    in the same process before the model is loaded. A model that caches hold can be faster
@@ -29,6 +30,7 @@ from firebox.config import Config
 BATCHES = (1, 2, 4, 5, 8, 10, 16, 32, 64, 128, 256)
 CONTEXTS = (128, 2048, 32768)
 PREFILLS = (2048, 8192, 32768)
+FIRST = 64  # steps
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,6 +60,7 @@ class Decode(msgspec.Struct, frozen=True, kw_only=True):
     batch: int
     kv: str
     ms_per_token: float
+    first_ms_per_token: float
     tokens_per_s: float
     roof_ms: float
     share_of_roof: float

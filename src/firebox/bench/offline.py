@@ -16,7 +16,7 @@ import torch
 
 import firebox
 from firebox.bench._bandwidth import copy_gb_s, give_back, wait_for
-from firebox.bench._offline import AnyRow, Decode, NotMeasured, Offline, Prefill, Settings
+from firebox.bench._offline import FIRST, AnyRow, Decode, NotMeasured, Offline, Prefill, Settings
 from firebox.bench._step import experts_looked_at, median, profiled, replay_ms
 from firebox.bench.timer import now
 from firebox.cache.pool import LayerCache
@@ -184,7 +184,8 @@ class _Bench:
         for _ in range(WARM):
             pipeline.step()
         before = Counter(self.runner.steps)
-        ms = median(self._timed(pipeline, batch)) * 1e3
+        steps_s = self._timed(pipeline, batch)
+        ms = median(steps_s) * 1e3
         modes = _modes(self.runner.steps - before)
         graph = self.runner.captured(batch)
         alone, profile = None, None
@@ -203,6 +204,7 @@ class _Bench:
             batch=batch,
             kv="granted" if self.settings.granted else "computed",
             ms_per_token=ms,
+            first_ms_per_token=median(steps_s[:FIRST]) * 1e3,
             tokens_per_s=batch / ms * 1e3,
             roof_ms=roof_ms,
             share_of_roof=roof_ms / ms,

@@ -22,7 +22,8 @@ from firebox.kernels.launch import INTERPRETED
 # many.
 COSTS = {
     "tokens": 2.0, "stages": 2.0, "rows": 1.5, "depth": 0.5, "warps": 0.5,
-    "slices": 0.5, "head": 0.5, "tma": 0.5, "flip": 0.25, "tiles": 0.25, "held": 0.25, "band": 0.25, "apart": 0.25,
+    "slices": 0.5, "head": 0.5, "tma": 0.5, "flip": 0.25, "tiles": 0.25, "held": 0.25, "band": 0.25,
+    "apart": 0.25,
 }  # fmt: skip
 MEASURED_BONUS = 0.5  # of a tile that was measured for this problem at another number of tokens
 FEWEST_STAGES = 2  # one is no pipeline
