@@ -17,6 +17,7 @@ import triton.language as tl
 from firebox.formats.layouts import ARRANGED, PER_WORD
 from firebox.kernels._expert_tiles import activation, four_bit_chunk
 
+LEAST_SCALE = tl.constexpr(1e-12)  # of a block; units of nothing would not come back
 X_RUN = tl.constexpr(ARRANGED // PER_WORD)
 
 
@@ -57,6 +58,41 @@ def add_chunk(
         if X_GROUP > 0:
             of_token = tl.load(x_scale + first // X_GROUP, mask=live, other=0.0)
         return add_product(acc, wt, xt, of_token, scale, other_scale, of_other, first, FLIP)
+
+
+@triton.jit
+def rescaled_chunk(
+    acc, token_before, row_before, other_before, w, tiles, first_row, rows, scale, other_scale, of_other,
+    x, x_scale, live, first,
+    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, X_GROUP: tl.constexpr,
+):  # fmt: skip
+    """As add_chunk with FLIP, but `acc` is in units of the step's scales, and comes in those of the step
+    before: of tokens, of rows, of other rows (1 without blocks). So there are no sums beside `acc`, for which
+    a tile of 128 numbers a thread has no registers. → acc and this step's units."""
+    i = first + tl.arange(0, DEPTH)
+    if tiles is None:
+        wt = tl.load(w + rows[:, None] * COLUMNS + i[None, :])
+    else:
+        wt = tiles.load([first_row, first])
+    xt = tl.load(x + i[None, :], mask=live[:, None], other=0.0)
+    of_token = tl.load(x_scale + first // X_GROUP, mask=live, other=1.0)
+    of_row = row_before
+    others = other_before
+    change = (token_before / of_token)[:, None]
+    if scale is not None:
+        of_row = tl.maximum(tl.load(scale + first // 128), LEAST_SCALE)
+        others = tl.maximum(tl.load(other_scale + first // 128), LEAST_SCALE)
+        change *= tl.where(of_other, other_before / others, row_before / of_row)[None, :]
+    return tl.dot(xt, tl.trans(wt), acc * change), of_token, of_row, others
+
+
+@triton.jit
+def in_units(acc, of_token, of_row, others, of_other, BLOCKS: tl.constexpr):
+    """The sums that `rescaled_chunk` left."""
+    acc *= of_token[:, None]
+    if BLOCKS:
+        acc *= tl.where(of_other, others, of_row)[None, :]
+    return acc
 
 
 @triton.jit

@@ -25,10 +25,19 @@ from firebox.kernels import _experts
 from firebox.kernels._expert_tiles import row_factors, row_of_tile, together
 from firebox.kernels._experts import Problem, Weights
 from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before
-from firebox.kernels._sorted import add_chunk, add_product, biased, empty_tile, scaled, store_tile
+from firebox.kernels._sorted import (
+    add_chunk,
+    add_product,
+    biased,
+    empty_tile,
+    in_units,
+    rescaled_chunk,
+    scaled,
+    store_tile,
+)
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
-from firebox.kernels.moe_gate_up import FLIPPED_FROM, Config, inner_group, quantised
+from firebox.kernels.moe_gate_up import FLIPPED_FROM, Config, inner_group, quantised, rescaled
 from firebox.kernels.moe_gate_up_few import accepts
 
 __all__ = ["Config", "accepts"]
@@ -93,6 +102,15 @@ def _rows_of(n, HIDDEN: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _scales_of_blocks(scale, e, n, HIDDEN: tl.constexpr, INTER: tl.constexpr, ROWS: tl.constexpr):
+    """Where the scales of the n-th tile's first and of its last 128 rows begin."""
+    block = n * ROWS // 128
+    last_block = tl.minimum(block + (ROWS - 1) // 128, HIDDEN // 128 - 1)
+    of_expert = scale + e * (HIDDEN // 128 * (INTER // 128))
+    return of_expert + block * (INTER // 128), of_expert + last_block * (INTER // 128)
+
+
+@triton.jit
 def _store(
     acc, n, row_scale, bias, y, weight, row_of_y, live, of_expert,
     HIDDEN: tl.constexpr, ROWS: tl.constexpr, FORMAT: tl.constexpr, ASM: tl.constexpr, FLIP: tl.constexpr,
@@ -125,8 +143,7 @@ def _add(
     if GROUP > 0:
         scale_of_row = scale + e * (HIDDEN * GROUPS) + rows[:, None] * together(GROUPS, GROUP, PANEL)
     elif scale is not None:
-        scale_of_row = scale + (e * (HIDDEN // 128) + n * ROWS // 128) * (INTER // 128)
-        other_scale = scale_of_row + (INTER // 128 if ROWS == 256 else 0)
+        scale_of_row, other_scale = _scales_of_blocks(scale, e, n, HIDDEN, INTER, ROWS)
     return add_chunk(
         acc, matrix, tiles, row_of_tile(expert, n * ROWS, HIDDEN, STORED, PANEL), rows, scale_of_row,
         other_scale, tl.arange(0, ROWS) >= 128, row_of_h, scale_of_choice, live, k * DEPTH,
@@ -140,6 +157,7 @@ def down_sorted(
     HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, STORED: tl.constexpr,
     PANEL: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     PARTS: tl.constexpr, DEPTH: tl.constexpr, TILES: tl.constexpr, HELD: tl.constexpr, FLIP: tl.constexpr,
+    RESCALED: tl.constexpr,
     FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, H_GROUP: tl.constexpr,
     STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -177,7 +195,32 @@ def down_sorted(
     ROW_TILES: tl.constexpr = (HIDDEN + ROWS - 1) // ROWS
     first_tile = tl.program_id(0) * TILES
     acc = empty_tile(ROWS, TOKENS, FLIP)
-    if TILES == 1:
+    if RESCALED:
+        token_unit = tl.full((TOKENS,), 1.0, tl.float32)
+        unit = 1.0
+        other_unit = 1.0
+        of_other = tl.arange(0, ROWS) >= 128
+        for step in tl.range(0, tl.minimum(TILES, ROW_TILES - first_tile) * STEPS, num_stages=STAGES):
+            n = first_tile + step // STEPS
+            k = step % STEPS
+            _, rows = _rows_of(n, HIDDEN, ROWS)
+            scale_of_row = None
+            other_scale = None
+            if scale is not None:
+                scale_of_row, other_scale = _scales_of_blocks(scale, e, n, HIDDEN, INTER, ROWS)
+            acc, token_unit, unit, other_unit = rescaled_chunk(
+                acc, token_unit, unit, other_unit, matrix, tiles,
+                row_of_tile(expert, n * ROWS, HIDDEN, STORED, PANEL), rows, scale_of_row, other_scale,
+                of_other, row_of_h, scale_of_choice, live, k * DEPTH, INTER, DEPTH, H_GROUP,
+            )  # fmt: skip
+            if k == STEPS - 1:
+                acc = in_units(acc, token_unit, unit, other_unit, of_other, scale is not None)
+                _store(
+                    acc, n, row_scale, bias, y, weight, row_of_y, live, e * HIDDEN,
+                    HIDDEN, ROWS, FORMAT, ASM, FLIP,
+                )  # fmt: skip
+                acc = empty_tile(ROWS, TOKENS, FLIP)
+    elif TILES == 1:
         for k in tl.range(0, STEPS, num_stages=STAGES):
             acc = _add(
                 acc, first_tile, k, expert, matrix, tiles, scale, row_of_h, scale_of_choice, live,
@@ -202,8 +245,7 @@ def down_sorted(
             scale_of_row = None
             other_scale = None
             if scale is not None:
-                scale_of_row = scale + (e * (HIDDEN // 128) + n * ROWS // 128) * (INTER // 128)
-                other_scale = scale_of_row + (INTER // 128 if ROWS == 256 else 0)
+                scale_of_row, other_scale = _scales_of_blocks(scale, e, n, HIDDEN, INTER, ROWS)
             acc = empty_tile(ROWS, TOKENS, FLIP)
             for k in tl.static_range(STEPS):
                 if tiles is None:
@@ -261,6 +303,7 @@ def request(
         "DEPTH": config.depth,
         "TILES": config.tiles,
         "HELD": config.held,
+        "RESCALED": rescaled(problem, config, every_step=native),
         "FLIP": config.flip,
         "H_GROUP": inner_group(problem),
         "STAGES": config.stages,

@@ -27,7 +27,17 @@ from firebox.kernels import _experts
 from firebox.kernels._expert_tiles import row_factors, row_of_tile, together
 from firebox.kernels._experts import Problem, Weights
 from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before
-from firebox.kernels._sorted import activated, add_chunk, arranged, biased, empty_tile, scaled, store_tile
+from firebox.kernels._sorted import (
+    activated,
+    add_chunk,
+    arranged,
+    biased,
+    empty_tile,
+    in_units,
+    rescaled_chunk,
+    scaled,
+    store_tile,
+)
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
 from firebox.kernels.moe_gate_up_few import accepts
@@ -95,6 +105,13 @@ def _flips(problem: Problem, rows: int, tokens: int) -> tuple[bool, ...]:
     return (True,) if quantised(problem) or rows < 256 else (False, True)
 
 
+def rescaled(problem: Problem, config: Config, *, every_step: bool) -> bool:
+    """Are a tile's sums in units of each step's scales (kernels/_sorted.py)? If these are applied at
+    `every_step` and the tile leaves no registers for a step's products."""
+    numbers = config.rows * config.tokens // (32 * config.warps)
+    return every_step and config.flip and not config.held and numbers >= 128
+
+
 def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
     """A tile that fits everywhere, for want of a tuned one."""
     fitting = (rows for rows in (128, 64, 32, 16) if 2 * problem.inter % rows == 0)
@@ -115,10 +132,9 @@ def gate_up_sorted(
     HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, STORED: tl.constexpr,
     PANEL: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr,
     TOKENS: tl.constexpr, PARTS: tl.constexpr, DEPTH: tl.constexpr,
-    FLIP: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr,
-    X_GROUP: tl.constexpr, STAGES: tl.constexpr, CLAMPED: tl.constexpr, LIMIT: tl.constexpr,
-    ALPHA: tl.constexpr,
-    ASM: tl.constexpr, PDL: tl.constexpr,
+    FLIP: tl.constexpr, RESCALED: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr,
+    GROUP: tl.constexpr, X_GROUP: tl.constexpr, STAGES: tl.constexpr, CLAMPED: tl.constexpr,
+    LIMIT: tl.constexpr, ALPHA: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A block of choices is PARTS programs' work."""
     wait_for_launch_before(PDL)
@@ -157,12 +173,23 @@ def gate_up_sorted(
     if x_scale is not None:
         scale_of_token = x_scale + token * (HIDDEN // X_GROUP if X_GROUP > 0 else 1)
     acc = empty_tile(ROWS, TOKENS, FLIP)
-    for column in tl.range(0, STORED, DEPTH, num_stages=STAGES):
-        acc = add_chunk(
-            acc, matrix, tiles, first_row, rows, scale_of_row, up_scale, is_up, row_of_x, scale_of_token,
-            live, column,
-            2 * INTER, HIDDEN, STORED, ROWS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, X_GROUP, ASM, FLIP,
-        )  # fmt: skip
+    if RESCALED:
+        token_unit = tl.full((TOKENS,), 1.0, tl.float32)
+        unit = 1.0
+        up_unit = 1.0
+        for column in tl.range(0, STORED, DEPTH, num_stages=STAGES):
+            acc, token_unit, unit, up_unit = rescaled_chunk(
+                acc, token_unit, unit, up_unit, matrix, tiles, first_row, rows, scale_of_row, up_scale, is_up,
+                row_of_x, scale_of_token, live, column, HIDDEN, DEPTH, X_GROUP,
+            )  # fmt: skip
+        acc = in_units(acc, token_unit, unit, up_unit, is_up, scale is not None)
+    else:
+        for column in tl.range(0, STORED, DEPTH, num_stages=STAGES):
+            acc = add_chunk(
+                acc, matrix, tiles, first_row, rows, scale_of_row, up_scale, is_up, row_of_x, scale_of_token,
+                live, column,
+                2 * INTER, HIDDEN, STORED, ROWS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, X_GROUP, ASM, FLIP,
+            )  # fmt: skip
     of_token = None
     if x_scale is not None and X_GROUP == 0:
         of_token = tl.load(scale_of_token, mask=live, other=0.0)
@@ -223,6 +250,7 @@ def request(
         "PARTS": (block or config.tokens) // config.tokens,
         "DEPTH": config.depth,
         "FLIP": config.flip,
+        "RESCALED": rescaled(problem, config, every_step=x_group(problem) > 0),
         "X_GROUP": x_group(problem),
         "STAGES": config.stages,
         "CLAMPED": problem.activation == "clamped_swiglu",
