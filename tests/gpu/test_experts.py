@@ -11,9 +11,11 @@ import torch
 from firebox.hardware.base import Gpu
 from firebox.hardware.probe import probe_gpu
 from firebox.kernels import (
+    moe_down,
     moe_down_few,
     moe_down_one,
     moe_down_scaled,
+    moe_gate_up,
     moe_gate_up_few,
     moe_gate_up_one,
     moe_gate_up_scaled,
@@ -110,8 +112,6 @@ def test_few_and_sorted_agree_with_the_oracle_on_both_sides(format: str, tokens:
     p = layer.problem
     few = Path(FEW, moe_gate_up_few.default(p, tokens, gpu), moe_down_few.default(p, tokens, gpu), "test")
     assert layer.error(tokens, few) < FEW_LIMIT[format]
-    from firebox.kernels import moe_down, moe_gate_up
-
     for block in (16, 32, 64):
         many = Path(SORTED, moe_gate_up.default(p, block, gpu), moe_down.default(p, block, gpu), "test")
         assert layer.error(tokens, many) < SORTED_LIMIT[format]
@@ -198,6 +198,25 @@ def test_a_layer_that_fails_leaves_no_count_behind(gpu: Gpu, monkeypatch: pytest
     assert layer.error(16, path) < FEW_LIMIT["bf16"]
 
 
+@pytest.mark.parametrize("format", FP8)
+@pytest.mark.parametrize("tokens", [130, 1000])
+def test_sums_in_units_of_the_step(format: str, tokens: int, gpu: Gpu) -> None:
+    """Tiles of 128 numbers a thread. Blocks' scales differ by a thousand from one step to the next, and some
+    are zero."""
+    layer = Layer(problem(format, hidden=1024, inter=512, experts=24), gpu, tokens)
+    p, scale = layer.problem, layer.gate_up.scale
+    ups = list(moe_gate_up.search_space(p, 128, gpu))
+    downs = [t for t in moe_down.search_space(p, 128, gpu) if moe_gate_up.rescaled(p, t, every_step=True)]
+    assert downs
+    if scale is not None:
+        ups = [tile for tile in ups if moe_gate_up.rescaled(p, tile, every_step=True)]
+        scale[..., ::2] *= 1e-3
+        scale[3:5, 0] = 0.0
+    for i, down in enumerate(downs[::3]):
+        path = Path(SORTED, ups[i % len(ups)], down, "test")
+        assert layer.error(tokens, path) < SORTED_LIMIT[format], path
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_odd_widths(format: str, gpu: Gpu) -> None:
     """Widths that leave a remainder behind the pipeline's steps: gpt-oss's 2,880 in small, GLM's 384, 192."""
@@ -217,8 +236,6 @@ def test_odd_widths(format: str, gpu: Gpu) -> None:
 @pytest.mark.parametrize(("hidden", "inter"), [(512, 256), (320, 192), (2880, 2880), (5120, 384)])
 def test_weights_in_panels(format: str, hidden: int, inter: int, gpu: Gpu) -> None:
     """One panel a step, two and half a one; what is left behind the last step; with and without TMA."""
-    from firebox.kernels import moe_down, moe_gate_up
-
     layer = Layer(problem(format, hidden=hidden, inter=inter, panels=True), gpu)
     p = layer.problem
     for tokens in (1, 2, 8, 9, 16, 33, 64):

@@ -94,8 +94,10 @@ def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
                 numbers = rows * tokens / (32 * warps)
                 if rows > 2 * problem.inter or not 64 <= depth <= 128 or not 16 <= numbers <= 160:
                     continue
-                for stages, flip in itertools.product((3, 4), _flips(problem, rows, tokens)):
-                    yield Config(rows, tokens, depth, warps, stages, "tma" in gpu.facts, flip)
+                for stages, flip in itertools.product((2, 3, 4), _flips(problem, rows, tokens)):
+                    config = Config(rows, tokens, depth, warps, stages, "tma" in gpu.facts, flip)
+                    if stages > 2 or rescaled(problem, config, every_step=x_group(problem) > 0):
+                        yield config
 
 
 def _flips(problem: Problem, rows: int, tokens: int) -> tuple[bool, ...]:
