@@ -206,10 +206,10 @@ def test_sums_in_units_of_the_step(format: str, tokens: int, gpu: Gpu) -> None:
     layer = Layer(problem(format, hidden=1024, inter=512, experts=24), gpu, tokens)
     p, scale = layer.problem, layer.gate_up.scale
     ups = list(moe_gate_up.search_space(p, 128, gpu))
-    downs = [t for t in moe_down.search_space(p, 128, gpu) if moe_gate_up.rescaled(p, t, every_step=True)]
+    downs = [t for t in moe_down.search_space(p, 128, gpu) if moe_gate_up.rescaled(t, every_step=True)]
     assert downs
     if scale is not None:
-        ups = [tile for tile in ups if moe_gate_up.rescaled(p, tile, every_step=True)]
+        ups = [tile for tile in ups if moe_gate_up.rescaled(tile, every_step=True)]
         scale[..., ::2] *= 1e-3
         scale[3:5, 0] = 0.0
     for i, down in enumerate(downs[::3]):

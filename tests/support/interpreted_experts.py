@@ -239,7 +239,7 @@ def sorted_(
 def rescaled(p: Problem, config: Any, name: str = "") -> dict[str, Any]:
     """The tile, in FP8, with so many sums a thread that these are in units of each step's scales."""
     tile = replace(config, rows=256, flip=True, warps=1)
-    is_it = moe_gate_up.quantised(p) and moe_gate_up.rescaled(p, tile, every_step=True)
+    is_it = moe_gate_up.quantised(p) and moe_gate_up.rescaled(tile, every_step=True)
     assert is_it or p.format != "fp8_block", f"too few: {tile}"
     return {f"{name} rescaled": tile} if is_it else {}
 

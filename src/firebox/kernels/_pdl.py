@@ -40,7 +40,8 @@ def let_next_launch_begin(PDL: tl.constexpr):
 
 @triton.jit
 def say_ready(counter):
-    """Counts this program; what it wrote is there for who sees the count."""
+    """Counts this program at `counter`, which points at an int32; what it wrote is there for who sees the
+    count."""
     tl.debug_barrier()
     tl.atomic_add(counter, 1, sem="release")
 

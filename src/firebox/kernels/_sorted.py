@@ -30,6 +30,19 @@ def empty_tile(ROWS: tl.constexpr, TOKENS: tl.constexpr, FLIP: tl.constexpr):
 
 
 @triton.jit
+def _loaded(
+    w, tiles, first_row, rows, x, live, first, COLUMNS: tl.constexpr, DEPTH: tl.constexpr
+):  # fmt: skip
+    """A step of weights that are not in groups, [ROWS, DEPTH], and of x, [TOKENS, DEPTH]; see add_chunk."""
+    i = first + tl.arange(0, DEPTH)
+    if tiles is None:
+        wt = tl.load(w + rows[:, None] * COLUMNS + i[None, :])
+    else:
+        wt = tiles.load([first_row, first])
+    return wt, tl.load(x + i[None, :], mask=live[:, None], other=0.0)
+
+
+@triton.jit
 def add_chunk(
     acc, w, tiles, first_row, rows, scale, other_scale, of_other, x, x_scale, live, first,
     ALL: tl.constexpr, COLUMNS: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
@@ -48,12 +61,7 @@ def add_chunk(
             X_RUN if GROUP < 4 * X_RUN else GROUP // 4,
         )  # fmt: skip
     else:
-        i = first + tl.arange(0, DEPTH)
-        if tiles is None:
-            wt = tl.load(w + rows[:, None] * COLUMNS + i[None, :])
-        else:
-            wt = tiles.load([first_row, first])
-        xt = tl.load(x + i[None, :], mask=live[:, None], other=0.0)
+        wt, xt = _loaded(w, tiles, first_row, rows, x, live, first, COLUMNS, DEPTH)
         of_token = None
         if X_GROUP > 0:
             of_token = tl.load(x_scale + first // X_GROUP, mask=live, other=0.0)
@@ -71,12 +79,7 @@ def rescaled_chunk(
     a tile of 128 numbers a thread has no registers. All columns' products are then added in the tensor cores,
     as they are in formats without scales at each step (4,096 columns: the same error, 0.043). → acc and this
     step's units."""
-    i = first + tl.arange(0, DEPTH)
-    if tiles is None:
-        wt = tl.load(w + rows[:, None] * COLUMNS + i[None, :])
-    else:
-        wt = tiles.load([first_row, first])
-    xt = tl.load(x + i[None, :], mask=live[:, None], other=0.0)
+    wt, xt = _loaded(w, tiles, first_row, rows, x, live, first, COLUMNS, DEPTH)
     of_token = tl.load(x_scale + first // X_GROUP, mask=live, other=1.0)
     of_row = row_before
     others = other_before

@@ -303,7 +303,7 @@ def request(
         "DEPTH": config.depth,
         "TILES": config.tiles,
         "HELD": config.held,
-        "RESCALED": rescaled(problem, config, every_step=native),
+        "RESCALED": rescaled(config, every_step=native),
         "FLIP": config.flip,
         "H_GROUP": inner_group(problem),
         "STAGES": config.stages,

@@ -96,7 +96,7 @@ def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
                     continue
                 for stages, flip in itertools.product((2, 3, 4), _flips(problem, rows, tokens)):
                     config = Config(rows, tokens, depth, warps, stages, "tma" in gpu.facts, flip)
-                    if stages > 2 or rescaled(problem, config, every_step=x_group(problem) > 0):
+                    if stages > 2 or rescaled(config, every_step=x_group(problem) > 0):
                         yield config
 
 
@@ -107,7 +107,7 @@ def _flips(problem: Problem, rows: int, tokens: int) -> tuple[bool, ...]:
     return (True,) if quantised(problem) or rows < 256 else (False, True)
 
 
-def rescaled(problem: Problem, config: Config, *, every_step: bool) -> bool:
+def rescaled(config: Config, *, every_step: bool) -> bool:
     """Are a tile's sums in units of each step's scales (kernels/_sorted.py)? If these are applied at
     `every_step` and the tile leaves no registers for a step's products."""
     numbers = config.rows * config.tokens // (32 * config.warps)
@@ -252,7 +252,7 @@ def request(
         "PARTS": (block or config.tokens) // config.tokens,
         "DEPTH": config.depth,
         "FLIP": config.flip,
-        "RESCALED": rescaled(problem, config, every_step=x_group(problem) > 0),
+        "RESCALED": rescaled(config, every_step=x_group(problem) > 0),
         "X_GROUP": x_group(problem),
         "STAGES": config.stages,
         "CLAMPED": problem.activation == "clamped_swiglu",
