@@ -17,6 +17,7 @@ import triton.language as tl
 from firebox.formats.layouts import ARRANGED, PER_WORD
 from firebox.kernels._expert_tiles import activation, four_bit_chunk
 
+NARROW = tl.constexpr(32)  # choices of a tile that has few
 LEAST_SCALE = tl.constexpr(1e-12)  # of a block; units of nothing would not come back
 X_RUN = tl.constexpr(ARRANGED // PER_WORD)
 

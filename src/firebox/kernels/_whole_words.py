@@ -11,8 +11,8 @@ programs and added up again. Where there is much to decode, that is not enough: 
 take 30 µs so, and 25 in moe_gate_up_few.py and moe_down_few.py; an eighth of Kimi-K2.5's 15 and 20.
 
 Codes are taken where they stand, as float32 below the normal ones, and x and the groups' scales make up: E2M1
-comes out times 2⁻¹²⁶, an integer times 2⁻¹³³; of a group of integers, the zero point times the sum of x is
-taken off.
+comes out times 2⁻¹²⁶, an integer at bit p times 2ᵖ⁻¹⁴⁹, so that five of eight need no shift; its x is times
+2¹⁰⁰⁻ᵖ. Of a group of integers, the zero point times the sum of x is taken off.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from firebox.formats.layouts import PER_WORD
-from firebox.kernels._words import LIFT, in_panels, sum_factors
+from firebox.kernels._words import in_panels, sum_factors
 
 BYTES_EACH = 16  # of words that a thread loads at once, or those of a group where that has fewer
 SLACK = 4 / 3  # of a row's columns, the most that it may take in registers
@@ -54,12 +54,14 @@ def threads_of(columns: int, group: int) -> int:
 
 PAIR = tl.constexpr(2 * PER_WORD)  # columns of a number of 32 bits
 E2M1 = tl.constexpr(0x81C00000 - (1 << 32))  # sign and magnitude of a float32 times 2⁻¹²⁶
-UNLIFT = tl.constexpr(2.0**-100)  # of x
 SIGN = tl.constexpr(-(1 << 31))
 MAGNITUDE = tl.constexpr(0x01C00000)
 LAST_CODES = tl.constexpr(0x00D800D8)  # as in _words.e2m1_asm
-CODE = tl.constexpr(0x000F0000)
-INTEGER_SCALE = tl.constexpr(2.0**33)  # of CODE as float32, times LIFT
+E2M1_LIFT = tl.constexpr(100)  # of x, as a power of two: LIFT
+UPPER_BITS = tl.constexpr((16, 8, 12, 16))  # where an upper word's integers lie, but for the first shifted
+DOWN = tl.constexpr(12)  # so far; a mantissa has 23 bits
+LIFT_AT_0 = tl.constexpr(100)  # of x, as a power of two, for an integer at bit 0
+INTEGER_SCALE = tl.constexpr(2.0**49)  # of integers as float32 times lifted x
 
 
 @triton.jit
@@ -69,11 +71,12 @@ def part_of_words(
 ):  # fmt: skip
     """Pairs of words [B, SIZE / PAIR] of the columns FIRST … FIRST + SIZE. `w`, one pointer or [B, 1], is
     where matrices of ALL rows begin; `row`, a number or [B, 1], counts from there."""
-    i = FIRST // PAIR + tl.arange(0, SIZE // PAIR)[None, :]
+    i = tl.arange(0, SIZE // PAIR)[None, :]
     pairs = w.to(tl.pointer_type(tl.int32), bitcast=True)
     place = pairs + in_panels(row, i, ALL, STORED // PAIR, PANEL // PAIR)
+    place += in_panels(0, FIRST // PAIR, ALL, STORED // PAIR, PANEL // PAIR)
     if FIRST + SIZE > COLUMNS:
-        return tl.load(place, mask=i < COLUMNS // PAIR, other=0, eviction_policy="evict_first")
+        return tl.load(place, mask=i < (COLUMNS - FIRST) // PAIR, other=0, eviction_policy="evict_first")
     else:
         return tl.load(place, eviction_policy="evict_first")
 
@@ -84,13 +87,25 @@ def part_of_scales(
     GROUPS: tl.constexpr, GROUP: tl.constexpr, PANEL: tl.constexpr,
 ):  # fmt: skip
     """The scales [B, SIZE / GROUP] of the same columns, as stored."""
-    g = FIRST // GROUP + tl.arange(0, SIZE // GROUP)[None, :]
+    g = tl.arange(0, SIZE // GROUP)[None, :]
     place = scale + in_panels(row, g, ALL, GROUPS, PANEL // GROUP)
+    place += in_panels(0, FIRST // GROUP, ALL, GROUPS, PANEL // GROUP)
     if FIRST + SIZE > COLUMNS:
         nothing: tl.constexpr = 0.0 if scale.dtype.element_ty.is_floating() else 0
-        return tl.load(place, mask=g < COLUMNS // GROUP, other=nothing)
+        return tl.load(place, mask=g < (COLUMNS - FIRST) // GROUP, other=nothing)
     else:
         return tl.load(place)
+
+
+@triton.jit
+def times_powers(both, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    """Pairs of bf16 in an int32, times 2^FIRST and 2^SECOND. Minus zero is added, which changes nothing:
+    multiplication alone is an instruction from sm_90 on."""
+    powers = tl.full(both.shape, (127 + FIRST) << 7 | (127 + SECOND) << 23, tl.int32)
+    return tl.inline_asm_elementwise(
+        "{ .reg .b32 none; mov.b32 none, 0x80008000; fma.rn.bf16x2 $0, $1, $2, none; }", "=r,r,r",
+        [both, powers], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -98,20 +113,35 @@ def columns_of_code(
     x, J: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
     FORMAT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """What code J of the first and of the second word of each pair meets, two of [B, SIZE / PAIR] float32;
-    `x` [B, 1] points at rows. ASM: they are bf16."""
+    """What code J of the first and of the second word of each pair meets, two of [B, SIZE / PAIR] float32,
+    times powers of two; `x` [B, 1] points at rows. ASM: they are bf16."""
     RUN: tl.constexpr = GROUP // PAIR  # pairs of columns in order
     i = tl.arange(0, SIZE // PAIR)[None, :]
-    at = FIRST // 2 + i // RUN * (4 * RUN) + J * RUN + i % RUN
-    live = at < COLUMNS // 2
+    at = i // RUN * (4 * RUN) + i % RUN
+    live = at < (COLUMNS - FIRST) // 2 - J * RUN
+    INTEGERS: tl.constexpr = FORMAT == "int4_group" or FORMAT == "int4_zero"
+    UP: tl.constexpr = LIFT_AT_0 - 4 * J if INTEGERS else E2M1_LIFT
+    UP_2: tl.constexpr = LIFT_AT_0 - UPPER_BITS[J] if INTEGERS else E2M1_LIFT
     if ASM:
-        both = tl.load(x.to(tl.pointer_type(tl.int32), bitcast=True) + at, mask=live, other=0)
-        first = (both << 16).to(tl.float32, bitcast=True)
-        second = (both & -65536).to(tl.float32, bitcast=True)
+        pairs_of_x = x.to(tl.pointer_type(tl.int32), bitcast=True) + at
+        both = tl.load(pairs_of_x + (FIRST // 2 + J * RUN), mask=live, other=0)
+        both = times_powers(both, UP, UP_2)
+        return (both << 16).to(tl.float32, bitcast=True), (both & -65536).to(tl.float32, bitcast=True)
     else:
-        first = tl.load(x + 2 * at, mask=live, other=0.0).to(tl.float32)
-        second = tl.load(x + 2 * at + 1, mask=live, other=0.0).to(tl.float32)
-    return first * LIFT, second * LIFT
+        at = 2 * at + (FIRST + 2 * J * RUN)
+        first = tl.load(x + at, mask=live, other=0.0).to(tl.float32)
+        second = tl.load(x + at + 1, mask=live, other=0.0).to(tl.float32)
+        return first * 2.0**UP, second * 2.0**UP_2
+
+
+@triton.jit
+def sum_of_columns(x, FIRST: tl.constexpr):
+    """x as it was before `columns_of_code` lifted it for integers, added up over the codes of each pair."""
+    total = x[FIRST] * 2.0**-LIFT_AT_0 + x[FIRST + 1] * 2.0 ** (UPPER_BITS[0] - LIFT_AT_0)
+    for j in tl.static_range(1, 4):
+        total += x[FIRST + 2 * j] * 2.0 ** (4 * j - LIFT_AT_0)
+        total += x[FIRST + 2 * j + 1] * 2.0 ** (UPPER_BITS[j] - LIFT_AT_0)
+    return total
 
 
 @triton.jit
@@ -130,7 +160,12 @@ def value_of(pairs, J: tl.constexpr, WORD: tl.constexpr, FORMAT: tl.constexpr):
     """Code J of the first or the second (WORD 0 or 1) word of each pair, float32; see above."""
     UP: tl.constexpr = 16 - 16 * WORD  # to the upper half
     if FORMAT == "int4_group" or FORMAT == "int4_zero":
-        bits = shifted(pairs, UP - 4 * J) & CODE
+        if WORD == 0:
+            bits = pairs & (15 << 4 * J)
+        elif J == 0:
+            bits = pairs & (15 << UPPER_BITS[0])
+        else:
+            bits = (pairs >> DOWN) & (15 << UPPER_BITS[J])
     elif FORMAT == "mxfp4_nibbles" or FORMAT == "nvfp4_nibbles":
         bits = (shifted(pairs, UP + 12 - 4 * J) & SIGN) | (shifted(pairs, UP + 6 - 4 * J) & MAGNITUDE)
     elif J == 3:
@@ -159,11 +194,8 @@ def products_by_group(
         zero = 8.0
         if FORMAT == "int4_zero":
             zero = -128.0 - (stored & -65536).to(tl.float32, bitcast=True)
-        sum_of_x = x[FIRST] + x[FIRST + 1]
-        for j in tl.static_range(1, 4):
-            sum_of_x += x[FIRST + 2 * j] + x[FIRST + 2 * j + 1]
-        of_x = tl.sum(tl.reshape(sum_of_x, (B, GROUPS, EACH)), axis=2)
-        of_group = of_group * INTEGER_SCALE - zero * of_x * UNLIFT
+        of_x = tl.sum(tl.reshape(sum_of_columns(x, FIRST), (B, GROUPS, EACH)), axis=2)
+        of_group = of_group * INTEGER_SCALE - zero * of_x
     return of_group * sum_factors(stored, FORMAT, True)
 
 
@@ -205,13 +237,26 @@ def columns_of_x(
 
 
 @triton.jit
-def words_product(
-    words, stored, x, ROW: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
+def words_products(
+    words, stored, x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
     FORMAT: tl.constexpr,
 ):  # fmt: skip
-    """W · x of the ROW-th of what `row_of_words` and `row_of_scales` loaded, [B]; `x` from `columns_of_x`."""
+    """W · x of each of the ROWS that `row_of_words` and `row_of_scales` loaded one after the other, [B] each;
+    `x` from `columns_of_x`. Chunk by chunk: of x a thread has no more at a time."""
     CHUNKS: tl.constexpr = (COLUMNS + CHUNK - 1) // CHUNK
-    total = products_by_group(words[ROW * CHUNKS], stored[ROW * CHUNKS], x, 0, GROUP, FORMAT)
+    totals = ()
+    for row in tl.static_range(ROWS):
+        of_groups = products_by_group(words[row * CHUNKS], stored[row * CHUNKS], x, 0, GROUP, FORMAT)
+        totals = totals + (of_groups,)
     for c in tl.static_range(1, CHUNKS):
-        total += products_by_group(words[ROW * CHUNKS + c], stored[ROW * CHUNKS + c], x, 8 * c, GROUP, FORMAT)
-    return tl.sum(total, axis=1)
+        further = ()
+        for row in tl.static_range(ROWS):
+            of_groups = products_by_group(
+                words[row * CHUNKS + c], stored[row * CHUNKS + c], x, 8 * c, GROUP, FORMAT
+            )  # fmt: skip
+            further = further + (totals[row] + of_groups,)
+        totals = further
+    sums = ()
+    for row in tl.static_range(ROWS):
+        sums = sums + (tl.sum(totals[row], axis=1),)
+    return sums

@@ -26,6 +26,7 @@ from firebox.kernels._expert_tiles import row_factors, row_of_tile, together
 from firebox.kernels._experts import Problem, Weights
 from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before
 from firebox.kernels._sorted import (
+    NARROW,
     add_chunk,
     add_product,
     biased,
@@ -111,6 +112,13 @@ def _scales_of_blocks(scale, e, n, HIDDEN: tl.constexpr, INTER: tl.constexpr, RO
 
 
 @triton.jit
+def _of_choices(order, routing_weights, live, HIDDEN: tl.constexpr):
+    """Each choice's weight, and where its row of y begins."""
+    place = tl.load(order, mask=live, other=0)
+    return tl.load(routing_weights + place, mask=live, other=0.0), place.to(tl.int64) * HIDDEN
+
+
+@triton.jit
 def _store(
     acc, n, row_scale, bias, y, weight, row_of_y, live, of_expert,
     HIDDEN: tl.constexpr, ROWS: tl.constexpr, FORMAT: tl.constexpr, ASM: tl.constexpr, FLIP: tl.constexpr,
@@ -152,38 +160,26 @@ def _add(
 
 
 @triton.jit
-def down_sorted(
-    h, h_scale, w, tiles, scale, row_scale, bias, order, blocks, routing_weights, y,
+def _tiles(
+    h, h_scale, w, tiles, scale, row_scale, bias, order, routing_weights, y, first_tile, expert, first, count,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, STORED: tl.constexpr,
-    PANEL: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-    PARTS: tl.constexpr, DEPTH: tl.constexpr, TILES: tl.constexpr, HELD: tl.constexpr, FLIP: tl.constexpr,
-    RESCALED: tl.constexpr,
-    FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, H_GROUP: tl.constexpr,
-    STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    PANEL: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, TILES: tl.constexpr,
+    HELD: tl.constexpr, FLIP: tl.constexpr, RESCALED: tl.constexpr, FORMAT: tl.constexpr,
+    DTYPE: tl.constexpr, GROUP: tl.constexpr, H_GROUP: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """A block of choices is PARTS programs' work. A program does TILES tiles of ROWS, their steps in one
-    loop, so that a tile's weights are on their way while the one before is stored. HELD: it reads its
+    """TILES tiles of ROWS for `count` choices from the `first` on, of which it takes TOKENS: their steps in
+    one loop, so that a tile's weights are on their way while the one before is stored. HELD: it reads its
     activations once, a third of what a tile of 64 choices and 128 rows moves through the L2; a step of the
     loop is then a tile.
 
     4-bit weights are four products a step, the last of them asynchronous. Where a loop also chooses between
     its sum and a new tile's zeros, Triton (3.6 to 3.9, sm_90) puts no wait in between, and the assembler then
     waits after each of the 16 instructions. So one tile has a loop without that choice (gpt-oss's experts,
-    256 to 4,096 tokens: 1 to 5 % less). With several, a sum of its own for each step costs more than that."""
-    wait_for_launch_before(PDL)
-    let_next_launch_begin(PDL)
-    part = tl.program_id(1) % PARTS
-    entry = blocks + tl.program_id(1) // PARTS * 3
-    count = tl.load(entry + 2) - part * TOKENS
-    if count <= 0:
-        return
-    expert = tl.load(entry)
-    first = tl.load(entry + 1) + part * TOKENS
+    256 to 4,096 tokens: 1 to 5 % less). With several, a sum of its own for each step costs more than that.
+    One tile also finds its choices' weights after its loop, in which they would take 46 registers (64
+    choices; 213, and two programs a multiprocessor where now there are three)."""
     i = tl.arange(0, TOKENS)
     live = i < count
-    place = tl.load(order + first + i, mask=live, other=0)
-    weight = tl.load(routing_weights + place, mask=live, other=0.0)
-    row_of_y = place.to(tl.int64) * HIDDEN
     e = expert.to(tl.int64)
     at = (first + i).to(tl.int64)
     row_of_h = h + at[:, None] * INTER
@@ -193,8 +189,9 @@ def down_sorted(
     matrix = w + e * (HIDDEN * (STORED // 4 if GROUP > 0 else INTER))
     STEPS: tl.constexpr = STORED // DEPTH
     ROW_TILES: tl.constexpr = (HIDDEN + ROWS - 1) // ROWS
-    first_tile = tl.program_id(0) * TILES
     acc = empty_tile(ROWS, TOKENS, FLIP)
+    if TILES > 1 or RESCALED:
+        weight, row_of_y = _of_choices(order + first + i, routing_weights, live, HIDDEN)
     if RESCALED:
         token_unit = tl.full((TOKENS,), 1.0, tl.float32)
         unit = 1.0
@@ -226,6 +223,7 @@ def down_sorted(
                 acc, first_tile, k, expert, matrix, tiles, scale, row_of_h, scale_of_choice, live,
                 HIDDEN, INTER, GROUPS, STORED, PANEL, ROWS, DEPTH, FLIP, FORMAT, DTYPE, GROUP, H_GROUP, ASM,
             )  # fmt: skip
+        weight, row_of_y = _of_choices(order + first + i, routing_weights, live, HIDDEN)
         _store(
             acc, first_tile, row_scale, bias, y, weight, row_of_y, live, e * HIDDEN,
             HIDDEN, ROWS, FORMAT, ASM, FLIP,
@@ -275,6 +273,43 @@ def down_sorted(
                     HIDDEN, ROWS, FORMAT, ASM, FLIP,
                 )  # fmt: skip
                 acc = empty_tile(ROWS, TOKENS, FLIP)
+
+
+@triton.jit
+def down_sorted(
+    h, h_scale, w, tiles, scale, row_scale, bias, order, blocks, routing_weights, y,
+    HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, STORED: tl.constexpr,
+    PANEL: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+    PARTS: tl.constexpr, DEPTH: tl.constexpr, TILES: tl.constexpr, HELD: tl.constexpr, FLIP: tl.constexpr,
+    RESCALED: tl.constexpr,
+    FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, H_GROUP: tl.constexpr,
+    STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A block of choices is PARTS programs' work; see _tiles, and moe_gate_up.py for NARROW."""
+    wait_for_launch_before(PDL)
+    let_next_launch_begin(PDL)
+    part = tl.program_id(1) % PARTS
+    entry = blocks + tl.program_id(1) // PARTS * 3
+    count = tl.load(entry + 2) - part * TOKENS
+    if count <= 0:
+        return
+    expert = tl.load(entry)
+    first = tl.load(entry + 1) + part * TOKENS
+    first_tile = tl.program_id(0) * TILES
+    if TOKENS > NARROW and count <= NARROW:
+        _tiles(
+            h, h_scale, w, tiles, scale, row_scale, bias, order, routing_weights, y, first_tile, expert,
+            first, count,
+            HIDDEN, INTER, GROUPS, STORED, PANEL, ROWS, NARROW, DEPTH, TILES, False, False, False,
+            FORMAT, DTYPE, GROUP, H_GROUP, STAGES, ASM,
+        )  # fmt: skip
+    else:
+        _tiles(
+            h, h_scale, w, tiles, scale, row_scale, bias, order, routing_weights, y, first_tile, expert,
+            first, count,
+            HIDDEN, INTER, GROUPS, STORED, PANEL, ROWS, TOKENS, DEPTH, TILES, HELD, FLIP, RESCALED,
+            FORMAT, DTYPE, GROUP, H_GROUP, STAGES, ASM,
+        )  # fmt: skip
 
 
 # ---- 3. the launch

@@ -25,7 +25,7 @@ from firebox.hardware.base import Gpu
 from firebox.kernels import _experts, _whole_words, moe_down_few, moe_gate_up_one
 from firebox.kernels._experts import BLOCK, Problem, Weights
 from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before
-from firebox.kernels._whole_words import columns_of_x, row_of_scales, row_of_words, words_product
+from firebox.kernels._whole_words import columns_of_x, row_of_scales, row_of_words, words_products
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
 
@@ -218,10 +218,10 @@ def _by_words(
     hs = columns_of_x(
         h + tl.minimum(k, TOP_K - 1)[:, None] * INTER, INTER, CHUNK, GROUP, FORMAT, ASM
     )  # fmt: skip
+    sums = words_products(words, stored, hs, ROWS, INTER, CHUNK, GROUP, FORMAT)
     totals = ()
     for a in tl.static_range(ROWS):
-        sums = words_product(words, stored, hs, a, INTER, CHUNK, GROUP, FORMAT)
-        totals = totals + (tl.sum(sums * factors[a]) + added[a],)
+        totals = totals + (tl.sum(sums[a] * factors[a]) + added[a],)
     let_next_launch_begin(PDL)
     for a in tl.static_range(ROWS):
         total = totals[a]

@@ -28,6 +28,7 @@ from firebox.kernels._expert_tiles import row_factors, row_of_tile, together
 from firebox.kernels._experts import Problem, Weights
 from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before
 from firebox.kernels._sorted import (
+    NARROW,
     activated,
     add_chunk,
     arranged,
@@ -129,26 +130,15 @@ def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
 
 
 @triton.jit
-def gate_up_sorted(
-    x, x_scale, w, tiles, scale, row_scale, bias, order, blocks, h, h_scale,
+def _tile(
+    x, x_scale, w, tiles, scale, row_scale, bias, order, h, h_scale, n, expert, first, count,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, STORED: tl.constexpr,
-    PANEL: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr,
-    TOKENS: tl.constexpr, PARTS: tl.constexpr, DEPTH: tl.constexpr,
+    PANEL: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
     FLIP: tl.constexpr, RESCALED: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr,
     GROUP: tl.constexpr, X_GROUP: tl.constexpr, STAGES: tl.constexpr, CLAMPED: tl.constexpr,
-    LIMIT: tl.constexpr, ALPHA: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    LIMIT: tl.constexpr, ALPHA: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """A block of choices is PARTS programs' work."""
-    wait_for_launch_before(PDL)
-    let_next_launch_begin(PDL)
-    n = tl.program_id(0)
-    part = tl.program_id(1) % PARTS
-    entry = blocks + tl.program_id(1) // PARTS * 3
-    count = tl.load(entry + 2) - part * TOKENS
-    if count <= 0:
-        return
-    expert = tl.load(entry)
-    first = tl.load(entry + 1) + part * TOKENS
+    """The n-th ROWS of an expert for `count` choices from the `first` on, of which it takes TOKENS."""
     i = tl.arange(0, TOKENS)
     live = i < count
     token = tl.load(order + first + i, mask=live, other=0) // TOP_K
@@ -207,6 +197,43 @@ def gate_up_sorted(
         tl.store(h_scale + at * (2 * INTER // ROWS) + n, largest, mask=live)
         y = scaled(y, None, 1 / largest, FLIP)
     store_tile(h, y, at * INTER, arranged(place, GROUP), live, there, FLIP, RAGGED)
+
+
+@triton.jit
+def gate_up_sorted(
+    x, x_scale, w, tiles, scale, row_scale, bias, order, blocks, h, h_scale,
+    HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, STORED: tl.constexpr,
+    PANEL: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr,
+    TOKENS: tl.constexpr, PARTS: tl.constexpr, DEPTH: tl.constexpr,
+    FLIP: tl.constexpr, RESCALED: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr,
+    GROUP: tl.constexpr, X_GROUP: tl.constexpr, STAGES: tl.constexpr, CLAMPED: tl.constexpr,
+    LIMIT: tl.constexpr, ALPHA: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """A block of choices is PARTS programs' work. An expert's last tile is often nearly empty: with at most
+    NARROW choices it is so narrow, or a fifth of the products would be of nothing (gpt-oss, 4,096 tokens, 128
+    choices an expert in tiles of 64)."""
+    wait_for_launch_before(PDL)
+    let_next_launch_begin(PDL)
+    n = tl.program_id(0)
+    part = tl.program_id(1) % PARTS
+    entry = blocks + tl.program_id(1) // PARTS * 3
+    count = tl.load(entry + 2) - part * TOKENS
+    if count <= 0:
+        return
+    expert = tl.load(entry)
+    first = tl.load(entry + 1) + part * TOKENS
+    if TOKENS > NARROW and count <= NARROW:
+        _tile(
+            x, x_scale, w, tiles, scale, row_scale, bias, order, h, h_scale, n, expert, first, count,
+            HIDDEN, INTER, GROUPS, STORED, PANEL, TOP_K, ROWS, NARROW, DEPTH, False, False, FORMAT, DTYPE,
+            GROUP, X_GROUP, STAGES, CLAMPED, LIMIT, ALPHA, ASM,
+        )  # fmt: skip
+    else:
+        _tile(
+            x, x_scale, w, tiles, scale, row_scale, bias, order, h, h_scale, n, expert, first, count,
+            HIDDEN, INTER, GROUPS, STORED, PANEL, TOP_K, ROWS, TOKENS, DEPTH, FLIP, RESCALED, FORMAT, DTYPE,
+            GROUP, X_GROUP, STAGES, CLAMPED, LIMIT, ALPHA, ASM,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -28,7 +28,7 @@ from firebox.kernels._expert_tiles import gated
 from firebox.kernels._experts import BLOCK, Problem, Weights
 from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before
 from firebox.kernels._whole_rows import part_of_rows, part_of_x, part_product
-from firebox.kernels._whole_words import columns_of_x, row_of_scales, row_of_words, words_product
+from firebox.kernels._whole_words import columns_of_x, row_of_scales, row_of_words, words_products
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
 
@@ -58,7 +58,9 @@ def width(problem: Problem, columns: int) -> int:
 
 
 def most(problem: Problem) -> int:
-    """Weights a thread."""
+    """Weights a thread; of integers, which take the fewest instructions, the most."""
+    if problem.format in _experts.INTEGERS:
+        return 4 * MOST
     return 2 * MOST if problem.group else MOST
 
 
@@ -179,11 +181,13 @@ def gate_up_one(
             stored = stored + row_of_scales(scales, row, HIDDEN, CHUNK, ALL, GROUPS, GROUP, PANEL)
             stored = stored + row_of_scales(scales, row + 8, HIDDEN, CHUNK, ALL, GROUPS, GROUP, PANEL)
         xs = columns_of_x(x + across[:, None] * 0, HIDDEN, CHUNK, GROUP, FORMAT, ASM)
+        sums = words_products(words, stored, xs, 2 * ROWS // ACROSS, HIDDEN, CHUNK, GROUP, FORMAT)
         for a in tl.static_range(ROWS // ACROSS):
-            gate = words_product(words, stored, xs, 2 * a, HIDDEN, CHUNK, GROUP, FORMAT)
-            up = words_product(words, stored, xs, 2 * a + 1, HIDDEN, CHUNK, GROUP, FORMAT)
             inner = first + a * ACROSS + across
-            _activated(gate, up, e, choice, inner, row_scale, bias, h, INTER, CLAMPED, LIMIT, ALPHA)
+            _activated(
+                sums[2 * a], sums[2 * a + 1], e, choice, inner, row_scale, bias, h, INTER, CLAMPED, LIMIT,
+                ALPHA,
+            )  # fmt: skip
     else:
         inner = first + tl.arange(0, ROWS)
         gate, up = _of_rows(x, w, scale, e, inner, HIDDEN, INTER, C0, C1, C2)
