@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from firebox.formats.layouts import ARRANGED, PER_WORD
-from firebox.kernels._expert_tiles import activation, four_bit_chunk
+from firebox.kernels._expert_tiles import activation, four_bit_chunk, gated, inverse
 
 NARROW = tl.constexpr(32)  # choices of a tile that has few
 LEAST_SCALE = tl.constexpr(1e-12)  # of a block; units of nothing would not come back
@@ -75,30 +75,46 @@ def rescaled_chunk(
     x, x_scale, live, first,
     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, X_GROUP: tl.constexpr,
 ):  # fmt: skip
-    """As add_chunk with FLIP, but `acc` is in units of the step's scales, and comes in those of the step
-    before: of tokens, of rows, of other rows (1 without blocks). So there are no sums beside `acc`, for which
-    a tile of 128 numbers a thread has no registers. All columns' products are then added in the tensor cores,
-    as they are in formats without scales at each step (4,096 columns: the same error, 0.043). → acc and this
-    step's units."""
+    """As add_chunk with FLIP, by `rescaled_product`."""
     wt, xt = _loaded(w, tiles, first_row, rows, x, live, first, COLUMNS, DEPTH)
     of_token = tl.load(x_scale + first // X_GROUP, mask=live, other=1.0)
+    return rescaled_product(
+        acc, token_before, row_before, other_before, wt, xt, of_token, scale, other_scale, of_other, first
+    )
+
+
+@triton.jit
+def rescaled_product(
+    acc, token_before, row_before, other_before, wt, xt, of_token, scale, other_scale, of_other, first
+):
+    """As add_product with FLIP, but `acc` is in units of the step's scales, and comes in those of the step
+    before: of tokens, of rows, of other rows (1 without blocks). So there are no sums beside `acc`, for which
+    a tile of 128 numbers a thread has no registers. All columns' products are then added in the tensor cores,
+    as they are in formats without scales at each step (4,096 columns: the same error, 0.043). `acc` None:
+    there is no step before. → acc and this step's units."""
     of_row = row_before
     others = other_before
-    change = (token_before / of_token)[:, None]
     if scale is not None:
         of_row = tl.maximum(tl.load(scale + first // 128), LEAST_SCALE)
         others = tl.maximum(tl.load(other_scale + first // 128), LEAST_SCALE)
-        change *= tl.where(of_other, other_before / others, row_before / of_row)[None, :]
-    return tl.dot(xt, tl.trans(wt), acc * change), of_token, of_row, others
+    if acc is None:
+        acc = tl.dot(xt, tl.trans(wt))
+    else:
+        change = (token_before * inverse(of_token))[:, None]
+        if scale is not None:
+            of_rows = row_before * inverse(of_row)
+            change *= tl.where(of_other, other_before * inverse(others), of_rows)[None, :]
+        acc = tl.dot(xt, tl.trans(wt), acc * change)
+    return acc, of_token, of_row, others
 
 
 @triton.jit
 def in_units(acc, of_token, of_row, others, of_other, BLOCKS: tl.constexpr):
     """The sums that `rescaled_chunk` left."""
-    acc *= of_token[:, None]
     if BLOCKS:
-        acc *= tl.where(of_other, others, of_row)[None, :]
-    return acc
+        return acc * _factor(tl.where(of_other, others, of_row), of_token, True)
+    else:
+        return acc * of_token[:, None]
 
 
 @triton.jit
@@ -106,27 +122,31 @@ def add_product(acc, wt, xt, of_token, scale, other_scale, of_other, first, FLIP
     """`acc` with one step of weights that are not in groups: `wt` [ROWS, DEPTH], `xt` [TOKENS, DEPTH],
     `of_token` [TOKENS] their scales, or None; the rest as in add_chunk."""
     if of_token is not None or scale is not None:
+        of_row = None
+        if scale is not None:
+            of_row = tl.where(of_other, tl.load(other_scale + first // 128), tl.load(scale + first // 128))
         if FLIP:
             part = tl.dot(xt, tl.trans(wt))
         else:
             part = tl.dot(wt, tl.trans(xt))
-        if scale is not None:
-            of_row = tl.where(of_other, tl.load(other_scale + first // 128), tl.load(scale + first // 128))
-            if FLIP:
-                part *= of_row[None, :]
-            else:
-                part *= of_row[:, None]
-        if of_token is not None:
-            if FLIP:
-                part *= of_token[:, None]
-            else:
-                part *= of_token[None, :]
-        return acc + part
+        return acc + part * _factor(of_row, of_token, FLIP)
     else:
         if FLIP:
             return tl.dot(xt, tl.trans(wt), acc)
         else:
             return tl.dot(wt, tl.trans(xt), acc)
+
+
+@triton.jit
+def _factor(of_row, of_token, FLIP: tl.constexpr):
+    """What multiplies each sum: a number per row times one per token, either of which may be None. A thread
+    has few different ones, so that they are multiplied first."""
+    if of_row is None:
+        return of_token[:, None] if FLIP else of_token[None, :]
+    elif of_token is None:
+        return of_row[None, :] if FLIP else of_row[:, None]
+    else:
+        return of_row[None, :] * of_token[:, None] if FLIP else of_row[:, None] * of_token[None, :]
 
 
 @triton.jit
@@ -166,12 +186,7 @@ def activated(
         gate, up = tl.split(runs)
         gate = tl.reshape(gate, (TOKENS, ROWS // 2))
         up = tl.reshape(up, (TOKENS, ROWS // 2))
-        if CLAMPED:
-            gate = tl.minimum(gate, LIMIT)
-            up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
-            return (up + 1) * gate * tl.sigmoid(ALPHA * gate)
-        else:
-            return gate * tl.sigmoid(gate) * up
+        return gated(gate, up, CLAMPED, LIMIT, ALPHA)
     else:
         return activation(acc, ROWS, TOKENS, CLAMPED, LIMIT, ALPHA)
 

@@ -33,12 +33,13 @@ from firebox.kernels._sorted import (
     empty_tile,
     in_units,
     rescaled_chunk,
+    rescaled_product,
     scaled,
     store_tile,
 )
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
-from firebox.kernels.moe_gate_up import FLIPPED_FROM, Config, inner_group, quantised, rescaled
+from firebox.kernels.moe_gate_up import FLIPPED_FROM, Config, inner_group, quantised, rescaled, warps_of
 from firebox.kernels.moe_gate_up_few import accepts
 
 __all__ = ["Config", "accepts"]
@@ -62,11 +63,11 @@ def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
     """Tiles of `tokens` choices that are worth compiling."""
     for rows in (64, 128, 256):
         for depth in depths(problem):
-            for warps in (4, 8):
+            for warps in warps_of(problem, tokens):
                 if not 16 <= rows * tokens / (32 * warps) <= 160:
                     continue
                 flip = quantised(problem) and tokens >= FLIPPED_FROM
-                all_tiles = (1, 2, 4) if tokens < FLIPPED_FROM else (1, 4, 10)
+                all_tiles = (1, 2, 4) if tokens < FLIPPED_FROM else (1, 4, 8, 10)
                 for stages, tiles in itertools.product((3, 4), all_tiles):
                     if rows * tiles > problem.hidden or (tiles > 1 and problem.inter > LONG):
                         continue
@@ -136,6 +137,20 @@ def _store(
 
 
 @triton.jit
+def _store_units(
+    acc, token_unit, unit, other_unit, of_other, n, scale, row_scale, bias, y, weight, row_of_y, live,
+    of_expert,
+    HIDDEN: tl.constexpr, ROWS: tl.constexpr, FORMAT: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """_store, with FLIP, of what `rescaled_product` left."""
+    if bias is None:  # nothing comes between a sum's unit and its weight
+        token_unit *= weight
+        weight = None
+    acc = in_units(acc, token_unit, unit, other_unit, of_other, scale is not None)
+    _store(acc, n, row_scale, bias, y, weight, row_of_y, live, of_expert, HIDDEN, ROWS, FORMAT, ASM, True)
+
+
+@triton.jit
 def _add(
     acc, n, k, expert, matrix, tiles, scale, row_of_h, scale_of_choice, live,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, STORED: tl.constexpr,
@@ -192,11 +207,56 @@ def _tiles(
     acc = empty_tile(ROWS, TOKENS, FLIP)
     if TILES > 1 or RESCALED:
         weight, row_of_y = _of_choices(order + first + i, routing_weights, live, HIDDEN)
-    if RESCALED:
+    of_other = tl.arange(0, ROWS) >= 128
+    if HELD:
+        xs = ()
+        of_tokens = ()
+        for k in tl.static_range(STEPS):
+            xt = tl.load(row_of_h + k * DEPTH + tl.arange(0, DEPTH)[None, :], mask=live[:, None], other=0.0)
+            xs = xs + (xt,)
+            if h_scale is not None:
+                of_token = tl.load(scale_of_choice + k * DEPTH // H_GROUP, mask=live, other=1.0)
+                of_tokens = of_tokens + (of_token,)
+        for step in tl.range(0, tl.minimum(TILES, ROW_TILES - first_tile), num_stages=STAGES):
+            n = first_tile + step
+            _, rows = _rows_of(n, HIDDEN, ROWS)
+            scale_of_row = None
+            other_scale = None
+            if scale is not None:
+                scale_of_row, other_scale = _scales_of_blocks(scale, e, n, HIDDEN, INTER, ROWS)
+            acc = None if RESCALED else empty_tile(ROWS, TOKENS, FLIP)
+            token_unit = None
+            unit = 1.0
+            other_unit = 1.0
+            for k in tl.static_range(STEPS):
+                if tiles is None:
+                    wt = tl.load(matrix + rows[:, None] * INTER + k * DEPTH + tl.arange(0, DEPTH)[None, :])
+                else:
+                    wt = tiles.load([row_of_tile(expert, n * ROWS, HIDDEN, STORED, PANEL), k * DEPTH])
+                if RESCALED:
+                    acc, token_unit, unit, other_unit = rescaled_product(
+                        acc, token_unit, unit, other_unit, wt, xs[k], of_tokens[k], scale_of_row, other_scale,
+                        of_other, k * DEPTH,
+                    )  # fmt: skip
+                else:
+                    acc = add_product(
+                        acc, wt, xs[k], of_tokens[k] if h_scale is not None else None, scale_of_row,
+                        other_scale, of_other, k * DEPTH, FLIP,
+                    )  # fmt: skip
+            if RESCALED:
+                _store_units(
+                    acc, token_unit, unit, other_unit, of_other, n, scale, row_scale, bias, y, weight,
+                    row_of_y, live, e * HIDDEN, HIDDEN, ROWS, FORMAT, ASM,
+                )  # fmt: skip
+            else:
+                _store(
+                    acc, n, row_scale, bias, y, weight, row_of_y, live, e * HIDDEN,
+                    HIDDEN, ROWS, FORMAT, ASM, FLIP,
+                )  # fmt: skip
+    elif RESCALED:
         token_unit = tl.full((TOKENS,), 1.0, tl.float32)
         unit = 1.0
         other_unit = 1.0
-        of_other = tl.arange(0, ROWS) >= 128
         for step in tl.range(0, tl.minimum(TILES, ROW_TILES - first_tile) * STEPS, num_stages=STAGES):
             n = first_tile + step // STEPS
             k = step % STEPS
@@ -211,10 +271,9 @@ def _tiles(
                 of_other, row_of_h, scale_of_choice, live, k * DEPTH, INTER, DEPTH, H_GROUP,
             )  # fmt: skip
             if k == STEPS - 1:
-                acc = in_units(acc, token_unit, unit, other_unit, of_other, scale is not None)
-                _store(
-                    acc, n, row_scale, bias, y, weight, row_of_y, live, e * HIDDEN,
-                    HIDDEN, ROWS, FORMAT, ASM, FLIP,
+                _store_units(
+                    acc, token_unit, unit, other_unit, of_other, n, scale, row_scale, bias, y, weight,
+                    row_of_y, live, e * HIDDEN, HIDDEN, ROWS, FORMAT, ASM,
                 )  # fmt: skip
                 acc = empty_tile(ROWS, TOKENS, FLIP)
     elif TILES == 1:
@@ -228,36 +287,6 @@ def _tiles(
             acc, first_tile, row_scale, bias, y, weight, row_of_y, live, e * HIDDEN,
             HIDDEN, ROWS, FORMAT, ASM, FLIP,
         )  # fmt: skip
-    elif HELD:
-        xs = ()
-        of_tokens = ()
-        for k in tl.static_range(STEPS):
-            xt = tl.load(row_of_h + k * DEPTH + tl.arange(0, DEPTH)[None, :], mask=live[:, None], other=0.0)
-            xs = xs + (xt,)
-            if h_scale is not None:
-                of_token = tl.load(scale_of_choice + k * DEPTH // H_GROUP, mask=live, other=0.0)
-                of_tokens = of_tokens + (of_token,)
-        for step in tl.range(0, tl.minimum(TILES, ROW_TILES - first_tile), num_stages=STAGES):
-            n = first_tile + step
-            _, rows = _rows_of(n, HIDDEN, ROWS)
-            scale_of_row = None
-            other_scale = None
-            if scale is not None:
-                scale_of_row, other_scale = _scales_of_blocks(scale, e, n, HIDDEN, INTER, ROWS)
-            acc = empty_tile(ROWS, TOKENS, FLIP)
-            for k in tl.static_range(STEPS):
-                if tiles is None:
-                    wt = tl.load(matrix + rows[:, None] * INTER + k * DEPTH + tl.arange(0, DEPTH)[None, :])
-                else:
-                    wt = tiles.load([row_of_tile(expert, n * ROWS, HIDDEN, STORED, PANEL), k * DEPTH])
-                acc = add_product(
-                    acc, wt, xs[k], of_tokens[k] if h_scale is not None else None, scale_of_row, other_scale,
-                    tl.arange(0, ROWS) >= 128, k * DEPTH, FLIP,
-                )  # fmt: skip
-            _store(
-                acc, n, row_scale, bias, y, weight, row_of_y, live, e * HIDDEN,
-                HIDDEN, ROWS, FORMAT, ASM, FLIP,
-            )  # fmt: skip
     else:
         steps = tl.minimum(TILES, ROW_TILES - first_tile) * STEPS
         for step in tl.range(0, steps, num_stages=STAGES):

@@ -36,11 +36,12 @@ OP = "moe_down"
 
 @dataclass(frozen=True)
 class Config:
-    """A program takes `rows` rows of every choice."""
+    """A program takes `rows` rows of every choice; `registers` as in moe_gate_up_one."""
 
     rows: int
     warps: int
     tokens: int = 1
+    registers: int = 0
 
 
 accepts = moe_gate_up_one.accepts
@@ -67,13 +68,9 @@ def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
     together, columns = padded(problem)
     for rows in (1, 2, 4, 8, 16):
         for warps in (1, 2, 4, 8, 16):
-            if (
-                moe_gate_up_one.LEAST
-                <= rows * together * columns // (32 * warps)
-                <= moe_gate_up_one.most(problem)
-                and problem.hidden % rows == 0
-            ):
-                yield Config(rows, warps)
+            each = rows * together * columns // (32 * warps)
+            if moe_gate_up_one.LEAST <= each <= moe_gate_up_one.most(problem) and problem.hidden % rows == 0:
+                yield from moe_gate_up_one.with_registers(Config(rows, warps), each)
 
 
 def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
@@ -280,7 +277,8 @@ def request(problem: Problem, config: Config, gpu: Gpu, *, interpreted: bool = F
         gpu=gpu,
         aligned=tuple(name for name, type in types.items() if type.startswith("*")),
         num_warps=config.warps,
-        options={"launch_pdl": True} if constants["PDL"] else {},
+        options=({"launch_pdl": True} if constants["PDL"] else {})
+        | ({"maxnreg": config.registers} if config.registers else {}),
     )
 
 

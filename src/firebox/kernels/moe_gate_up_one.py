@@ -16,7 +16,8 @@ Source: own.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -36,17 +37,22 @@ from firebox.kernels.launch import Launcher
 
 OP = "moe_gate_up"
 LEAST, MOST = 16, 256  # weights a thread
+HUNGRY_FROM = 64  # weights a thread, from which the assembler may not ask for all of them at once
+REGISTERS = (112, 128)  # for these
 
 
 @dataclass(frozen=True)
 class Config:
-    """A program takes `rows` inner columns, which is as many gate rows and up rows."""
+    """A program takes `rows` inner columns, which is as many gate rows and up rows. `registers` that a thread
+    may have; 0: the assembler says. Told that it may have many, it asks for more of a tile at once."""
 
     rows: int
     warps: int
     tokens: int = 1
+    registers: int = 0
 
 
+C = TypeVar("C", bound=Any)  # the tile of either half
 accepts = moe_gate_up_few.accepts
 
 
@@ -78,7 +84,14 @@ def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
             config = Config(rows, warps)
             each = 2 * rows * width(problem, problem.hidden) // (32 * warps)
             if LEAST <= each <= most(problem) and rows % across(problem, config) == 0:
-                yield config
+                yield from with_registers(config, each)
+
+
+def with_registers(config: C, each: int) -> Iterator[C]:
+    """A tile of `each` weights a thread, and the same with registers, of either half."""
+    yield config
+    for registers in REGISTERS if each >= HUNGRY_FROM else ():
+        yield replace(config, registers=registers)
 
 
 def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
@@ -221,7 +234,8 @@ def request(problem: Problem, config: Config, gpu: Gpu, *, interpreted: bool = F
         gpu=gpu,
         aligned=tuple(name for name, type in types.items() if type.startswith("*")),
         num_warps=config.warps,
-        options={"launch_pdl": True} if constants["PDL"] else {},
+        options=({"launch_pdl": True} if constants["PDL"] else {})
+        | ({"maxnreg": config.registers} if config.registers else {}),
     )
 
 
