@@ -173,11 +173,28 @@ def one(p: Problem, gate_up: Weights, down: Weights, generator: torch.Generator)
     return found
 
 
+def some_narrow(p: Problem) -> torch.Tensor:
+    """Choices of 40 tokens: experts with 40, 32 and 8 of them, of which a tile of 64 is narrow for two."""
+    ids = torch.arange(p.top_k, dtype=torch.int32).repeat(40, 1)
+    ids[32:, 1] = p.top_k
+    return ids
+
+
 def sorted_(
-    p: Problem, tokens: int, gate_up: Weights, down: Weights, generator: torch.Generator
+    p: Problem,
+    tokens: int,
+    gate_up: Weights,
+    down: Weights,
+    generator: torch.Generator,
+    *,
+    block: int = BLOCK,
+    chosen: torch.Tensor | None = None,
 ) -> dict[str, float]:
+    """Every kind of tile of BLOCK choices, or the usual one of a larger `block`. `chosen`: not drawn."""
     ids, weights = random_routing(p, tokens, generator)
-    order, blocks = in_order(p, ids)
+    ids = ids if chosen is None else chosen
+    name_of_all = f"sorted {tokens}" + " narrow" * (block > BLOCK)
+    order, blocks = in_order(p, ids, block)
     x = torch.randn(tokens, p.hidden, generator=generator).half()
     exact, x_scale, h_scale, group = x.float(), None, None, moe_gate_up.inner_group(p)
     native = moe_gate_up.quantised(p)
@@ -199,8 +216,9 @@ def sorted_(
         x = arranged
     found = {}
     wanted = moe_gate_up.reference(p, exact, gate_up, ids, order)
-    config = in_depths(moe_gate_up.default(p, BLOCK, GPU), p, p.hidden)
-    fitting = rescaled(p, config) if config.rows == 256 else {}  # they are half a scale of h
+    config = in_depths(moe_gate_up.default(p, block, GPU), p, p.hidden)
+    # rows are half a scale of h
+    fitting = rescaled(p, config) if config.rows == 256 and block == BLOCK else {}
     for name, tile in {**fitting, "": config}.items():
         h = torch.empty(ids.numel(), p.inter, dtype=x.dtype)
         launcher = Launcher(moe_gate_up.request(p, tile, GPU, interpreted=True))
@@ -210,30 +228,29 @@ def sorted_(
             inner = torch.empty_like(inner).index_copy_(1, layouts.arranged_columns(p.inter, p.group), inner)
         if h_scale is not None:
             inner = (h.float().unflatten(-1, (-1, group)) * h_scale.unsqueeze(-1)).flatten(-2)
-        found[f"sorted {tokens} gate_up{name}"] = relative_error(inner, wanted)
-    config = in_depths(moe_down.default(p, BLOCK, GPU), p, p.inter)
+        found[f"{name_of_all} gate_up{name}"] = relative_error(inner, wanted)
+    config = in_depths(moe_down.default(p, block, GPU), p, p.inter)
     wanted = moe_down.reference(p, inner, down, ids, order, weights)
     in_a_row = replace(config, tiles=2)
     held = {" 2 tiles held": replace(in_a_row, held=True)} if moe_down.can_hold(p, config.depth) else {}
-    many = {
-        " 2 tiles": in_a_row,
-        **held,
+    in_units = {
         **rescaled(p, config),
         **rescaled(p, in_a_row, " 2 tiles"),
-        "": config,
+        **rescaled(p, replace(in_a_row, held=True), " 2 tiles held"),
     }
-    for name, tile in many.items():
+    many = {" 2 tiles": in_a_row, **held, **in_units} if block == BLOCK else {}
+    for name, tile in {**many, "": config}.items():
         y = torch.full((ids.numel(), p.hidden), NAN, dtype=torch.float16)
         launcher = Launcher(moe_down.request(p, tile, GPU, interpreted=True))
         moe_down.run(launcher, p, h, h_scale, down, order, blocks, weights, y)
-        found[f"sorted {tokens} down{name}"] = relative_error(y, wanted)
+        found[f"{name_of_all} down{name}"] = relative_error(y, wanted)
     sums = moe_combine.Problem(p.hidden, p.top_k, "f16")
     out = torch.full((tokens, p.hidden), NAN, dtype=torch.float16)
     ready = torch.ones(p.experts + 1, dtype=torch.int32)
     launcher = Launcher(moe_combine.request(sums, GPU, experts=p.experts, interpreted=True))
     moe_combine.run(launcher, y, out, ready)
     assert not ready[:-1].any() and ready[-1] == 1, f"not zero again, or beyond: {ready}"
-    return found | {f"sorted {tokens} combine": relative_error(out, moe_combine.reference(sums, y))}
+    return found | {f"{name_of_all} combine": relative_error(out, moe_combine.reference(sums, y))}
 
 
 def rescaled(p: Problem, config: Any, name: str = "") -> dict[str, Any]:
@@ -244,9 +261,9 @@ def rescaled(p: Problem, config: Any, name: str = "") -> dict[str, Any]:
     return {f"{name} rescaled": tile} if is_it else {}
 
 
-def in_order(p: Problem, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def in_order(p: Problem, ids: torch.Tensor, block: int = BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
     """`order` and `blocks` of moe_sort, looked over."""
-    sort = moe_sort.Problem(p.experts, BLOCK)
+    sort = moe_sort.Problem(p.experts, block)
     order = torch.full((ids.numel(),), -1, dtype=torch.int32)
     blocks = torch.full((moe_sort.most_blocks(sort, ids.numel()), 3), -7, dtype=torch.int32)
     count, place = (Launcher(request) for request in moe_sort.requests(sort, GPU, interpreted=True))
@@ -312,6 +329,10 @@ def main(format: str) -> None:
             found |= {
                 size + case: error for case, error in sorted_(p, tokens, gate_up, down, generator).items()
             }
+        if many:
+            errors = sorted_(p, 40, gate_up, down, generator, block=64, chosen=some_narrow(p))
+            found |= {size + case: error for case, error in errors.items()}
+        for tokens in many:
             for kind in KINDS.get(format, ()):
                 errors = scaled(p, kind, tokens, gate_up, down, generator)
                 found |= {size + case: error for case, error in errors.items()}

@@ -41,14 +41,15 @@ KINDS = {"nvfp4_nibbles": 1, "mxfp4_nibbles": 2}
 def test_kernels_equal_their_references_under_the_interpreter(format: str, group: int) -> None:
     errors = interpreted(format, str(group))
     # gate_up and down; for one and three the whole tile, and apart; the sorted and the block-scaled ones
-    variants = ("spread", ": one ", " tiles", " shared", " rescaled")
+    variants = ("spread", ": one ", " tiles", " shared", " rescaled", " narrow")
     as_they_are = [case for case in errors if not any(variant in case for variant in variants)]
     assert len(as_they_are) == 2 * (4 + (format in WIDE)) + 2 * 2 + 2 * 3 + 2 * 2 * KINDS.get(format, 0)
-    in_a_row = 2 * (4 + (format in WIDE)) + 2 + 2 * (format not in FOUR_BIT) + 2 * (format in FP8)
+    in_a_row = 2 * (4 + (format in WIDE)) + 2 + 2 * (format not in FOUR_BIT) + 4 * (format in FP8)
     assert sum(" tiles" in case for case in errors) == in_a_row
     assert sum(" shared" in case for case in errors) == 2 * (2 + (format in WIDE))
     halves = 2 if format == "fp8_block" else format in FP8
     assert sum(" rescaled" in case and " tiles" not in case for case in errors) == 2 * halves
+    assert sum(" narrow" in case for case in errors) == 3
     of_one_token = [case for case in errors if ": one " in case]
     assert len(of_one_token) == 2 * 2 * 2
     # each of these two halves at least once with columns for groups
@@ -70,7 +71,7 @@ def test_kernels_equal_their_references_under_the_interpreter(format: str, group
 )
 def test_weights_in_panels_give_the_same(format: str, group: int, panels: str) -> None:
     errors = interpreted(format, str(group), panels)
-    variants = ("spread", " tiles", " shared", " rescaled")
+    variants = ("spread", " tiles", " shared", " rescaled", " narrow")
     as_they_are = [case for case in errors if not any(variant in case for variant in variants)]
     assert len(as_they_are) == 2 * (4 + (format in WIDE)) + 2 * 2 + 2 * 3 + 2 * 2 * 2
     assert any("spread" in case for case in errors) or group == 64, "a step of 64 columns is one group"
