@@ -39,7 +39,15 @@ from firebox.kernels._sorted import (
 )
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
-from firebox.kernels.moe_gate_up import FLIPPED_FROM, Config, inner_group, quantised, rescaled, warps_of
+from firebox.kernels.moe_gate_up import (
+    FLIPPED_FROM,
+    Config,
+    inner_group,
+    narrow_flip,
+    quantised,
+    rescaled,
+    warps_of,
+)
 from firebox.kernels.moe_gate_up_few import accepts
 
 __all__ = ["Config", "accepts"]
@@ -205,7 +213,7 @@ def _tiles(
     STEPS: tl.constexpr = STORED // DEPTH
     ROW_TILES: tl.constexpr = (HIDDEN + ROWS - 1) // ROWS
     acc = empty_tile(ROWS, TOKENS, FLIP)
-    if TILES > 1 or RESCALED:
+    if TILES > 1 or HELD or RESCALED:
         weight, row_of_y = _of_choices(order + first + i, routing_weights, live, HIDDEN)
     of_other = tl.arange(0, ROWS) >= 128
     if HELD:
@@ -310,7 +318,7 @@ def down_sorted(
     HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, STORED: tl.constexpr,
     PANEL: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     PARTS: tl.constexpr, DEPTH: tl.constexpr, TILES: tl.constexpr, HELD: tl.constexpr, FLIP: tl.constexpr,
-    RESCALED: tl.constexpr,
+    NARROW_FLIP: tl.constexpr, RESCALED: tl.constexpr,
     FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, H_GROUP: tl.constexpr,
     STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -329,7 +337,7 @@ def down_sorted(
         _tiles(
             h, h_scale, w, tiles, scale, row_scale, bias, order, routing_weights, y, first_tile, expert,
             first, count,
-            HIDDEN, INTER, GROUPS, STORED, PANEL, ROWS, NARROW, DEPTH, TILES, False, False, False,
+            HIDDEN, INTER, GROUPS, STORED, PANEL, ROWS, NARROW, DEPTH, TILES, False, NARROW_FLIP, False,
             FORMAT, DTYPE, GROUP, H_GROUP, STAGES, ASM,
         )  # fmt: skip
     else:
@@ -369,6 +377,7 @@ def request(
         "HELD": config.held,
         "RESCALED": rescaled(config, every_step=native),
         "FLIP": config.flip,
+        "NARROW_FLIP": narrow_flip(config, gpu),
         "H_GROUP": inner_group(problem),
         "STAGES": config.stages,
     }

@@ -121,6 +121,11 @@ def rescaled(config: Config, *, every_step: bool) -> bool:
     return every_step and config.flip and numbers >= 128
 
 
+def narrow_flip(config: Config, gpu: Gpu) -> bool:
+    """Are tokens first in a narrow tile too? Not for wgmma, whose first operand has more rows."""
+    return config.flip and "wgmma" not in gpu.facts
+
+
 def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
     """A tile that fits everywhere, for want of a tuned one."""
     fitting = (rows for rows in (128, 64, 32, 16) if 2 * problem.inter % rows == 0)
@@ -211,9 +216,9 @@ def gate_up_sorted(
     HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, STORED: tl.constexpr,
     PANEL: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr,
     TOKENS: tl.constexpr, PARTS: tl.constexpr, DEPTH: tl.constexpr,
-    FLIP: tl.constexpr, RESCALED: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr,
-    GROUP: tl.constexpr, X_GROUP: tl.constexpr, STAGES: tl.constexpr, CLAMPED: tl.constexpr,
-    LIMIT: tl.constexpr, ALPHA: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    FLIP: tl.constexpr, NARROW_FLIP: tl.constexpr, RESCALED: tl.constexpr, FORMAT: tl.constexpr,
+    DTYPE: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr, STAGES: tl.constexpr,
+    CLAMPED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A block of choices is PARTS programs' work. An expert's last tile is often nearly empty: with at most
     NARROW choices it is so narrow, or a fifth of the products would be of nothing (gpt-oss, 4,096 tokens, 128
@@ -231,8 +236,8 @@ def gate_up_sorted(
     if TOKENS > NARROW and count <= NARROW:
         _tile(
             x, x_scale, w, tiles, scale, row_scale, bias, order, h, h_scale, n, expert, first, count,
-            HIDDEN, INTER, GROUPS, STORED, PANEL, TOP_K, ROWS, NARROW, DEPTH, False, False, FORMAT, DTYPE,
-            GROUP, X_GROUP, STAGES, CLAMPED, LIMIT, ALPHA, ASM,
+            HIDDEN, INTER, GROUPS, STORED, PANEL, TOP_K, ROWS, NARROW, DEPTH, NARROW_FLIP, False, FORMAT,
+            DTYPE, GROUP, X_GROUP, STAGES, CLAMPED, LIMIT, ALPHA, ASM,
         )  # fmt: skip
     else:
         _tile(
@@ -285,6 +290,7 @@ def request(
         "PARTS": (block or config.tokens) // config.tokens,
         "DEPTH": config.depth,
         "FLIP": config.flip,
+        "NARROW_FLIP": narrow_flip(config, gpu),
         "RESCALED": rescaled(config, every_step=x_group(problem) > 0),
         "X_GROUP": x_group(problem),
         "STAGES": config.stages,
