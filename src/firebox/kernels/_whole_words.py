@@ -5,11 +5,11 @@ and the sum of these over a warp.
 A tile is [B, columns]: B rows side by side that fill a program's threads, in chunks of a power of two
 columns, of at most what a warp takes in one load. So each thread loads the columns of x that its words stand
 for, and uses them again for each further such tile of its program; none waits for another thread until the
-sum. Decoding E2M1 to float32 takes two or three instructions a weight, an integer one, and multiplication one,
-where tensor cores take two and a product of which seven eighths are zeros (_expert_tiles.py, SPREAD); but
-nothing is divided among programs and added up again. Where there is much to decode, that is not enough: on an
-H200 gpt-oss's experts take 26.5 µs so, and 25 in moe_gate_up_few.py and moe_down_few.py; an eighth of
-Kimi-K2.5's 12 and 20.
+sum. Decoding E2M1 to float32 takes two instructions a weight, an integer one, and multiplication one, where
+tensor cores take two and a product of which seven eighths are zeros (_expert_tiles.py, SPREAD); but nothing
+is divided among programs and added up again. Where there is much to decode, that is not enough: on an H200
+gpt-oss's experts take 26.5 µs so, and 25 in moe_gate_up_few.py and moe_down_few.py; an eighth of Kimi-K2.5's
+12 and 20.
 
 Codes are taken where they stand, as float32 below the normal ones, and x and the groups' scales make up: E2M1
 comes out times 2⁻¹²⁶, an integer at bit p times 2ᵖ⁻¹⁴⁹, so that five of eight need no shift; its x is times
