@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import time
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,7 @@ PLAIN = FIRST_S + (TOKENS - 1) * TOKEN_S  # seconds an answer takes
 
 
 TRIES = 5
+USUAL_COUNTING_S = 0.0125  # to a million, on the machine whose microseconds the limits are
 
 
 def on_a_quiet_moment(test: Callable[[], None]) -> Callable[[], None]:
@@ -200,6 +202,8 @@ def test_bytes_cut_anywhere_and_a_hundred_streams() -> None:
 
 @on_a_quiet_moment
 def test_client_and_guards_take_less_than_a_twentieth_of_a_core_for_a_thousand_tokens_a_second() -> None:
+    """Of a core that is as fast as usual: a shared one may be half as fast for minutes."""
+
     async def main(url: str) -> float:
         watch = Watch()
         async with Client(Target(url=url, model="simulated"), on_piece=watch.see) as client:
@@ -207,9 +211,23 @@ def test_client_and_guards_take_less_than_a_twentieth_of_a_core_for_a_thousand_t
             await drive(client, phase(20, 20, tokens=200))
             return time.process_time() - before
 
-    with simulated(Behaviour(first_token_s=0.1, token_s=0.01)) as url:
-        spent_s = asyncio.run(main(url))
-    assert spent_s / (20 * 200) < 50e-6, f"{1e6 * spent_s / 4000:.1f} µs a token"
+    gc.collect()
+    gc.freeze()  # what thousands of tests left in this process is not the client's to look through
+    try:
+        with simulated(Behaviour(first_token_s=0.1, token_s=0.01)) as url:
+            spent_s, slower = asyncio.run(main(url)), slowness()
+    finally:
+        gc.unfreeze()
+    each_us = 1e6 * spent_s / (20 * 200)
+    assert each_us < 50 * slower, f"{each_us:.1f} µs a token on a core that takes {slower:.2f} times as long"
+
+
+def slowness() -> float:
+    """How many times as long as usual this core takes now, at least 1."""
+    before = time.process_time()
+    for _ in range(1_000_000):
+        pass
+    return max(1.0, (time.process_time() - before) / USUAL_COUNTING_S)
 
 
 def test_a_kept_connection_that_the_server_closed_is_made_anew() -> None:
