@@ -2,6 +2,7 @@
 prefill as a share of a measured bf16 matrix product.
 
     PYTHONPATH=src python benchmarks/attention.py [--only glm] [--page-tokens 16] [--quick] [--json]
+        [--decode 64x300,256x300]
 
 Each row is checked against the reference first, on its first and last request. Keys come from several pools
 in turn, which together are several times the L2 cache. Launches are captured in a CUDA graph; the time is the
@@ -12,10 +13,14 @@ set is measured; a row shows the best, and what the default gave. Needs torch, t
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
+import contextlib
 import json
+import multiprocessing
+import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -25,21 +30,27 @@ import triton
 
 from firebox.hardware.base import Gpu
 from firebox.hardware.probe import probe_gpu
+from firebox.kernels import _triton
 from firebox.kernels import attention_decode as decode
 from firebox.kernels import attention_extend as extend
 from firebox.kernels._attention import FP8, Config, Paged, Problem
 from firebox.kernels._attention_cases import Case, attention
+from firebox.kernels.compile import PINNED_OPTIONS
 
 BF16 = torch.bfloat16
 LAYERS = {
     "gqa 64/8 x 128": Problem(64, 8, 128, 128, 64),
     "gqa 64/8 x 128, fp8": Problem(64, 8, 128, 128, 64, kv_dtype=FP8),
     "glm-4.7 tp4 24/2 x 128": Problem(24, 2, 128, 128, 64),
+    "glm-4.5-air 96/8 x 128": Problem(96, 8, 128, 128, 64),
+    "qwen3 32/4 x 128": Problem(32, 4, 128, 128, 64),
     "gpt-oss 64/8 x 64": Problem(64, 8, 64, 64, 64, sinks=BF16),
+    "gpt-oss 64/8 x 64, window": Problem(64, 8, 64, 64, 64, sinks=BF16, window=True),
     "mla 128 x 576": Problem(128, 1, 576, 512, 64),
     "mla 16 x 576": Problem(16, 1, 576, 512, 64),
     "mla 16 x 576, fp8": Problem(16, 1, 576, 512, 64, kv_dtype=FP8),
 }
+WINDOW_TOKENS = 128
 DECODE = ((1, 131_072), (8, 8192), (64, 1024), (64, 4096), (256, 2048))  # batch, context
 PREFILL = ((1, 8192, 8192), (4, 2048, 2048), (1, 2048, 32_768))  # batch, queries, context
 PREFILL_LAYERS = ("gqa 64/8 x 128", "gqa 64/8 x 128, fp8", "glm-4.7 tp4 24/2 x 128", "gpt-oss 64/8 x 64")
@@ -106,6 +117,7 @@ def step(problem: Problem, batch: int, queries: int, context: int) -> dict[str, 
     on_device, starts = (torch.from_numpy(a).cuda().to(torch.int32) for a in (contexts, query_start))
     shape = (batch * queries, problem.heads)
     q = torch.randn(*shape, problem.head_dim, dtype=problem.dtype, device="cuda")
+    seen = min(context, WINDOW_TOKENS) if problem.window else context
     tokens_bytes = problem.kv_heads * problem.head_dim * problem.kv_dtype.itemsize
     return {
         "requests": ((queries, context),) * batch,
@@ -117,11 +129,11 @@ def step(problem: Problem, batch: int, queries: int, context: int) -> dict[str, 
         "context_tokens": contexts,
         "paged": Paged(page_table, on_device, starts),
         "sinks": torch.randn(problem.heads, dtype=problem.sinks, device="cuda") if problem.sinks else None,
-        "window_tokens": 0,
+        "window_tokens": WINDOW_TOKENS if problem.window else 0,
         "scale": problem.head_dim**-0.5,
         "scales": (1.0, 1.0),
         "out": q.new_full((*shape, problem.value_dim), torch.nan),
-        "bytes": batch * context * tokens_bytes * (1 if problem.latent else 2),
+        "bytes": batch * seen * tokens_bytes * (1 if problem.latent else 2),
     }
 
 
@@ -159,7 +171,31 @@ def measured(problem: Problem, made: dict[str, Any], launch: Callable[..., Any])
 
 def arguments(made: dict[str, Any], problem: Problem, config: Config) -> dict[str, Any]:
     """What both launchers take by name."""
-    return {"problem": problem, "config": config} | {name: made[name] for name in ("sinks", "scales")}
+    shared = ("sinks", "scales", "window_tokens")
+    return {"problem": problem, "config": config} | {name: made[name] for name in shared}
+
+
+def compile_all(problems: Sequence[Problem], gpu: Gpu) -> None:
+    """Decode's tiles, side by side in processes without a GPU, into Triton's cache on disk."""
+    jobs = [
+        (problem, config, gpu)
+        for problem in problems
+        for config in (decode.default(problem, gpu, 1), *decode.search_space(problem, gpu, 1))
+    ]
+    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_compile, jobs))
+
+
+def _compile(job: tuple[Problem, Config, Gpu]) -> None:
+    problem, config, gpu = job
+    for split in (False, True):
+        for request in decode.requests(problem, config, gpu, split=split):
+            given = {**request.signature, **dict.fromkeys(request.constexprs, "constexpr")}
+            types = {name: given[name] for name in request.kernel.arg_names}
+            source = _triton.source(request.kernel, types, dict(request.constexprs), request.aligned)
+            options = {"num_warps": request.num_warps, "num_stages": request.num_stages, **request.options}
+            with contextlib.suppress(Exception):  # the launch that needs it says why
+                _triton.compile_in_process(source, gpu.triton_target, {**PINNED_OPTIONS, **options})
 
 
 def decode_row(name: str, problem: Problem, batch: int, context: int, gpu: Gpu, *, quick: bool) -> Row:
@@ -170,11 +206,13 @@ def decode_row(name: str, problem: Problem, batch: int, context: int, gpu: Gpu, 
     programs = batch * problem.kv_heads * row_blocks
     places = decode.places(problem, chosen, gpu)
     whole, fewest = decode.whole_tiles(problem, chosen), decode.min_tiles(problem, chosen)
-    normal = decode.split_count(programs, (context, context), places, chosen.block_n, whole, fewest)
+    seen = min(context, WINDOW_TOKENS + 1) if problem.window else context
+    normal = decode.split_count(programs, (seen, seen), places, chosen.block_n, whole, fewest)
     tried = {normal} if quick else {normal, max(1, normal // 2), min(2 * normal, decode.MAX_SPLITS), 1}
     for config in dict.fromkeys([chosen] if quick else [chosen, *decode.search_space(problem, gpu, 1)]):
         for splits in sorted(tried) if config == chosen else (normal,):
             options = arguments(made, problem, config) | {"max_queries": 1, "splits": splits}
+            options["pdl"] = decode.depends(gpu)
 
             def launch(k: torch.Tensor, v: torch.Tensor, options: dict[str, Any] = options) -> None:
                 decode.attend(made["q"], k, v, made["paged"], made["scale"], made["out"], **options)
@@ -219,15 +257,17 @@ def prefill_row(name: str, problem: Problem, shape: tuple[int, int, int], gpu: G
     }  # fmt: skip
 
 
-def rows(gpu: Gpu, only: str, page_tokens: int, *, quick: bool) -> Iterator[Row]:
-    """All rows whose layer's name contains `only`."""
-    for name, problem in LAYERS.items():
-        if only not in name:
-            continue
-        problem = replace(problem, page_tokens=page_tokens)
-        for batch, context in DECODE:
+def rows(
+    gpu: Gpu, only: str, page_tokens: int, steps: Sequence[tuple[int, int]], *, quick: bool
+) -> Iterator[Row]:
+    """All rows whose layer's name contains `only`, or, with `steps`, those of these alone."""
+    layers = {name: replace(p, page_tokens=page_tokens) for name, p in LAYERS.items() if only in name}
+    if not quick:
+        compile_all(list(layers.values()), gpu)
+    for name, problem in layers.items():
+        for batch, context in steps or DECODE:
             yield decode_row(name, problem, batch, context, gpu, quick=quick)
-        for shape in PREFILL if name in PREFILL_LAYERS else ():
+        for shape in PREFILL if name in PREFILL_LAYERS and not steps else ():
             yield prefill_row(name, problem, shape, gpu, quick=quick)
 
 
@@ -250,6 +290,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", default="", help="rows whose layer's name contains this")
     parser.add_argument("--page-tokens", type=int, default=64)
+    parser.add_argument("--decode", default="", metavar="BATCHxCONTEXT,…", help="these steps alone")
     parser.add_argument("--quick", action="store_true", help="the default configuration alone")
     parser.add_argument("--json", action="store_true", help="one JSON document as the last line")
     options = parser.parse_args()
@@ -261,7 +302,10 @@ def main() -> None:
     head |= {"bf16_tflop_s": matrix, "page_tokens": options.page_tokens}
     print(" ".join(f"{name}={value}" for name, value in head.items()))
     done = []
-    for row in rows(gpu, options.only, options.page_tokens, quick=options.quick):
+    steps = [
+        (int(a), int(b)) for a, _, b in (each.partition("x") for each in options.decode.split(",") if each)
+    ]
+    for row in rows(gpu, options.only, options.page_tokens, steps, quick=options.quick):
         done.append(row)
         print(line(row, copy, matrix), flush=True)
     if options.json:

@@ -105,7 +105,7 @@ def search_space(problem: Problem, gpu: Gpu, queries: int) -> list[Config]:
         Config(rows, block_n, num_warps, num_stages)
         for block_n in (32, 64, 128)
         for num_warps in (4, 8)
-        for num_stages in (3, 5)
+        for num_stages in (2, 3, 5)
         if block_n * problem.head_dim <= 64 * 576 and rows * problem.value_dim <= num_warps * 4096
     ]
     return [*tiles, _SHARED_LATENT] if problem.latent and rows == 16 else tiles

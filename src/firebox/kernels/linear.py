@@ -63,9 +63,7 @@ class Config:
 
 
 def accepts(problem: Problem, gpu: Gpu) -> str | None:
-    """As linear_few, but for unquantised weights."""
-    if problem.format == "bf16":
-        return "leaves unquantised products to cuBLAS"
+    """As linear_few."""
     return _linear.refuse(problem, gpu)
 
 
@@ -92,7 +90,8 @@ def tiles_of(problem: Problem, tokens: int, config: Config) -> int:
 
 
 def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
-    """Tiles that are worth compiling; whether they fit is the compiler's to say."""
+    """Tiles that are worth compiling; whether they fit is the compiler's to say. Of unquantised weights those
+    in slices alone: where there are tiles enough, a library's product is as fast."""
     tiles = (
         (64, 64, 4),
         (128, 64, 4),
@@ -102,17 +101,24 @@ def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
         (256, 128, 8),
         (128, 256, 8),
     )
+    tma = "tma" in gpu.facts
     for rows, wide, warps in tiles:
+        if wide > max(64, 2 * tokens):
+            continue
         for stages in (3, 4):
-            if wide <= max(64, 2 * tokens):
-                depth = 128 if problem.group in (0, 128) else 64
-                config = Config(rows, wide, depth, warps, stages)
-                yield config
-                if "tma" in gpu.facts:
-                    yield replace(config, tma=True)
-                if problem.group and depth == 64:
-                    yield replace(config, depth=128)
-                yield from _sliced(problem, tokens, replace(config, tma="tma" in gpu.facts), gpu)
+            if problem.format == "bf16":
+                for depth in (64, 128):
+                    tile = Config(rows, wide, depth, warps, stages, tma=tma)
+                    yield from _sliced(problem, tokens, tile, gpu)
+                continue
+            depth = 128 if problem.group in (0, 128) else 64
+            config = Config(rows, wide, depth, warps, stages)
+            yield config
+            if tma:
+                yield replace(config, tma=True)
+            if problem.group and depth == 64:
+                yield replace(config, depth=128)
+            yield from _sliced(problem, tokens, replace(config, tma=tma), gpu)
 
 
 def _sliced(problem: Problem, tokens: int, config: Config, gpu: Gpu) -> Iterator[Config]:
@@ -222,7 +228,9 @@ def request(problem: Problem, config: Config, gpu: Gpu, *, interpreted: bool = F
     types |= {"x": "*fp8e4nv" if native else f"*{_linear.OUT_TYPES[problem.dtype]}"}
     of_x = {
         "x_scale": "*fp32" if native else "",
-        "x_tiles": f"tensordesc<fp8e4nv[{config.tokens}, {config.depth}]>" if config.tma and native else "",
+        "x_tiles": f"tensordesc<{types['x'][1:]}[{config.tokens}, {config.depth}]>"
+        if config.tma and problem.group == 0
+        else "",
     }
     types |= {name: type for name, type in of_x.items() if type}
     absent |= {name: None for name, type in of_x.items() if not type}
