@@ -151,11 +151,11 @@ def candidates(problem: Problem, tokens: int, gpu: Gpu) -> list[Path]:
     if tokens <= linear_few.MAX_TOKENS:
         few = (linear_few.default(problem, tokens, gpu), *linear_few.search_space(problem, tokens, gpu))
         found += [Path(FEW, config, "sweep") for config in dict.fromkeys(few)]
-    ours = linear.accepts(problem, gpu) is None
-    if ours and tokens >= MANY_FROM:
+    if linear.accepts(problem, gpu) is None and tokens >= MANY_FROM:
         many = (linear.default(problem, tokens, gpu), *linear.search_space(problem, tokens, gpu))
         found += [Path(MANY, config, "sweep") for config in dict.fromkeys(many)]
-    if not ours or (tokens >= MANY_FROM and _dense_library.accepts(problem, gpu) is None):
+    unquantised = linear.unquantised(problem)
+    if unquantised or (tokens >= MANY_FROM and _dense_library.accepts(problem, gpu) is None):
         found.append(Path(CUBLAS, None, "sweep"))
     return found
 

@@ -15,6 +15,7 @@ from firebox.kernels._experts import (
     ROW_SCALED,
     Problem,
     Weights,
+    word_bits,
 )
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
@@ -43,14 +44,11 @@ def random_weights(
         if problem.format == "fp8_block":
             scale = uniform(0.5, 1.5, experts, rows // BLOCK, columns // BLOCK) * size / 100
     elif problem.format in FOUR_BIT:
-        w = torch.randint(
-            -32768,
-            32768,
-            (experts, rows, columns // 4),
-            generator=generator,
-            dtype=torch.int16,
-            device=device,
-        ).view(torch.uint16)
+        stored = layouts.whole_units(columns, problem.unit)
+        shape = (experts, rows, stored // 4)
+        bits = layouts.bits_of_columns(columns, problem.unit, word_bits(problem.format)).view(torch.int16)
+        w = torch.randint(-32768, 32768, shape, generator=generator, dtype=torch.int16, device=device)
+        w = (w & bits.to(device)).view(torch.uint16)
         groups = (experts, rows, columns // group)
         if problem.format in MXFP4:
             stored = torch.randint(118, 122, groups, generator=generator, device=device).to(torch.uint8)

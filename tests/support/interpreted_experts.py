@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 
 from firebox.formats import layouts
 from firebox.hardware.base import find_gpu
@@ -37,6 +38,7 @@ from firebox.kernels import (
 )
 from firebox.kernels._block_scaled import KINDS, Rounded
 from firebox.kernels._experts import MXFP4, Problem, Weights, operand
+from firebox.kernels._words import factor_of_code, scales_of_codes
 from firebox.kernels.launch import Launcher
 from tests.support import quick_interpreter
 from tests.support.experts import WIDE, random_routing, random_weights, relative_error
@@ -62,17 +64,27 @@ def in_depths(config: Any, p: Problem, columns: int) -> Any:
     return replace(config, depth=64) if p.panel(columns) == 128 and p.group <= 64 else config
 
 
+def in_units(p: Problem, config: Any, columns: int) -> dict[str, Any]:
+    """Where a unit is more than a group, the same tile in steps of one and of two that divide `columns`."""
+    sizes = (p.unit, 2 * p.unit) if p.unit > p.group else ()
+    fitting = (size for size in sizes if p.stored(columns) % size == 0)
+    return {f" {size} columns": replace(config, depth=size) for size in fitting}
+
+
 def unspread(config: Any) -> Any:
     """The same tile of tokens that are columns of their own."""
     return replace(config, tokens=max(config.tokens, moe_gate_up_few.COLUMNS_UP_TO))
 
 
 def spread(p: Problem, config: Any, depth: int) -> dict[str, Any]:
-    """The same tile of so few tokens that groups of its `depth` columns have columns of their own."""
+    """The same tile of so few tokens that groups of its `depth` columns have columns of their own; of whole
+    units, if that is more."""
     if p.group == 0:
         return {}
-    least = max(1, moe_gate_up_few.COLUMNS_UP_TO * p.group // depth)
-    return {f" spread {n}": replace(config, tokens=n) for n in (least, 2 * least) if n < 8}
+    deep = max(depth, p.unit)
+    least = max(1, moe_gate_up_few.COLUMNS_UP_TO * p.group // deep)
+    wide = replace(config, depth=deep) if config.depth else config
+    return {f" spread {n}": replace(wide, tokens=n) for n in (least, 2 * least) if n < 8}
 
 
 def in_a_row(p: Problem, config: Any) -> dict[str, Any]:
@@ -107,7 +119,8 @@ def few(
     wanted = moe_gate_up_few.reference(p, x, gate_up, ids)
     found = {}
     config = unspread(in_depths(moe_gate_up_few.default(p, tokens, GPU), p, p.hidden))
-    for name, tile in {"": config, **({} if shared else spread(p, config, config.depth))}.items():
+    further = {} if shared else {**spread(p, config, config.depth), **in_units(p, config, p.hidden)}
+    for name, tile in {"": config, **further}.items():
         h = torch.full((tokens * p.top_k, p.inter), NAN, dtype=torch.float16)
         table = torch.full(
             (moe_gate_up_few.programs(p, tokens), 1 + moe_gate_up_few.padded(tokens)), -1, dtype=torch.int32
@@ -120,7 +133,9 @@ def few(
     wanted = moe_down_few.reference(p, h, down, ids, weights)
     ready, first_half = programs_with_work(p, ids, config), config
     config = unspread(in_depths(moe_down_few.default(p, tokens, GPU), p, p.inter))
-    tiles = {"": config} if shared else {"": config, **spread(p, config, config.depth), **in_a_row(p, config)}
+    tiles = {"": config}
+    if not shared:
+        tiles |= spread(p, config, config.depth) | in_a_row(p, config) | in_units(p, config, p.inter)
     if tokens <= moe_gate_up_few.COLUMNS_UP_TO:
         whole = moe_down_few.Config(rows=config.rows, depth=0, warps=config.warps)
         tiles |= {" whole": whole, " apart": replace(config, apart=True)}
@@ -219,7 +234,7 @@ def sorted_(
     config = in_depths(moe_gate_up.default(p, block, GPU), p, p.hidden)
     # rows are half a scale of h
     fitting = rescaled(p, config) if config.rows == 256 and block == BLOCK else {}
-    for name, tile in {**fitting, "": config}.items():
+    for name, tile in {**fitting, **in_units(p, config, p.hidden), "": config}.items():
         h = torch.empty(ids.numel(), p.inter, dtype=x.dtype)
         launcher = Launcher(moe_gate_up.request(p, tile, GPU, interpreted=True))
         moe_gate_up.run(launcher, p, x, x_scale, gate_up, order, blocks, h, h_scale)
@@ -233,12 +248,14 @@ def sorted_(
     wanted = moe_down.reference(p, inner, down, ids, order, weights)
     in_a_row = replace(config, tiles=2)
     held = {" 2 tiles held": replace(in_a_row, held=True)} if moe_down.can_hold(p, config.depth) else {}
-    in_units = {
+    of_steps = {
         **rescaled(p, config),
         **rescaled(p, in_a_row, " 2 tiles"),
         **rescaled(p, replace(in_a_row, held=True), " 2 tiles held"),
     }
-    many = {" 2 tiles": in_a_row, **held, **in_units} if block == BLOCK else {}
+    many = (
+        {" 2 tiles": in_a_row, **held, **of_steps, **in_units(p, config, p.inter)} if block == BLOCK else {}
+    )
     for name, tile in {**many, "": config}.items():
         y = torch.full((ids.numel(), p.hidden), NAN, dtype=torch.float16)
         launcher = Launcher(moe_down.request(p, tile, GPU, interpreted=True))
@@ -307,8 +324,30 @@ def scaled(
     return found | {f"{kind} {tokens} down": relative_error(y, wanted)}
 
 
+@triton.jit
+def both_kinds_of_scales(packed, of_sums, of_weights, COUNT: tl.constexpr):
+    i = tl.arange(0, COUNT)
+    these = tl.load(packed + i)
+    found = scales_of_codes(these, tl.bfloat16, True)
+    for j in tl.static_range(4):
+        tl.store(of_sums + 4 * i + j, factor_of_code(these, j, True))
+        tl.store(of_weights + 4 * i + j, found[j].to(tl.float32))
+
+
+def check_packed_scales() -> None:
+    """What a GPU makes of packed E8M0 scales by moving bits: 2^(code − 127), for weights 2¹²⁶ times it."""
+    codes = torch.arange(1, 129, dtype=torch.uint8)[torch.randperm(128)]
+    of_sums, of_weights = torch.empty(2, 128)
+    both_kinds_of_scales[(1,)](codes.view(torch.int32), of_sums, of_weights, 32)
+    exponents = codes.float() - 127
+    assert torch.equal(of_sums, torch.exp2(exponents)) and torch.equal(
+        of_weights, torch.exp2(exponents + 126)
+    )
+
+
 def main(format: str) -> None:
     quick_interpreter.begin()
+    check_packed_scales()
     unit = 128 if format == "fp8_block" else max(64, GROUP)
     generator, found = torch.Generator().manual_seed(0), {}
     # one, columns and pairs; then, with fewer experts, experts; odd numbers of tiles either way

@@ -7,6 +7,9 @@ numbers next to each other, so weights are arranged once, when they are loaded.
     words     [rows, columns / 4]       uint16, four 4-bit codes to a word: a group of 32 columns is 8 words,
                                         and word i holds columns i, i + 8, i + 16, i + 24 of its group (of 16:
                                         4 words; i, i + 4, …), so that each of the four is a run of columns
+                                        (a unit); of MXFP4 in panels of 128 a unit is a panel, its word i has
+                                        columns i, i + 32, i + 64, i + 96: a code's are one group's, whose
+                                        scale can then multiply sums
       int4    code j in bits 4j … 4j + 3, stored plus 8
       e2m1    sign and magnitude of code j where one shift brings them to a bf16's sign and top exponent bits,
               or, of the last, one multiplication:
@@ -18,8 +21,8 @@ numbers next to each other, so weights are arranged once, when they are loaded.
       nibbles e2m1 codes in bits 4j … 4j + 3 as they are, for GPUs whose tensor cores multiply them: read as
               bytes, a row is what a block-scaled product takes
     activations                         for many tokens: of 64 columns first all that code 0 stands for, then
-                                        those of code 1, …, so that each code's are 16 in a row; in groups
-                                        of 64 and more they are that as they stand
+                                        those of code 1, …, so that each code's are 16 in a row; in units of
+                                        64 and more they are that as they stand
     panels  [panels, rows, …]           4-bit words and their group scales, if so chosen: all rows of 128
                                         columns together (of 64 or 32 where else too much of the last panel
                                         were empty), so that what a step of a kernel reads is one run of
@@ -55,10 +58,18 @@ def separate(gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return runs[..., 0, :, :].flatten(-3, -2), runs[..., 1, :, :].flatten(-3, -2)
 
 
-def pack_words(codes: torch.Tensor, group: int, bits: tuple[tuple[int, ...], ...]) -> torch.Tensor:
-    """`codes` [..., columns] of 0 … 15, columns a multiple of `group` → uint16 words [..., columns / 4].
-    `bits`: where the bits of each word's four codes go, highest first."""
-    parts = codes.to(torch.int32).unflatten(-1, (-1, PER_WORD, group // PER_WORD))
+def whole_units(columns: int, unit: int) -> int:
+    """So many columns in whole units."""
+    return -(-columns // unit) * unit
+
+
+def pack_words(codes: torch.Tensor, unit: int, bits: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+    """`codes` [..., columns] of 0 … 15 → uint16 words [..., columns / 4] of whole units, zeros behind the
+    last column. `bits`: where the bits of each word's four codes go, highest first."""
+    codes = codes.to(torch.int32)
+    if missing := -codes.shape[-1] % unit:
+        codes = torch.nn.functional.pad(codes, (0, missing))
+    parts = codes.unflatten(-1, (-1, PER_WORD, unit // PER_WORD))
     words = torch.zeros_like(parts[..., 0, :])
     for code, places in enumerate(bits):
         for bit, place in zip((3, 2, 1, 0), places, strict=True):
@@ -66,16 +77,21 @@ def pack_words(codes: torch.Tensor, group: int, bits: tuple[tuple[int, ...], ...
     return words.flatten(-2).to(torch.int16).view(torch.uint16)
 
 
-def unpack_words(words: torch.Tensor, group: int, bits: tuple[tuple[int, ...], ...]) -> torch.Tensor:
-    """The inverse of `pack_words`: int32 codes [..., columns]."""
-    of_group = words.view(torch.int16).to(torch.int32).unflatten(-1, (-1, group // PER_WORD))
+def unpack_words(words: torch.Tensor, unit: int, bits: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+    """The inverse of `pack_words`: int32 codes [..., columns], with the zeros."""
+    of_unit = words.view(torch.int16).to(torch.int32).unflatten(-1, (-1, unit // PER_WORD))
     codes = []
     for places in bits:
-        code = torch.zeros_like(of_group)
+        code = torch.zeros_like(of_unit)
         for bit, place in zip((3, 2, 1, 0), places, strict=True):
-            code |= (of_group >> place & 1) << bit
+            code |= (of_unit >> place & 1) << bit
         codes.append(code)
     return torch.stack(codes, dim=-2).flatten(-3)
+
+
+def bits_of_columns(columns: int, unit: int, bits: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+    """uint16 [whole units / 4]: the bits of each word that hold one of so many columns."""
+    return pack_words(torch.full((columns,), 15), unit, bits)
 
 
 def arranged_columns(columns: int, group: int) -> torch.Tensor:

@@ -18,7 +18,6 @@ from firebox.formats.layouts import (
     ARRANGED,
     E2M1_BITS,
     INT4_BITS,
-    PER_WORD,
     from_panels,
     panel_columns,
     separate,
@@ -75,9 +74,16 @@ class Problem:
         return {**dict.fromkeys(MXFP4, 32), **dict.fromkeys(NVFP4, 16)}.get(self.format, 0)
 
     @property
+    def unit(self) -> int:
+        """Columns whose 4-bit words hold codes a quarter of them apart (formats/layouts.py): a group's, or a
+        panel's where a code is then a group's; 0 without words."""
+        panels = {self.panel(self.hidden), self.panel(self.inter)}
+        return 4 * self.group if self.format == "mxfp4" and panels == {4 * self.group} else self.group
+
+    @property
     def arranged(self) -> bool:
         """Do activations of many tokens lie in another order? (layouts.arranged_columns)"""
-        return 0 < self.group < ARRANGED
+        return 0 < self.unit < ARRANGED
 
     def panel(self, columns: int) -> int:
         """Columns of a panel of a matrix that has so many; 0 where rows lie as they are."""
@@ -159,6 +165,7 @@ def weight_constants(problem: Problem, columns: int, gpu: Gpu, *, interpreted: b
         "FORMAT": problem.format,
         "DTYPE": DTYPES[multiply],
         "GROUP": problem.group,
+        "UNIT": problem.unit,
         "ASM": problem.group > 0 and multiply == "bf16" and not interpreted,
         "PDL": "pdl" in gpu.facts and not interpreted,
     }
@@ -234,12 +241,12 @@ def dequantised(problem: Problem, weights: Weights, expert: int, *, halves: bool
     """One expert's matrix [rows, columns] in float32, as the formats mean it; `halves`: gate rows, then up
     rows. The kernels' oracle."""
     w, scale = weights.w[expert], None if weights.scale is None else weights.scale[expert]
+    columns = problem.hidden if halves else problem.inter
     if w.dim() == 3 and scale is not None:
-        columns = problem.hidden if halves else problem.inter
-        w, scale = from_panels(w)[:, : columns // PER_WORD], from_panels(scale)[:, : columns // problem.group]
+        w, scale = from_panels(w), from_panels(scale)[:, : columns // problem.group]
     if problem.format in FOUR_BIT:
         assert scale is not None
-        codes = unpack_words(w, problem.group, word_bits(problem.format))
+        codes = unpack_words(w, problem.unit, word_bits(problem.format))[:, :columns]
         values = codes.float() if problem.format in INTEGERS else e2m1(codes)
         factors, zeros = factors_and_zeros(problem.format, scale[:, : codes.shape[-1] // problem.group])
         matrix = ((values.unflatten(1, (-1, problem.group)) - zeros) * factors).flatten(1)

@@ -48,7 +48,7 @@ def add_chunk(
     acc, w, tiles, first_row, rows, scale, other_scale, of_other, x, x_scale, live, first,
     ALL: tl.constexpr, COLUMNS: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
     PANEL: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr,
-    GROUP: tl.constexpr, X_GROUP: tl.constexpr, ASM: tl.constexpr, FLIP: tl.constexpr,
+    GROUP: tl.constexpr, UNIT: tl.constexpr, X_GROUP: tl.constexpr, ASM: tl.constexpr, FLIP: tl.constexpr,
 ):  # fmt: skip
     """`acc` with the columns `first` … first + DEPTH. `w` points at the expert's matrix of ALL rows, `rows`
     [ROWS] are the tile's, none beyond the last; `tiles` is a tensor descriptor of all experts' matrices or
@@ -58,8 +58,8 @@ def add_chunk(
     if GROUP > 0:
         return four_bit_chunk(
             acc, w, tiles, first_row, rows, scale, x, live, first,
-            ALL, COLUMNS, STORED, ROWS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, ASM, "",
-            X_RUN if GROUP < 4 * X_RUN else GROUP // 4,
+            ALL, COLUMNS, STORED, ROWS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, UNIT, ASM, "",
+            X_RUN if UNIT < 4 * X_RUN else UNIT // 4, False,
         )  # fmt: skip
     else:
         wt, xt = _loaded(w, tiles, first_row, rows, x, live, first, COLUMNS, DEPTH)
@@ -192,15 +192,15 @@ def activated(
 
 
 @triton.jit
-def arranged(column, GROUP: tl.constexpr):
-    """Where a column of activations lies for 4-bit weights in groups of GROUP; itself for others, and for
-    groups that are long enough as they are."""
-    if GROUP == 0 or GROUP >= 4 * X_RUN:
+def arranged(column, UNIT: tl.constexpr):
+    """Where a column of activations lies for 4-bit weights in units of UNIT; itself for others, and for units
+    that are long enough as they are."""
+    if UNIT == 0 or UNIT >= 4 * X_RUN:
         return column
     else:
-        RUN: tl.constexpr = GROUP // 4
-        in_group = column % GROUP
-        run = in_group // RUN * (4 * X_RUN // GROUP) + column % (4 * X_RUN) // GROUP
+        RUN: tl.constexpr = UNIT // 4
+        in_unit = column % UNIT
+        run = in_unit // RUN * (4 * X_RUN // UNIT) + column % (4 * X_RUN) // UNIT
         return column // (4 * X_RUN) * (4 * X_RUN) + run * RUN + column % RUN
 
 

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from firebox.formats.layouts import PER_WORD
-from firebox.kernels._words import in_panels, sum_factors
+from firebox.kernels._words import E2M1_LOWERED, factor_of_code, in_panels, sum_factors
 
 BYTES_EACH = 16  # of words that a thread loads at once, or those of a group where that has fewer
 SLACK = 4 / 3  # of a row's columns, the most that it may take in registers
@@ -77,7 +77,7 @@ def part_of_words(
     place = pairs + in_panels(row, i, ALL, STORED // PAIR, PANEL // PAIR)
     place += in_panels(0, FIRST // PAIR, ALL, STORED // PAIR, PANEL // PAIR)
     if FIRST + SIZE > COLUMNS:
-        return tl.load(place, mask=i < (COLUMNS - FIRST) // PAIR, other=0, eviction_policy="evict_first")
+        return tl.load(place, mask=i < (STORED - FIRST) // PAIR, other=0, eviction_policy="evict_first")
     else:
         return tl.load(place, eviction_policy="evict_first")
 
@@ -85,17 +85,23 @@ def part_of_words(
 @triton.jit
 def part_of_scales(
     scale, row, FIRST: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr, ALL: tl.constexpr,
-    GROUPS: tl.constexpr, GROUP: tl.constexpr, PANEL: tl.constexpr,
+    STORED: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, PANEL: tl.constexpr,
 ):  # fmt: skip
-    """The scales [B, SIZE / GROUP] of the same columns, as stored."""
-    g = tl.arange(0, SIZE // GROUP)[None, :]
-    place = scale + in_panels(row, g, ALL, GROUPS, PANEL // GROUP)
-    place += in_panels(0, FIRST // GROUP, ALL, GROUPS, PANEL // GROUP)
-    if FIRST + SIZE > COLUMNS:
-        nothing: tl.constexpr = 0.0 if scale.dtype.element_ty.is_floating() else 0
-        return tl.load(place, mask=g < (COLUMNS - FIRST) // GROUP, other=nothing)
+    """The scales [B, SIZE / GROUP] of the same columns, as stored; packed, [B, SIZE / UNIT] int32, in units
+    of several groups."""
+    if UNIT > GROUP:
+        unit = tl.arange(0, SIZE // UNIT)[None, :]
+        packed = scale.to(tl.pointer_type(tl.int32), bitcast=True) + (FIRST // UNIT + unit) * ALL + row
+        return tl.load(packed, mask=unit < (STORED - FIRST) // UNIT, other=0)
     else:
-        return tl.load(place)
+        g = tl.arange(0, SIZE // GROUP)[None, :]
+        place = scale + in_panels(row, g, ALL, GROUPS, PANEL // GROUP)
+        place += in_panels(0, FIRST // GROUP, ALL, GROUPS, PANEL // GROUP)
+        if FIRST + SIZE > COLUMNS:
+            nothing: tl.constexpr = 0.0 if scale.dtype.element_ty.is_floating() else 0
+            return tl.load(place, mask=g < (COLUMNS - FIRST) // GROUP, other=nothing)
+        else:
+            return tl.load(place)
 
 
 @triton.jit
@@ -111,12 +117,12 @@ def times_powers(both, FIRST: tl.constexpr, SECOND: tl.constexpr):
 
 @triton.jit
 def columns_of_code(
-    x, J: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
+    x, J: tl.constexpr, FIRST: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr,
     FORMAT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """What code J of the first and of the second word of each pair meets, two of [B, SIZE / PAIR] float32,
     times powers of two; `x` [B, 1] points at rows. ASM: they are bf16."""
-    RUN: tl.constexpr = GROUP // PAIR  # pairs of columns in order
+    RUN: tl.constexpr = UNIT // PAIR  # pairs of columns in order
     i = tl.arange(0, SIZE // PAIR)[None, :]
     at = i // RUN * (4 * RUN) + i % RUN
     live = at < (COLUMNS - FIRST) // 2 - J * RUN
@@ -177,6 +183,22 @@ def value_of(pairs, J: tl.constexpr, WORD: tl.constexpr, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def products_by_code(pairs, packed, x, FIRST: tl.constexpr, UNIT: tl.constexpr, FORMAT: tl.constexpr):
+    """As products_by_group in units of several groups, where a scale is a code's: [B, SIZE / (4 · PAIR)], the
+    sums of what a thread loads at once, times E2M1_LOWERED."""
+    B: tl.constexpr = pairs.shape[0]
+    AT_ONCE: tl.constexpr = pairs.shape[1] // 4
+    UNITS: tl.constexpr = packed.shape[1]
+    total = tl.zeros((B, AT_ONCE), tl.float32)
+    for j in tl.static_range(4):
+        products = value_of(pairs, j, 0, FORMAT) * x[FIRST + 2 * j]
+        products += value_of(pairs, j, 1, FORMAT) * x[FIRST + 2 * j + 1]
+        factor = tl.broadcast_to(factor_of_code(packed, j, True)[:, :, None], (B, UNITS, AT_ONCE // UNITS))
+        total += tl.sum(tl.reshape(products, (B, AT_ONCE, 4)), axis=2) * tl.reshape(factor, (B, AT_ONCE))
+    return total
+
+
+@triton.jit
 def products_by_group(
     pairs, stored, x, FIRST: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr
 ):  # fmt: skip
@@ -214,50 +236,63 @@ def row_of_words(
 
 @triton.jit
 def row_of_scales(
-    scale, row, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, ALL: tl.constexpr, GROUPS: tl.constexpr,
-    GROUP: tl.constexpr, PANEL: tl.constexpr,
+    scale, row, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, ALL: tl.constexpr, STORED: tl.constexpr,
+    GROUPS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, PANEL: tl.constexpr,
 ):  # fmt: skip
     """`part_of_scales` of every chunk."""
     found = ()
     for first in tl.static_range(0, COLUMNS, CHUNK):
-        found = found + (part_of_scales(scale, row, first, CHUNK, COLUMNS, ALL, GROUPS, GROUP, PANEL),)
+        of_chunk = part_of_scales(scale, row, first, CHUNK, COLUMNS, ALL, STORED, GROUPS, GROUP, UNIT, PANEL)
+        found = found + (of_chunk,)
     return found
 
 
 @triton.jit
 def columns_of_x(
-    x, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr,
+    x, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, UNIT: tl.constexpr, FORMAT: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
     """`columns_of_code` of every chunk and code, eight of each chunk."""
     found = ()
     for first in tl.static_range(0, COLUMNS, CHUNK):
         for j in tl.static_range(4):
-            found = found + columns_of_code(x, j, first, CHUNK, COLUMNS, GROUP, FORMAT, ASM)
+            found = found + columns_of_code(x, j, first, CHUNK, COLUMNS, UNIT, FORMAT, ASM)
     return found
+
+
+@triton.jit
+def products(
+    pairs, stored, x, FIRST: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, FORMAT: tl.constexpr
+):  # fmt: skip
+    """Of a chunk, however its scales go."""
+    if UNIT > GROUP:
+        return products_by_code(pairs, stored, x, FIRST, UNIT, FORMAT)
+    else:
+        return products_by_group(pairs, stored, x, FIRST, GROUP, FORMAT)
 
 
 @triton.jit
 def words_products(
     words, stored, x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
-    FORMAT: tl.constexpr,
+    UNIT: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
     """W · x of each of the ROWS that `row_of_words` and `row_of_scales` loaded one after the other, [B] each;
     `x` from `columns_of_x`. Chunk by chunk: of x a thread has no more at a time."""
     CHUNKS: tl.constexpr = (COLUMNS + CHUNK - 1) // CHUNK
     totals = ()
     for row in tl.static_range(ROWS):
-        of_groups = products_by_group(words[row * CHUNKS], stored[row * CHUNKS], x, 0, GROUP, FORMAT)
-        totals = totals + (of_groups,)
+        of_chunk = products(words[row * CHUNKS], stored[row * CHUNKS], x, 0, GROUP, UNIT, FORMAT)
+        totals = totals + (of_chunk,)
     for c in tl.static_range(1, CHUNKS):
         further = ()
         for row in tl.static_range(ROWS):
-            of_groups = products_by_group(
-                words[row * CHUNKS + c], stored[row * CHUNKS + c], x, 8 * c, GROUP, FORMAT
+            of_chunk = products(
+                words[row * CHUNKS + c], stored[row * CHUNKS + c], x, 8 * c, GROUP, UNIT, FORMAT
             )  # fmt: skip
-            further = further + (totals[row] + of_groups,)
+            further = further + (totals[row] + of_chunk,)
         totals = further
     sums = ()
     for row in tl.static_range(ROWS):
-        sums = sums + (tl.sum(totals[row], axis=1),)
+        total = tl.sum(totals[row], axis=1)
+        sums = sums + (total * (1 / E2M1_LOWERED) if UNIT > GROUP else total,)
     return sums

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 
 LIFT = tl.constexpr(2.0**100)  # of x; see `lifted`
+E2M1_LOWERED = tl.constexpr(2.0**-26)  # codes times 2⁻¹²⁶ times `lifted` x
+EXPONENT, BF16_EXPONENT = tl.constexpr(0x7F800000), tl.constexpr(0x7F80)
 
 
 @triton.jit
@@ -232,12 +234,46 @@ def sum_factors(stored, FORMAT: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
+def scale_of_code(packed, J: tl.constexpr):
+    """The E8M0 scale of code J in units, where four lie in an int32, as float32."""
+    return tl.exp2(((packed >> 8 * J) & 255).to(tl.float32) - 127.0)
+
+
+@triton.jit
+def factor_of_code(packed, J: tl.constexpr, ASM: tl.constexpr):
+    """The same, for sums: E8M0 is the exponent of a float32."""
+    if ASM:
+        bits = packed >> 1 if J == 3 else packed << 23 - 8 * J
+        return (bits & EXPONENT).to(tl.float32, bitcast=True)
+    else:
+        return scale_of_code(packed, J)
+
+
+@triton.jit
+def scales_of_codes(packed, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """As `group_scales` for each of a word's four codes in units, four of the shape of `packed`. No scale is
+    above 128, so the exponents of all four are raised at once."""
+    raised = packed + 126 * 0x01010101
+    found = ()
+    for j in tl.static_range(4):
+        if ASM:
+            bits = raised << 7 if j == 0 else raised >> 8 * j - 7
+            found = found + ((bits & BF16_EXPONENT).to(tl.int16).to(tl.bfloat16, bitcast=True),)
+        else:
+            found = found + (scale_of_code(packed, j).to(DTYPE),)
+    return found
+
+
+@triton.jit
 def spread_scales(
     scale, first, live, ROWS: tl.constexpr, TOKENS: tl.constexpr, SPREAD: tl.constexpr, GROUP: tl.constexpr,
-    FORMAT: tl.constexpr, ASM: tl.constexpr, TOGETHER: tl.constexpr = 0, ALL: tl.constexpr = 0,
+    UNIT: tl.constexpr, FORMAT: tl.constexpr, ASM: tl.constexpr, TOGETHER: tl.constexpr = 0,
+    ALL: tl.constexpr = 0,
 ):  # fmt: skip
     """float32 [ROWS, TOKENS · SPREAD]: for each token the scales of SPREAD groups from the column `first` on.
-    `live` [SPREAD], TOGETHER and ALL as in `group_scales`."""
+    `live` [SPREAD], TOGETHER and ALL as in `group_scales`; in units `scale` points at rows' packed ones."""
+    if UNIT > GROUP:
+        scale = scale.to(tl.pointer_type(tl.uint8), bitcast=True)
     group = in_panels(0, first // GROUP + tl.arange(0, SPREAD), ALL, 0, TOGETHER)
     if live is None:
         stored = tl.load(scale + group[None, :])

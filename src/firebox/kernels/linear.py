@@ -3,10 +3,11 @@
     y_t = W · x_t (+ bias) (+ residual_t)
 
 x [tokens, columns]: for FP8 weights float8_e4m3fn with x_scale float32 [tokens] (fp8_tensor, fp8_channel) or
-[tokens, columns / 128] (fp8_block), from kernels/quantise_fp8.py, multiplied FP8 by FP8; bf16 for 4-bit
-weights, which are rounded to bf16 after their group scale. W in the formats of kernels/_linear.py, but bf16:
-those products are cuBLAS's. residual [tokens, rows] bf16, which may be the same memory as y; y [tokens, rows]
-bf16 or float32. Sums, scales, bias and residual in float32, one rounding at the end.
+[tokens, columns / 128] (fp8_block), from kernels/quantise_fp8.py, multiplied FP8 by FP8; bf16 for bf16 and
+4-bit weights, these rounded to bf16 after their group scale. W in the formats of kernels/_linear.py;
+unquantised products are a library's but where slices were measured to be faster. residual [tokens, rows]
+bf16, which may be the same memory as y; y [tokens, rows] bf16 or float32. Sums, scales, bias and residual in
+float32, one rounding at the end.
 
 A program takes ROWS rows of W and TOKENS tokens: a tile. Programs go through BAND row tiles for each tile of
 tokens before they take the next, so that those that run together share rows and tokens in the L2.
@@ -72,6 +73,11 @@ def quantised(problem: Problem) -> bool:
     return problem.format in FP8
 
 
+def unquantised(problem: Problem) -> bool:
+    """Is there a library for the product as it is?"""
+    return problem.format == "bf16"
+
+
 def x_group(problem: Problem) -> int:
     """Columns of x that share a scale, 0 for all of a token's."""
     return BLOCK if problem.format == "fp8_block" else 0
@@ -106,7 +112,7 @@ def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
         if wide > max(64, 2 * tokens):
             continue
         for stages in (3, 4):
-            if problem.format == "bf16":
+            if unquantised(problem):
                 for depth in (64, 128):
                     tile = Config(rows, wide, depth, warps, stages, tma=tma)
                     yield from _sliced(problem, tokens, tile, gpu)
@@ -139,7 +145,9 @@ def _are_worth_it(problem: Problem, config: Config) -> bool:
 
 def default(problem: Problem, tokens: int, gpu: Gpu) -> Config:
     """A tile that fits everywhere, for want of a tuned one: large ones where they fill the GPU."""
-    depth = 128 if problem.group == 0 else max(64, 2 * problem.group if problem.group < 128 else 128)
+    depth = max(64, 2 * problem.group if problem.group < 128 else 128)
+    if problem.group == 0:
+        depth = 64 if unquantised(problem) else 128
     if -(-problem.rows // 128) * -(-tokens // 128) >= max(gpu.sms, 1) and problem.group == 0:
         return Config(128, 128, depth, 8, 3)
     if tokens > 64 and problem.group > 0:

@@ -22,7 +22,7 @@ import triton.language as tl
 
 from firebox.hardware.base import Gpu
 from firebox.kernels import _experts
-from firebox.kernels._expert_tiles import row_factors, row_of_tile, together
+from firebox.kernels._expert_tiles import row_factors, row_of_tile, scales_of_rows
 from firebox.kernels._experts import Problem, Weights
 from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before
 from firebox.kernels._sorted import (
@@ -163,7 +163,7 @@ def _add(
     acc, n, k, expert, matrix, tiles, scale, row_of_h, scale_of_choice, live,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, STORED: tl.constexpr,
     PANEL: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, FLIP: tl.constexpr,
-    FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, H_GROUP: tl.constexpr,
+    FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, H_GROUP: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
     """`acc` with step k of tile n."""
@@ -172,13 +172,13 @@ def _add(
     scale_of_row = None
     other_scale = None
     if GROUP > 0:
-        scale_of_row = scale + e * (HIDDEN * GROUPS) + rows[:, None] * together(GROUPS, GROUP, PANEL)
+        scale_of_row = scales_of_rows(scale + e * (HIDDEN * GROUPS), rows, GROUPS, GROUP, UNIT, PANEL)
     elif scale is not None:
         scale_of_row, other_scale = _scales_of_blocks(scale, e, n, HIDDEN, INTER, ROWS)
     return add_chunk(
         acc, matrix, tiles, row_of_tile(expert, n * ROWS, HIDDEN, STORED, PANEL), rows, scale_of_row,
         other_scale, tl.arange(0, ROWS) >= 128, row_of_h, scale_of_choice, live, k * DEPTH,
-        HIDDEN, INTER, STORED, ROWS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, H_GROUP, ASM, FLIP,
+        HIDDEN, INTER, STORED, ROWS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, UNIT, H_GROUP, ASM, FLIP,
     )  # fmt: skip
 
 
@@ -188,7 +188,8 @@ def _tiles(
     HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, STORED: tl.constexpr,
     PANEL: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, TILES: tl.constexpr,
     HELD: tl.constexpr, FLIP: tl.constexpr, RESCALED: tl.constexpr, FORMAT: tl.constexpr,
-    DTYPE: tl.constexpr, GROUP: tl.constexpr, H_GROUP: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+    DTYPE: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, H_GROUP: tl.constexpr, STAGES: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """TILES tiles of ROWS for `count` choices from the `first` on, of which it takes TOKENS: their steps in
     one loop, so that a tile's weights are on their way while the one before is stored. HELD: it reads its
@@ -288,7 +289,8 @@ def _tiles(
         for k in tl.range(0, STEPS, num_stages=STAGES):
             acc = _add(
                 acc, first_tile, k, expert, matrix, tiles, scale, row_of_h, scale_of_choice, live,
-                HIDDEN, INTER, GROUPS, STORED, PANEL, ROWS, DEPTH, FLIP, FORMAT, DTYPE, GROUP, H_GROUP, ASM,
+                HIDDEN, INTER, GROUPS, STORED, PANEL, ROWS, DEPTH, FLIP, FORMAT, DTYPE, GROUP, UNIT, H_GROUP,
+                ASM,
             )  # fmt: skip
         weight, row_of_y = _of_choices(order + first + i, routing_weights, live, HIDDEN)
         _store(
@@ -302,7 +304,8 @@ def _tiles(
             k = step % STEPS
             acc = _add(
                 acc, n, k, expert, matrix, tiles, scale, row_of_h, scale_of_choice, live,
-                HIDDEN, INTER, GROUPS, STORED, PANEL, ROWS, DEPTH, FLIP, FORMAT, DTYPE, GROUP, H_GROUP, ASM,
+                HIDDEN, INTER, GROUPS, STORED, PANEL, ROWS, DEPTH, FLIP, FORMAT, DTYPE, GROUP, UNIT, H_GROUP,
+                ASM,
             )  # fmt: skip
             if k == STEPS - 1:
                 _store(
@@ -319,7 +322,7 @@ def down_sorted(
     PANEL: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     PARTS: tl.constexpr, DEPTH: tl.constexpr, TILES: tl.constexpr, HELD: tl.constexpr, FLIP: tl.constexpr,
     NARROW_FLIP: tl.constexpr, RESCALED: tl.constexpr,
-    FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, H_GROUP: tl.constexpr,
+    FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, H_GROUP: tl.constexpr,
     STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A block of choices is PARTS programs' work; see _tiles, and moe_gate_up.py for NARROW."""
@@ -338,14 +341,14 @@ def down_sorted(
             h, h_scale, w, tiles, scale, row_scale, bias, order, routing_weights, y, first_tile, expert,
             first, count,
             HIDDEN, INTER, GROUPS, STORED, PANEL, ROWS, NARROW, DEPTH, TILES, False, NARROW_FLIP, False,
-            FORMAT, DTYPE, GROUP, H_GROUP, STAGES, ASM,
+            FORMAT, DTYPE, GROUP, UNIT, H_GROUP, STAGES, ASM,
         )  # fmt: skip
     else:
         _tiles(
             h, h_scale, w, tiles, scale, row_scale, bias, order, routing_weights, y, first_tile, expert,
             first, count,
             HIDDEN, INTER, GROUPS, STORED, PANEL, ROWS, TOKENS, DEPTH, TILES, HELD, FLIP, RESCALED,
-            FORMAT, DTYPE, GROUP, H_GROUP, STAGES, ASM,
+            FORMAT, DTYPE, GROUP, UNIT, H_GROUP, STAGES, ASM,
         )  # fmt: skip
 
 

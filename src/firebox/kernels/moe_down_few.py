@@ -41,16 +41,18 @@ from firebox.kernels import _experts, moe_gate_up_few
 from firebox.kernels._expert_tiles import (
     added_groups,
     chunk,
+    columns_of_codes,
     four_products,
+    raised,
     row_factors,
     row_of_tile,
+    scales_of_rows,
     spread,
     tile,
-    together,
 )
 from firebox.kernels._experts import Problem, Weights
 from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before, wait_until_ready
-from firebox.kernels._words import in_panels, scales_of, spread_scales
+from firebox.kernels._words import in_panels, scales_of, scales_of_codes, spread_scales
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
 from firebox.kernels.moe_gate_up_few import (
@@ -162,11 +164,15 @@ def _store(acc, factor, bias, routing_weights, products, rows, place, live, HIDD
 
 
 @triton.jit
-def _first_scale(rows, INTER: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, PANEL: tl.constexpr):
-    """Where the scales of an expert's rows begin, [ROWS, 1]."""
+def _first_scale(
+    scale, rows, INTER: tl.constexpr, GROUPS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr,
+    PANEL: tl.constexpr,
+):  # fmt: skip
+    """Where the scales of rows begin in an expert's, [ROWS, 1]."""
     if GROUP > 0:
-        return rows[:, None] * together(GROUPS, GROUP, PANEL)
-    return (rows // 128)[:, None] * (INTER // 128)
+        return scales_of_rows(scale, rows, GROUPS, GROUP, UNIT, PANEL)
+    else:
+        return scale + (rows // 128)[:, None] * (INTER // 128)
 
 
 @triton.jit
@@ -174,8 +180,8 @@ def _pass_of_tiles(
     h, matrix, tiles, expert, first_tile, scale, row_scale, bias, routing_weights, products, place, live,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, STORED: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, PANEL: tl.constexpr,
-    FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
-    SPREAD: tl.constexpr,
+    FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr,
+    ASM: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
     """As _pass for the tiles from `first_tile` on; `scale` points at the expert's."""
     COLUMNS: tl.constexpr = TOKENS if SPREAD == 0 else TOKENS * SPREAD
@@ -191,11 +197,11 @@ def _pass_of_tiles(
         rows = n * ROWS + tl.arange(0, ROWS)
         scale_of_row = None
         if scale is not None:
-            scale_of_row = scale + _first_scale(rows, INTER, GROUPS, GROUP, PANEL)
+            scale_of_row = _first_scale(scale, rows, INTER, GROUPS, GROUP, UNIT, PANEL)
         acc = chunk(
             acc, matrix, tiles, row_of_tile(expert, n * ROWS, HIDDEN, STORED, PANEL), rows, scale_of_row,
             row_of_h, live_h, k * DEPTH,
-            HIDDEN, INTER, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, ASM, SPREAD,
+            HIDDEN, INTER, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, UNIT, ASM, SPREAD,
         )  # fmt: skip
         if k == STEPS - 1:
             factor = None
@@ -204,7 +210,7 @@ def _pass_of_tiles(
             bias_of_row = None
             if bias is not None:
                 bias_of_row = tl.load(bias + first_of_expert + rows)
-            done = added_groups(acc, ROWS, TOKENS, SPREAD)
+            done = added_groups(raised(acc, GROUP, UNIT, ASM, SPREAD), ROWS, TOKENS, SPREAD)
             _store(done, factor, bias_of_row, routing_weights, products, rows, place, live, HIDDEN)
             acc = tl.zeros((ROWS, COLUMNS), tl.float32)
 
@@ -215,8 +221,8 @@ def _pass(
     place, live,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, STORED: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, PANEL: tl.constexpr,
-    FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
-    SPREAD: tl.constexpr,
+    FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr,
+    ASM: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
     """The n-th program's tiles for the tokens at `place`. `scale` points at the expert's; `rows`, `factor`
     and `bias_of_row` are the first tile's."""
@@ -224,27 +230,51 @@ def _pass(
         _pass_of_tiles(
             h, matrix, tiles, expert, n * TILES, scale, row_scale, bias, routing_weights, products, place,
             live, HIDDEN, INTER, GROUPS, STORED, ROWS, TILES, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP,
-            STAGES, ASM, SPREAD,
+            UNIT, STAGES, ASM, SPREAD,
         )  # fmt: skip
     else:
         row_of_h = h + spread(place, TOKENS, SPREAD)[:, None].to(tl.int64) * INTER
         scale_of_row = None
         if scale is not None:
-            scale_of_row = scale + _first_scale(rows, INTER, GROUPS, GROUP, PANEL)
+            scale_of_row = _first_scale(scale, rows, INTER, GROUPS, GROUP, UNIT, PANEL)
         acc = tile(
             matrix, tiles, row_of_tile(expert, n * ROWS, HIDDEN, STORED, PANEL), rows, scale_of_row, row_of_h,
             spread(live, TOKENS, SPREAD),
-            HIDDEN, INTER, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, ASM, SPREAD,
+            HIDDEN, INTER, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, UNIT, STAGES, ASM,
+            SPREAD,
         )  # fmt: skip
         _store(acc, factor, bias_of_row, routing_weights, products, rows, place, live, HIDDEN)
 
 
 @triton.jit
+def _whole_scales(
+    scale, HIDDEN: tl.constexpr, INTER: tl.constexpr, STORED: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, PANEL: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr,
+    UNIT: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """What multiplies the weights of each of a word's codes, four of [ROWS, WIDE / 4], and `minus` as
+    `scales_of` returns it."""
+    if UNIT > GROUP:
+        unit = tl.arange(0, WIDE // UNIT)[None, :]
+        packed = tl.load(scale + unit * HIDDEN, mask=unit < STORED // UNIT, other=0)  # [ROWS, units]
+        of_units = scales_of_codes(packed, DTYPE, ASM)
+        found = ()
+        for j in tl.static_range(4):
+            wide = tl.broadcast_to(of_units[j][:, :, None], (ROWS, WIDE // UNIT, UNIT // 4))
+            found = found + (tl.reshape(wide, (ROWS, WIDE // 4)),)
+        return found, packed
+    else:
+        live = tl.arange(0, WIDE // GROUP) < INTER // GROUP
+        wide, minus = scales_of(scale, 0, live, ROWS, WIDE, GROUP, FORMAT, DTYPE, ASM, PANEL // GROUP, HIDDEN)
+        return (wide, wide, wide, wide), minus
+
+
+@triton.jit
 def _whole_tile(
     h, matrix, scale, factor, bias, routing_weights, products, rows, first_in_expert, place, live,
-    HIDDEN: tl.constexpr, INTER: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-    PANEL: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, ASM: tl.constexpr,
-    SPREAD: tl.constexpr, PDL: tl.constexpr,
+    HIDDEN: tl.constexpr, INTER: tl.constexpr, STORED: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+    TOKENS: tl.constexpr, PANEL: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr,
+    UNIT: tl.constexpr, ASM: tl.constexpr, SPREAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The weights first, then the wait, then h. WIDE: INTER up to a power of two."""
     row_of_h = h + spread(place, TOKENS, SPREAD)[:, None].to(tl.int64) * INTER
@@ -253,26 +283,25 @@ def _whole_tile(
     if GROUP > 0:
         i = tl.arange(0, WIDE // 4)
         words = tl.load(
-            matrix + in_panels(rows[:, None], i[None, :], HIDDEN, INTER // 4, PANEL // 4),
-            mask=(i < INTER // 4)[None, :], other=0,
+            matrix + in_panels(rows[:, None], i[None, :], HIDDEN, STORED // 4, PANEL // 4),
+            mask=(i < STORED // 4)[None, :], other=0,
         )  # fmt: skip
-        groups_live = tl.arange(0, WIDE // GROUP) < INTER // GROUP
-        wide, minus = scales_of(
-            scale, 0, groups_live, ROWS, WIDE, GROUP, FORMAT, DTYPE, ASM, PANEL // GROUP, HIDDEN
+        wide, minus = _whole_scales(
+            scale, HIDDEN, INTER, STORED, WIDE, ROWS, PANEL, FORMAT, DTYPE, GROUP, UNIT, ASM
         )
         of_group = None
         if SPREAD > 0:
             of_group = tl.arange(0, TOKENS * SPREAD) % SPREAD
             spread_live = tl.arange(0, SPREAD) < INTER // GROUP
             factors = spread_scales(
-                scale, 0, spread_live, ROWS, TOKENS, SPREAD, GROUP, FORMAT, ASM, PANEL // GROUP, HIDDEN
+                scale, 0, spread_live, ROWS, TOKENS, SPREAD, GROUP, UNIT, FORMAT, ASM, PANEL // GROUP, HIDDEN
             )
             wide = None
         wait_for_launch_before(PDL)
-        acc = four_products(
-            acc, words, wide, minus, row_of_h, live_h, 0, INTER, WIDE, GROUP, FORMAT, DTYPE, ASM,
-            WIDE > INTER, None, of_group,
-        )  # fmt: skip
+        h0, h1, h2, h3 = columns_of_codes(
+            row_of_h, live_h, 0, INTER, WIDE, UNIT // 4, WIDE > INTER, of_group, GROUP
+        )
+        acc = four_products(acc, words, wide, minus, h0, h1, h2, h3, FORMAT, DTYPE, ASM)
         if SPREAD > 0:
             acc = added_groups(acc * factors, ROWS, TOKENS, SPREAD)
     else:
@@ -320,7 +349,7 @@ def down_few(
     STORED: tl.constexpr, PANEL: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr,
     TOP_K_PADDED: tl.constexpr, PADDED: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr,
     TILES: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, APART: tl.constexpr, FORMAT: tl.constexpr,
-    DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, SUMMED: tl.constexpr,
+    DTYPE: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr, SUMMED: tl.constexpr,
     RESIDUAL: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr, LATE: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0)
@@ -377,12 +406,13 @@ def down_few(
     if DEPTH == 0:
         scale_of_tile = scale_of_expert
         if GROUP > 0:
-            scale_of_tile = scale_of_expert + _first_scale(rows, INTER, GROUPS, GROUP, PANEL)
+            scale_of_tile = _first_scale(scale_of_expert, rows, INTER, GROUPS, GROUP, UNIT, PANEL)
         if mine:
             _whole_tile(
                 h, matrix, scale_of_tile, factor, bias_of_row, routing_weights, products, rows, n * ROWS,
                 place, live,
-                HIDDEN, INTER, WIDE, ROWS, TOKENS, PANEL, FORMAT, DTYPE, GROUP, ASM, SPREAD, PDL,
+                HIDDEN, INTER, STORED, WIDE, ROWS, TOKENS, PANEL, FORMAT, DTYPE, GROUP, UNIT, ASM, SPREAD,
+                PDL,
             )  # fmt: skip
         else:
             wait_for_launch_before(PDL)
@@ -401,14 +431,14 @@ def down_few(
                         h, matrix, tiles, expert, n, rows, scale_of_expert, row_scale, bias, factor,
                         bias_of_row, routing_weights, products, moved, before + t < count,
                         HIDDEN, INTER, GROUPS, STORED, ROWS, TILES, TOKENS, DEPTH, PANEL, FORMAT, DTYPE,
-                        GROUP, STAGES, ASM, SPREAD,
+                        GROUP, UNIT, STAGES, ASM, SPREAD,
                     )  # fmt: skip
             elif MODE == "one" or MODE == "columns":
                 _pass(
                     h, matrix, tiles, expert, n, rows, scale_of_expert, row_scale, bias, factor, bias_of_row,
                     routing_weights, products, place, live,
                     HIDDEN, INTER, GROUPS, STORED, ROWS, TILES, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP,
-                    STAGES, ASM, SPREAD,
+                    UNIT, STAGES, ASM, SPREAD,
                 )  # fmt: skip
             else:
                 entry = table + listed_by * (PADDED + 1)
@@ -423,7 +453,7 @@ def down_few(
                         h, matrix, tiles, expert, n, rows, scale_of_expert, row_scale, bias, factor,
                         bias_of_row, routing_weights, products, tl.where(there, listed, 0), there,
                         HIDDEN, INTER, GROUPS, STORED, ROWS, TILES, TOKENS, DEPTH, PANEL, FORMAT, DTYPE,
-                        GROUP, STAGES, ASM, SPREAD,
+                        GROUP, UNIT, STAGES, ASM, SPREAD,
                     )  # fmt: skip
                     if before + step < last:
                         listed = tl.load(entry + 1 + before + step + t)

@@ -184,8 +184,8 @@ def _by_rows(
 def _by_words(
     h, w, scale, row_scale, bias, expert_ids, routing_weights, out, HIDDEN: tl.constexpr, INTER: tl.constexpr,
     TOP_K: tl.constexpr, CHOICES: tl.constexpr, CHUNK: tl.constexpr, STORED: tl.constexpr,
-    GROUPS: tl.constexpr, PANEL: tl.constexpr, GROUP: tl.constexpr, FORMAT: tl.constexpr, ROWS: tl.constexpr,
-    RESIDUAL: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    GROUPS: tl.constexpr, PANEL: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, FORMAT: tl.constexpr,
+    ROWS: tl.constexpr, RESIDUAL: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """4-bit weights. A tile is one row of every choice's matrix; what is no choice has expert 0's weights and
     no share."""
@@ -201,7 +201,9 @@ def _by_words(
     added = ()
     for a in tl.static_range(ROWS):
         words = words + row_of_words(of_expert, first + a, INTER, CHUNK, HIDDEN, STORED, PANEL)
-        stored = stored + row_of_scales(scales, first + a, INTER, CHUNK, HIDDEN, GROUPS, GROUP, PANEL)
+        stored = stored + row_of_scales(
+            scales, first + a, INTER, CHUNK, HIDDEN, STORED, GROUPS, GROUP, UNIT, PANEL
+        )
         row = e * HIDDEN + first + a
         if row_scale is not None:
             factors = factors + (share * tl.load(row_scale + row),)
@@ -213,9 +215,9 @@ def _by_words(
             added = added + (0.0,)
     wait_for_launch_before(PDL)
     hs = columns_of_x(
-        h + tl.minimum(k, TOP_K - 1)[:, None] * INTER, INTER, CHUNK, GROUP, FORMAT, ASM
+        h + tl.minimum(k, TOP_K - 1)[:, None] * INTER, INTER, CHUNK, UNIT, FORMAT, ASM
     )  # fmt: skip
-    sums = words_products(words, stored, hs, ROWS, INTER, CHUNK, GROUP, FORMAT)
+    sums = words_products(words, stored, hs, ROWS, INTER, CHUNK, GROUP, UNIT, FORMAT)
     totals = ()
     for a in tl.static_range(ROWS):
         totals = totals + (tl.sum(sums[a] * factors[a]) + added[a],)
@@ -231,14 +233,14 @@ def _by_words(
 def down_one(
     h, w, scale, row_scale, bias, expert_ids, routing_weights, out, HIDDEN: tl.constexpr, INTER: tl.constexpr,
     GROUPS: tl.constexpr, STORED: tl.constexpr, PANEL: tl.constexpr, FORMAT: tl.constexpr,
-    DTYPE: tl.constexpr, GROUP: tl.constexpr, TOP_K: tl.constexpr, CHOICES: tl.constexpr, K0: tl.constexpr,
-    K1: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, RESIDUAL: tl.constexpr,
-    ASM: tl.constexpr, PDL: tl.constexpr,
+    DTYPE: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, TOP_K: tl.constexpr, CHOICES: tl.constexpr,
+    K0: tl.constexpr, K1: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+    RESIDUAL: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if GROUP > 0:
         _by_words(
             h, w, scale, row_scale, bias, expert_ids, routing_weights, out, HIDDEN, INTER, TOP_K, CHOICES,
-            CHUNK, STORED, GROUPS, PANEL, GROUP, FORMAT, ROWS, RESIDUAL, ASM, PDL,
+            CHUNK, STORED, GROUPS, PANEL, GROUP, UNIT, FORMAT, ROWS, RESIDUAL, ASM, PDL,
         )  # fmt: skip
     else:
         _by_rows(

@@ -24,7 +24,7 @@ import triton.language as tl
 
 from firebox.hardware.base import Gpu
 from firebox.kernels import _experts
-from firebox.kernels._expert_tiles import row_factors, row_of_tile, together
+from firebox.kernels._expert_tiles import row_factors, row_of_tile, scales_of_rows
 from firebox.kernels._experts import Problem, Weights
 from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before
 from firebox.kernels._sorted import (
@@ -146,8 +146,8 @@ def _tile(
     HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, STORED: tl.constexpr,
     PANEL: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
     FLIP: tl.constexpr, RESCALED: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr,
-    GROUP: tl.constexpr, X_GROUP: tl.constexpr, STAGES: tl.constexpr, CLAMPED: tl.constexpr,
-    LIMIT: tl.constexpr, ALPHA: tl.constexpr, ASM: tl.constexpr,
+    GROUP: tl.constexpr, UNIT: tl.constexpr, X_GROUP: tl.constexpr, STAGES: tl.constexpr,
+    CLAMPED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """The n-th ROWS of an expert for `count` choices from the `first` on, of which it takes TOKENS."""
     i = tl.arange(0, TOKENS)
@@ -164,7 +164,7 @@ def _tile(
     is_up = tl.arange(0, ROWS) // 8 % 2 == 1
     if GROUP > 0:
         matrix = w + e * (2 * INTER * (STORED // 4))
-        scale_of_row = scale + e * (2 * INTER * GROUPS) + rows[:, None] * together(GROUPS, GROUP, PANEL)
+        scale_of_row = scales_of_rows(scale + e * (2 * INTER * GROUPS), rows, GROUPS, GROUP, UNIT, PANEL)
     else:
         matrix = w + e * (2 * INTER * HIDDEN)
         if scale is not None:
@@ -191,7 +191,7 @@ def _tile(
             acc = add_chunk(
                 acc, matrix, tiles, first_row, rows, scale_of_row, up_scale, is_up, row_of_x, scale_of_token,
                 live, column,
-                2 * INTER, HIDDEN, STORED, ROWS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, X_GROUP, ASM, FLIP,
+                2 * INTER, HIDDEN, STORED, ROWS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, UNIT, X_GROUP, ASM, FLIP,
             )  # fmt: skip
     of_token = None
     if x_scale is not None and X_GROUP == 0:
@@ -207,7 +207,7 @@ def _tile(
         largest = tl.maximum(tl.max(tl.abs(y), axis=1 if FLIP else 0) / 448.0, 1e-12)
         tl.store(h_scale + at * (2 * INTER // ROWS) + n, largest, mask=live)
         y = scaled(y, None, 1 / largest, FLIP)
-    store_tile(h, y, at * INTER, arranged(place, GROUP), live, there, FLIP, RAGGED)
+    store_tile(h, y, at * INTER, arranged(place, UNIT), live, there, FLIP, RAGGED)
 
 
 @triton.jit
@@ -217,7 +217,7 @@ def gate_up_sorted(
     PANEL: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr,
     TOKENS: tl.constexpr, PARTS: tl.constexpr, DEPTH: tl.constexpr,
     FLIP: tl.constexpr, NARROW_FLIP: tl.constexpr, RESCALED: tl.constexpr, FORMAT: tl.constexpr,
-    DTYPE: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr, STAGES: tl.constexpr,
+    DTYPE: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, X_GROUP: tl.constexpr, STAGES: tl.constexpr,
     CLAMPED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A block of choices is PARTS programs' work. An expert's last tile is often nearly empty: with at most
@@ -237,13 +237,13 @@ def gate_up_sorted(
         _tile(
             x, x_scale, w, tiles, scale, row_scale, bias, order, h, h_scale, n, expert, first, count,
             HIDDEN, INTER, GROUPS, STORED, PANEL, TOP_K, ROWS, NARROW, DEPTH, NARROW_FLIP, False, FORMAT,
-            DTYPE, GROUP, X_GROUP, STAGES, CLAMPED, LIMIT, ALPHA, ASM,
+            DTYPE, GROUP, UNIT, X_GROUP, STAGES, CLAMPED, LIMIT, ALPHA, ASM,
         )  # fmt: skip
     else:
         _tile(
             x, x_scale, w, tiles, scale, row_scale, bias, order, h, h_scale, n, expert, first, count,
             HIDDEN, INTER, GROUPS, STORED, PANEL, TOP_K, ROWS, TOKENS, DEPTH, FLIP, RESCALED, FORMAT, DTYPE,
-            GROUP, X_GROUP, STAGES, CLAMPED, LIMIT, ALPHA, ASM,
+            GROUP, UNIT, X_GROUP, STAGES, CLAMPED, LIMIT, ALPHA, ASM,
         )  # fmt: skip
 
 

@@ -40,9 +40,9 @@ from firebox.kernels._expert_tiles import (
     block_of_row,
     row_factors,
     row_of_tile,
+    scales_of_rows,
     spread,
     tile,
-    together,
 )
 from firebox.kernels._experts import Problem, Weights
 from firebox.kernels._pdl import let_next_launch_begin, say_ready, wait_for_launch_before
@@ -112,11 +112,12 @@ def spread_groups(problem: Problem, tokens: int, depth: int) -> int:
 
 def widths(problem: Problem, tokens: int, depth: int) -> tuple[int, ...]:
     """Tokens of a tile of `depth` columns a step: as many as an expert has, or half of them; fewer than 8
-    where a step's groups make 8 or 16 columns of them, but for integers: those were slower so (Kimi-K2.5 TP8
-    on an H200, one token, 25 us in place of 20)."""
+    where a step is whole units whose groups make 8 or 16 columns of them, but for integers: those were slower
+    so (Kimi-K2.5 TP8 on an H200, one token, 25 us in place of 20)."""
     each = tokens * problem.top_k / problem.experts
     wide = (8,) if tokens <= COLUMNS_UP_TO or each <= 3 else (8, 16) if each <= 8 else (16,)
-    few = [n for n in (1, 2, 4) if problem.group and depth // problem.group * n in SPREAD_COLUMNS]
+    whole = problem.group > 0 and depth % problem.unit == 0
+    few = [n for n in (1, 2, 4) if whole and depth // problem.group * n in SPREAD_COLUMNS]
     if not few or each > MOST_SPREAD or problem.format in _experts.INTEGERS:
         return wide
     if tokens == 1:
@@ -172,15 +173,15 @@ def _pass(
     x, w, tiles, first_row, rows, scale, factor, bias, h, token, place, live, column,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     DEPTH: tl.constexpr, PANEL: tl.constexpr,
-    FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
-    CLAMPED: tl.constexpr,
-    LIMIT: tl.constexpr, ALPHA: tl.constexpr, ASM: tl.constexpr, SPREAD: tl.constexpr,
+    FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr,
+    CLAMPED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, ASM: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS by TOKENS; `place` [TOKENS]: where each token's choice stands."""
     row_of_x = x + spread(token, TOKENS, SPREAD)[:, None].to(tl.int64) * HIDDEN
     acc = tile(
         w, tiles, first_row, rows, scale, row_of_x, spread(live, TOKENS, SPREAD),
-        2 * INTER, HIDDEN, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, ASM, SPREAD,
+        2 * INTER, HIDDEN, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, UNIT, STAGES, ASM,
+        SPREAD,
     )  # fmt: skip
     if factor is not None:
         acc *= factor[:, None]
@@ -231,7 +232,7 @@ def gate_up_few(
     HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, STORED: tl.constexpr,
     PANEL: tl.constexpr, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, TOP_K_PADDED: tl.constexpr,
     PADDED: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
-    FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
+    FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr,
     CLAMPED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
     LATE: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
@@ -283,7 +284,7 @@ def gate_up_few(
     scale_of_row = None
     if GROUP > 0:
         matrix = w + e * (2 * INTER * (STORED // 4))
-        scale_of_row = scale + e * (2 * INTER * GROUPS) + rows[:, None] * together(GROUPS, GROUP, PANEL)
+        scale_of_row = scales_of_rows(scale + e * (2 * INTER * GROUPS), rows, GROUPS, GROUP, UNIT, PANEL)
     else:
         matrix = w + e * (2 * INTER * HIDDEN)
         if scale is not None:
@@ -296,8 +297,8 @@ def gate_up_few(
     if not IN_PASSES:
         _pass(
             x, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row, h, t, place, live, column,
-            HIDDEN, INTER, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, CLAMPED, LIMIT,
-            ALPHA, ASM, SPREAD,
+            HIDDEN, INTER, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, UNIT, STAGES, CLAMPED,
+            LIMIT, ALPHA, ASM, SPREAD,
         )  # fmt: skip
         if LATE:
             let_next_launch_begin(PDL)
@@ -309,8 +310,8 @@ def gate_up_few(
             _pass(
                 x, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row, h, moved // TOP_K,
                 moved, before + t < count, column,
-                HIDDEN, INTER, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, STAGES, CLAMPED,
-                LIMIT, ALPHA, ASM, SPREAD,
+                HIDDEN, INTER, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, UNIT, STAGES,
+                CLAMPED, LIMIT, ALPHA, ASM, SPREAD,
             )  # fmt: skip
     if ready is not None:
         say_ready(ready + expert)

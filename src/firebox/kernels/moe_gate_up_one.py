@@ -171,9 +171,9 @@ def _activated(
 def gate_up_one(
     x, w, scale, row_scale, bias, expert_ids, h, HIDDEN: tl.constexpr, INTER: tl.constexpr,
     GROUPS: tl.constexpr, STORED: tl.constexpr, PANEL: tl.constexpr, FORMAT: tl.constexpr,
-    DTYPE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr,
-    C2: tl.constexpr, ACROSS: tl.constexpr, CHUNK: tl.constexpr, CLAMPED: tl.constexpr, LIMIT: tl.constexpr,
-    ALPHA: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    DTYPE: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, C0: tl.constexpr,
+    C1: tl.constexpr, C2: tl.constexpr, ACROSS: tl.constexpr, CHUNK: tl.constexpr, CLAMPED: tl.constexpr,
+    LIMIT: tl.constexpr, ALPHA: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     choice = tl.program_id(1)
     first = tl.program_id(0) * ROWS
@@ -191,10 +191,14 @@ def gate_up_one(
             row = gate_rows(first + a * ACROSS + across)[:, None]
             words = words + row_of_words(of_expert, row, HIDDEN, CHUNK, ALL, STORED, PANEL)
             words = words + row_of_words(of_expert, row + 8, HIDDEN, CHUNK, ALL, STORED, PANEL)
-            stored = stored + row_of_scales(scales, row, HIDDEN, CHUNK, ALL, GROUPS, GROUP, PANEL)
-            stored = stored + row_of_scales(scales, row + 8, HIDDEN, CHUNK, ALL, GROUPS, GROUP, PANEL)
-        xs = columns_of_x(x + across[:, None] * 0, HIDDEN, CHUNK, GROUP, FORMAT, ASM)
-        sums = words_products(words, stored, xs, 2 * ROWS // ACROSS, HIDDEN, CHUNK, GROUP, FORMAT)
+            stored = stored + row_of_scales(
+                scales, row, HIDDEN, CHUNK, ALL, STORED, GROUPS, GROUP, UNIT, PANEL
+            )
+            stored = stored + row_of_scales(
+                scales, row + 8, HIDDEN, CHUNK, ALL, STORED, GROUPS, GROUP, UNIT, PANEL
+            )
+        xs = columns_of_x(x + across[:, None] * 0, HIDDEN, CHUNK, UNIT, FORMAT, ASM)
+        sums = words_products(words, stored, xs, 2 * ROWS // ACROSS, HIDDEN, CHUNK, GROUP, UNIT, FORMAT)
         for a in tl.static_range(ROWS // ACROSS):
             inner = first + a * ACROSS + across
             _activated(

@@ -50,8 +50,13 @@ class ExpertStore:
     def _zeros(self, kind: str, *shape: int) -> torch.Tensor:
         return torch.zeros(*shape, dtype=TYPES[kind], device=self._device)
 
+    def _check(self, packed: Packed) -> None:
+        unit = packed.unit or packed.group
+        assert unit == self.problem.unit, f"words in units of {unit} columns, not {self.problem.unit}"
+
     def keep_half(self, expert: int, half: int, packed: Packed) -> None:
         """An expert's gate (0) or up (1) matrix [inter, hidden]."""
+        self._check(packed)
         to, blocks = self.gate_up, self.problem.inter // BLOCK
         for name in ("w", "scale", "row_scale"):
             target, source = getattr(to, name), getattr(packed.weights, name)
@@ -66,6 +71,7 @@ class ExpertStore:
 
     def keep_down(self, expert: int, packed: Packed) -> None:
         """An expert's down matrix [hidden, inter]."""
+        self._check(packed)
         for name in ("w", "scale", "row_scale"):
             if getattr(self.down, name) is not None:
                 _copy(getattr(self.down, name)[expert], getattr(packed.weights, name))
@@ -76,7 +82,7 @@ class ExpertStore:
         for to, columns in ((self.gate_up, p.hidden), (self.down, p.inter)):
             for expert in range(p.experts):
                 rows = to.w.shape[-2]
-                made = invented(p.format, p.group, (rows,), columns, generator, TYPES[p.dtype])
+                made = invented(p.format, p.group, (rows,), columns, generator, TYPES[p.dtype], p.unit)
                 for name, source in zip(("w", "scale", "row_scale"), made, strict=True):
                     if source is not None:
                         _copy(getattr(to, name)[expert], source)

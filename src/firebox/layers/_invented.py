@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import torch
 
 from firebox.formats import layouts
-from firebox.kernels._experts import BLOCK, FOUR_BIT, FP8, INT4_ZERO, MXFP4, NVFP4
+from firebox.kernels._experts import BLOCK, FOUR_BIT, FP8, INT4_ZERO, MXFP4, NVFP4, word_bits
 
 LEVEL = 100.0  # RMS of FP8 codes
 E2M1_RMS, INT4_RMS = 2.93, 4.61  # of codes that are all equally likely
@@ -24,9 +24,10 @@ Parts = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 def invented(
     format: str, group: int, lead: tuple[int, ...], columns: int, generator: torch.Generator,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = torch.bfloat16, unit: int = 0,
 ) -> Parts:  # fmt: skip
-    """w, scale and row_scale of matrices [*lead, columns]; `lead`: rows, or experts and rows."""
+    """w, scale and row_scale of matrices [*lead, columns]; `lead`: rows, or experts and rows; `unit`: of
+    words, 0 for a group's."""
     device, size = generator.device, columns**-0.5
     if format in FP8:
         codes = torch.empty(*lead, columns, dtype=torch.float8_e4m3fn, device=device)
@@ -39,8 +40,12 @@ def invented(
             return codes, torch.full(blocks, size / LEVEL, device=device), None
         return codes, None, torch.full(lead, size / LEVEL, device=device)
     if format in FOUR_BIT:
-        words = torch.empty(*lead, columns // layouts.PER_WORD, dtype=torch.int16, device=device)
+        stored = layouts.whole_units(columns, unit or group)
+        words = torch.empty(*lead, stored // layouts.PER_WORD, dtype=torch.int16, device=device)
         words.random_(-(2**15), 2**15, generator=generator)
+        if stored > columns:
+            bits = layouts.bits_of_columns(columns, unit, word_bits(format)).view(torch.int16)
+            words &= bits.to(device)
         return words.view(torch.uint16), *_scales(format, (*lead, columns // group), size, generator)
     values = torch.empty(*lead, columns, dtype=dtype, device=device)
     return values.normal_(0.0, size, generator=generator), None, None

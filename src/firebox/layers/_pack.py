@@ -11,7 +11,7 @@ float32: it becomes bf16, as the weight that it scales would.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,13 +30,15 @@ LARGEST_MXFP4_SCALE = 128  # the kernels hold E2M1 times 2⁻¹²⁶: a scale ab
 
 @dataclass(frozen=True)
 class Packed:
-    """A matrix [rows, columns] as the kernels read it; `format` and `group` as in kernels/_linear.py."""
+    """A matrix [rows, columns] as the kernels read it; `format` and `group` as in kernels/_linear.py. `unit`:
+    of its words (formats/layouts.py), 0 for a group's."""
 
     rows: int
     columns: int
     format: str
     group: int
     weights: Weights
+    unit: int = 0
 
 
 def kind(format: Format, columns: int) -> tuple[str, int]:
@@ -59,18 +61,18 @@ def refusal(format: Format) -> str | None:
 
 def pack(
     format: Format, tensors: Tensors, rows: int, columns: int, dtype: torch.dtype = torch.bfloat16,
-    nibbles: bool = False,
+    nibbles: bool = False, unit: int = 0,
 ) -> Packed:  # fmt: skip
     """`tensors` as `format.tensors(rows, columns)` describes them. `dtype`: of unquantised weights;
-    `nibbles`: 4-bit floats as block-scaled products read them. Raises UnsupportedFormat for variants that the
-    kernels do not know."""
+    `nibbles`: 4-bit floats as block-scaled products read them; `unit`: of their words. Raises
+    UnsupportedFormat for variants that the kernels do not know."""
     if format.name == "bf16":
         return Packed(rows, columns, "bf16", 0, Weights(tensors["weight"].to(dtype).contiguous()))
     if isinstance(format, mxfp4.Format | nvfp4.Format):
         bits = layouts.INT4_BITS if nibbles else layouts.E2M1_BITS
-        weights = _FLOATS[format.name](format, tensors, rows, columns, bits)
+        weights = _FLOATS[format.name](format, tensors, rows, columns, bits, unit)
         name = f"{format.name}_nibbles" if nibbles else format.name
-        return Packed(rows, columns, name, kind(format, columns)[1], weights)
+        return Packed(rows, columns, name, kind(format, columns)[1], weights, unit)
     name, group, weights = _PACKERS[format.name](format, tensors, rows, columns)
     if group not in GROUPS.get(name, (0,)):
         raise _unknown(format, f"groups of {group} columns", f"groups of {_listed(GROUPS[name])}")
@@ -108,7 +110,9 @@ def padded(packed: Packed, rows: int, columns: int) -> Packed:
     of = packed.weights
     if (rows, columns) == (packed.rows, packed.columns):
         return packed
-    per_item = layouts.PER_WORD if packed.group else 1
+    items = columns
+    if packed.group:
+        items = layouts.whole_units(columns, packed.unit or packed.group) // layouts.PER_WORD
     scale = of.scale
     if scale is not None and packed.group:
         groups = -(-columns // packed.group // layouts.GROUPS_PADDED) * layouts.GROUPS_PADDED
@@ -117,8 +121,8 @@ def padded(packed: Packed, rows: int, columns: int) -> Packed:
         scale = _grown(scale, -(-rows // BLOCK), columns // BLOCK)
     row_scale = None if of.row_scale is None else _grown(of.row_scale.unsqueeze(1), rows, 1).squeeze(1)
     bias = None if of.bias is None else F.pad(of.bias, (0, rows - packed.rows))
-    w = _grown(of.w, rows, columns // per_item)
-    return Packed(rows, columns, packed.format, packed.group, Weights(w, scale, row_scale, bias))
+    w = _grown(of.w, rows, items)
+    return replace(packed, rows=rows, columns=columns, weights=Weights(w, scale, row_scale, bias))
 
 
 def problem(
@@ -193,21 +197,21 @@ def _gptq(format: gptq.Format, tensors: Tensors, rows: int, columns: int) -> tup
     return INT4_ZERO, group, _integers(codes, tensors["scales"].T, zeros, group)
 
 
-def _mxfp4(format: Any, tensors: Tensors, rows: int, columns: int, bits: Bits) -> Weights:
+def _mxfp4(format: Any, tensors: Tensors, rows: int, columns: int, bits: Bits, unit: int) -> Weights:
     packed, scales = (tensors[name] for name in format.tensors(rows, columns))
     largest = int(scales.max())
     if largest > LARGEST_MXFP4_SCALE:
         raise _unknown(format, f"a group scale of code {largest}", f"codes up to {LARGEST_MXFP4_SCALE} (2¹)")
     codes = _nibbles(packed.reshape(rows, -1))[:, :columns]
-    return Weights(layouts.pack_words(codes, mxfp4.GROUP, bits), layouts.pad_groups(scales))
+    return Weights(layouts.pack_words(codes, unit or mxfp4.GROUP, bits), layouts.pad_groups(scales))
 
 
-def _nvfp4(format: Any, tensors: Tensors, rows: int, columns: int, bits: Bits) -> Weights:
+def _nvfp4(format: Any, tensors: Tensors, rows: int, columns: int, bits: Bits, unit: int) -> Weights:
     if format.spelling == "modelopt":
         packed, of_weight = tensors["weight"], tensors["weight_scale_2"].float()
     else:
         packed, of_weight = tensors["weight_packed"], 1 / tensors["weight_global_scale"].float()
-    words = layouts.pack_words(_nibbles(packed)[:, :columns], nvfp4.GROUP, bits)
+    words = layouts.pack_words(_nibbles(packed)[:, :columns], unit or nvfp4.GROUP, bits)
     row_scale = of_weight.reshape(1).expand(rows).contiguous()
     return Weights(words, layouts.pad_groups(tensors["weight_scale"]), row_scale)
 
@@ -220,7 +224,10 @@ _PACKERS: dict[str, Callable[[Any, Tensors, int, int], tuple[str, int, Weights]]
     "awq": _awq,
     "gptq": _gptq,
 }
-_FLOATS: dict[str, Callable[[Any, Tensors, int, int, Bits], Weights]] = {"mxfp4": _mxfp4, "nvfp4": _nvfp4}
+_FLOATS: dict[str, Callable[[Any, Tensors, int, int, Bits, int], Weights]] = {
+    "mxfp4": _mxfp4,
+    "nvfp4": _nvfp4,
+}
 
 
 def _integers(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group: int) -> Weights:

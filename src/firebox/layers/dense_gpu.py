@@ -119,6 +119,8 @@ def stock_path(problem: Problem, tokens: int, gpu: Gpu) -> Path:
     """What so many tokens take for want of a measurement."""
     if tokens <= linear_few.MAX_TOKENS:
         return Path(FEW, linear_few.default(problem, tokens, gpu), "default")
+    if linear.unquantised(problem):
+        return Path(CUBLAS, None, "default: unquantised, a library's")
     refusal = linear.accepts(problem, gpu)
     if refusal is not None:
         return Path(CUBLAS, None, f"kernels/linear.py {refusal}")

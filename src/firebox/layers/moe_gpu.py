@@ -269,7 +269,7 @@ class MoeKernels:
         from firebox.layers import _pack
 
         nibbles = self.problem.format in NIBBLES
-        packed = _pack.pack(self._format, tensors, *shape, self._build.dtype, nibbles)
+        packed = _pack.pack(self._format, tensors, *shape, self._build.dtype, nibbles, self.problem.unit)
         wide, hidden = self.problem.inter, self._p.hidden
         if part == 2:
             self._store.keep_down(e, _pack.padded(packed, hidden, wide))

@@ -38,23 +38,23 @@ def candidates(task: Task, gpu: Gpu) -> Iterator[Candidate]:
 
 
 def _spaces(task: Task, gpu: Gpu) -> Iterator[tuple[str, Iterator[Any]]]:
-    """(path, configs). Where kernels/linear.py declines, a library has what is too many for linear_few."""
+    """(path, configs). A library has what is unquantised at any number of tokens."""
     problem, tokens = task.problem, task.tokens
     if tokens == 1 and linear_one.accepts(problem, gpu) is None:
         yield ONE, linear_one.search_space(problem, gpu)
     if tokens <= linear_few.MAX_TOKENS:
         yield FEW, linear_few.search_space(problem, tokens, gpu)
-    if linear.accepts(problem, gpu) is not None:
-        yield CUBLAS, iter([None])
-    elif tokens >= MANY_FROM:
+    if linear.accepts(problem, gpu) is None and tokens >= MANY_FROM:
         yield MANY, linear.search_space(problem, tokens, gpu)
-        if _dense_library.accepts(problem, gpu) is None:
-            yield CUBLAS, iter([None])
+    unquantised = problem.format == "bf16"
+    if unquantised or (tokens >= MANY_FROM and _dense_library.accepts(problem, gpu) is None):
+        yield CUBLAS, iter([None])
 
 
 def _candidate(task: Task, path: str, config: Any, gpu: Gpu) -> Candidate:
     made = requests(task.problem, task.tokens, gpu, Path(path, config, "tuning"))
-    unproven = path == ONE or (path == CUBLAS and linear.quantised(task.problem))
+    of_other = linear.quantised if path == CUBLAS else linear.unquantised  # than the estimates were made for
+    unproven = path == ONE or (path in (CUBLAS, MANY) and of_other(task.problem))
     return Candidate(path, WHOLE, config, made.get(linear.OP), unproven)
 
 

@@ -8,6 +8,7 @@ import torch
 from firebox.formats.layouts import (
     E2M1_BITS,
     INT4_BITS,
+    bits_of_columns,
     from_panels,
     interleave,
     pack_words,
@@ -16,6 +17,7 @@ from firebox.formats.layouts import (
     separate,
     to_panels,
     unpack_words,
+    whole_units,
 )
 
 
@@ -48,6 +50,18 @@ def test_a_word_holds_columns_a_quarter_of_its_group_apart() -> None:
     assert word == (1 << 9) | (1 << 1)  # sign at 9, magnitude 010 at 2 … 0
     (word,) = pack_words(codes, 32, INT4_BITS)[0, 8 + 5 : 8 + 6].view(torch.int16).tolist()
     assert word == 0b1010 << 8
+
+
+def test_words_of_a_unit_that_is_not_full_hold_zeros_behind_the_last_column() -> None:
+    codes = torch.randint(1, 16, (2, 192), generator=torch.Generator().manual_seed(0))
+    words = pack_words(codes, 128, E2M1_BITS)
+    assert words.shape == (2, 64) and whole_units(192, 128) == 256
+    found = unpack_words(words, 128, E2M1_BITS)
+    assert torch.equal(found[:, :192], codes.int()) and not found[:, 192:].any()
+    # the last unit's words have their first two codes
+    live = bits_of_columns(192, 128, E2M1_BITS)[32:].view(torch.int16)
+    assert set(live.tolist()) == {sum(1 << place for places in E2M1_BITS[:2] for place in places) - (1 << 16)}
+    assert not (words[:, 32:].view(torch.int16) & ~live).any()
 
 
 @pytest.mark.parametrize(("groups", "padded"), [(16, 16), (90, 96), (1, 16)])

@@ -45,7 +45,7 @@ def test_kernels_equal_their_references_under_the_interpreter(format: str, group
     )
     assert done.returncode == 0, done.stderr
     errors = json.loads(done.stdout.splitlines()[-1])
-    assert len(errors) == 16 + (0 if format == "bf16" else 6) + (8 if format in linear_one.FORMATS else 0)
+    assert len(errors) == 22 + (8 if format in linear_one.FORMATS else 0)
     for case, error in errors.items():
         exact = "192 ×" in case and not any(format == f and part in case for f, part in ROUNDED_TWICE)
         assert error < (F32_LIMIT if exact else LIMIT), (case, error)
@@ -168,6 +168,20 @@ def test_few_rows_of_many_columns_are_sliced() -> None:
     assert slices == [1, 2, 3, 4, 6]
 
 
+def test_unquantised_weights_have_tiles_in_slices_alone() -> None:
+    """gpt-oss's o_proj of 64 tokens, which a library leaves at a third of the memory's rate; of 4,096 the
+    library has tiles enough."""
+    p, gpu = Problem(2880, 4096, "bf16", bias=True, residual=True), find_gpu("h200")
+    space = list(linear.search_space(p, 64, gpu))
+    assert space and all(config.slices > 1 and config.tma for config in space)
+    assert not list(linear.search_space(p, 4096, gpu))
+    tile = linear.Config(64, 64, 128, 4, 3, tma=True, slices=3)
+    assert tile in space
+    (compiled,) = compile_all([linear.request(p, tile, gpu)])
+    assert compiled.fits and compiled.native and compiled.spill_bytes == 0
+    assert compiled.instructions == ("wgmma.bf16",), compiled.instructions
+
+
 def test_adding_up_takes_no_registers_that_the_product_does_not() -> None:
     """One slice's compile has no trace of the others, and where there are several next to nothing spills."""
     sizes = ((128, 128, 4), (128, 256, 8), (64, 64, 4))
@@ -210,4 +224,4 @@ def test_what_no_kernel_runs_is_said() -> None:
     assert "multiple of 128" in str(linear_few.accepts(replace(good, columns=448), gpu))
     assert "no FP8 type" in str(linear_few.accepts(Problem(512, 512, "fp8_channel"), find_gpu("a100")))
     assert "f32" in str(linear_few.accepts(replace(good, out_dtype="f16"), gpu))
-    assert linear.accepts(Problem(512, 512, "bf16"), gpu) == "leaves unquantised products to cuBLAS"
+    assert linear.accepts(Problem(512, 512, "q4_k"), gpu) == "knows no q4_k weights"

@@ -36,7 +36,7 @@ def test_without_a_measurement_few_up_to_64_tokens() -> None:
     assert [path_of(FP8, tokens, GPU).name for tokens in (1, 64, 65, 4096)] == [FEW, FEW, MANY, MANY]
     assert path_of(BF16, 64, GPU).name == FEW
     path = path_of(BF16, 65, GPU)
-    assert (path.name, path.why) == (CUBLAS, "kernels/linear.py leaves unquantised products to cuBLAS")
+    assert (path.name, path.why) == (CUBLAS, "default: unquantised, a library's")
 
 
 def test_the_nearest_measurement_wins(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,8 @@ class Case:
         return scribbled(self.kernels, self.group, self.panels)
 
     def pack(self, tensors: Tensors, rows: int, columns: int) -> Packed:
-        return pack(self.format, tensors, rows, columns, nibbles=self.kernels in NIBBLES)
+        unit = problem(self.kernels, int4_columns=self.group, panels=self.panels).unit
+        return pack(self.format, tensors, rows, columns, nibbles=self.kernels in NIBBLES, unit=unit)
 
 
 ASYMMETRIC = int4_of(64, symmetric=False)
@@ -186,6 +187,28 @@ def test_what_is_left_of_the_last_panel_is_zeros(name: str, monkeypatch: pytest.
     for weights, columns in ((store.gate_up, HIDDEN), (store.down, INTER)):
         behind = from_panels(weights.w.view(torch.uint8))[..., columns // 2 :]
         assert behind.shape[-1] == (512 - columns) // 2 and not behind.any()
+
+
+def test_units_that_are_not_full_are_made_up_with_zeros_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As gpt-oss's last panel, of which a word has the first two codes."""
+    monkeypatch.setattr(layouts, "PANELS_EMPTY", 1.0)
+    store = ExpertStore(Problem(192, 320, 2, 1, "mxfp4", panels=True), CPU)
+    assert store.problem.unit == 128
+    store.invent(torch.Generator().manual_seed(5))
+    for weights, columns, last in ((store.gate_up, 192, 1), (store.down, 320, 2)):
+        words, bits = weights.w.view(torch.int16), layouts.bits_of_columns(columns, 128, E2M1_BITS)
+        assert words.shape[1:] == (last + 1, weights.w.shape[2], 32)
+        behind = ~bits.view(torch.int16)[-32:]
+        assert behind.any() and not (words[:, last] & behind).any()
+        assert all((words[:, last] & 1 << place).any() for place in E2M1_BITS[1])
+        assert words[:, 0].unique().numel() > 10_000
+
+
+def test_words_in_other_units_than_the_store_reads_are_refused() -> None:
+    case = CASES["mxfp4 in panels"]
+    tensors = case.quantised(matrix(HIDDEN, INTER, seed=0))
+    with pytest.raises(AssertionError, match="units of 32"):
+        case.store().keep_down(0, pack(case.format, tensors, HIDDEN, INTER))
 
 
 def test_gate_and_up_rows_alternate_in_runs_of_eight() -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from firebox.formats import fp8_block, fp8_channel, int4_group, nvfp4
+from firebox.formats import fp8_block, fp8_channel, int4_group, mxfp4, nvfp4
+from firebox.formats.layouts import E2M1_BITS, unpack_words
 from firebox.hardware.base import find_gpu
 from firebox.kernels import _linear
 from firebox.kernels._experts import FORMATS, NIBBLES, Problem, refuse, widened
@@ -21,7 +22,7 @@ from firebox.kernels.compile import compile_all
 from firebox.layers._pack import Packed, pack, padded
 from firebox.layers.expert_paths import path_of, requests
 from tests.support import quantise
-from tests.support.interpreted_widened import int4_of
+from tests.support.interpreted_widened import int4_of, mxfp4_of
 from tests.support.small_models import fp8_blocks
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -103,6 +104,18 @@ def test_a_grown_matrix_is_the_same_with_zeros_behind(name: str) -> None:
     assert found.shape == (more_rows, more_columns) and torch.equal(found[:rows, :columns], own)
     assert not found[rows:].any() and not found[:, columns:].any() and own.any()
     assert padded(packed, rows, columns) is packed
+
+
+def test_words_in_units_grow_by_whole_units() -> None:
+    """1,440 columns are 11.25 units of 128, 1,472 are 11.5: as many words, the same ones."""
+    tensors = mxfp4_of(torch.randn(16, 1440, generator=torch.Generator().manual_seed(0)))
+    packed = pack(mxfp4.Format(), tensors, 16, 1440, unit=128)
+    grown = padded(packed, 24, 1472)
+    assert grown.weights.w.shape == (24, 384) and grown.unit == 128 and grown.columns == 1472
+    assert torch.equal(grown.weights.w[:16].view(torch.int16), packed.weights.w.view(torch.int16))
+    codes = unpack_words(grown.weights.w, 128, E2M1_BITS)
+    by_groups = unpack_words(pack(mxfp4.Format(), tensors, 16, 1440).weights.w, 32, E2M1_BITS)
+    assert torch.equal(codes[:16, :1440], by_groups) and not codes[:, 1440:].any() and not codes[16:].any()
 
 
 def dequantised(packed: Packed) -> torch.Tensor:

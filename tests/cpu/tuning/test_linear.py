@@ -53,7 +53,9 @@ def candidates(problem: Problem, tokens: int, gpu: str = "h200") -> list[Candida
         (replace(FP8, format="fp8_block"), 65, {MANY}),
         (INT4, 512, {MANY}),
         (BF16, 1, {ONE, FEW, CUBLAS}),
-        (BF16, 65, {CUBLAS}),
+        (BF16, 64, {FEW, MANY, CUBLAS}),
+        (BF16, 65, {MANY, CUBLAS}),
+        (BF16, 4096, {CUBLAS}),
     ],
 )
 def test_which_paths_a_number_of_tokens_may_take(problem: Problem, tokens: int, paths: set[str]) -> None:
