@@ -38,28 +38,37 @@ from firebox.kernels._words import (
 
 
 @triton.jit
+def columns_of_code(
+    x, token_live, J: tl.constexpr, first, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, RUN: tl.constexpr,
+    MASKED: tl.constexpr, of_group, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The columns of x that code J of DEPTH / 4 words meets, [TOKENS, DEPTH / 4]; see `columns_of_codes`."""
+    OF_GROUPS: tl.constexpr = RUN == GROUP and DEPTH <= 4 * RUN  # each code's columns are one group's
+    i = tl.arange(0, DEPTH // 4)
+    column = i // RUN * (4 * RUN) + i % RUN + J * RUN
+    live = token_live[:, None]
+    if of_group is not None:
+        group = column // GROUP
+        live = live & ((of_group == J)[:, None] if OF_GROUPS else group[None, :] == of_group[:, None])
+    if MASKED:
+        ahead = tl.full((1, 1), J * RUN, tl.int32) if OF_GROUPS else column[None, :]
+        live = live & (first + ahead < COLUMNS)
+    return tl.load(x + (first + column)[None, :], mask=live, other=0.0)
+
+
+@triton.jit
 def columns_of_codes(
     x, token_live, first, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, RUN: tl.constexpr,
     MASKED: tl.constexpr, of_group, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The columns of x that each of the four codes of DEPTH / 4 words meets, RUN words with theirs in order:
-    four of [TOKENS, DEPTH / 4]. `x` points at rows [TOKENS, 1]. MASKED: columns from COLUMNS on are not
-    there. `of_group` [TOKENS]: the only group of these columns where a row of x is not zero, or None."""
-    OF_GROUPS: tl.constexpr = RUN == GROUP and DEPTH <= 4 * RUN  # each code's columns are one group's
-    i = tl.arange(0, DEPTH // 4)
-    place = i // RUN * (4 * RUN) + i % RUN
-    found = ()
-    for j in tl.static_range(4):
-        column = place + j * RUN
-        live = token_live[:, None]
-        if of_group is not None:
-            group = column // GROUP
-            live = live & ((of_group == j)[:, None] if OF_GROUPS else group[None, :] == of_group[:, None])
-        if MASKED:
-            ahead = tl.full((1, 1), j * RUN, tl.int32) if OF_GROUPS else column[None, :]
-            live = live & (first + ahead < COLUMNS)
-        found = found + (tl.load(x + (first + column)[None, :], mask=live, other=0.0),)
-    return found
+    """The columns of x that each of the four codes of DEPTH / 4 words meets, RUN words with theirs in order.
+    `x` points at rows [TOKENS, 1]. MASKED: columns from COLUMNS on are not there. `of_group` [TOKENS]: the
+    only group of these columns where a row of x is not zero, or None."""
+    x0 = columns_of_code(x, token_live, 0, first, COLUMNS, DEPTH, RUN, MASKED, of_group, GROUP)
+    x1 = columns_of_code(x, token_live, 1, first, COLUMNS, DEPTH, RUN, MASKED, of_group, GROUP)
+    x2 = columns_of_code(x, token_live, 2, first, COLUMNS, DEPTH, RUN, MASKED, of_group, GROUP)
+    x3 = columns_of_code(x, token_live, 3, first, COLUMNS, DEPTH, RUN, MASKED, of_group, GROUP)
+    return x0, x1, x2, x3
 
 
 @triton.jit

@@ -250,18 +250,24 @@ def factor_of_code(packed, J: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
+def scale_for_weights(packed, J: tl.constexpr, DTYPE: tl.constexpr, ASM: tl.constexpr):
+    """The same, for weights, as `group_scales` has them. No scale is above 128, so the exponents of all four
+    are raised at once."""
+    if ASM:
+        raised = packed + 126 * 0x01010101
+        bits = raised << 7 if J == 0 else raised >> 8 * J - 7
+        return (bits & BF16_EXPONENT).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return scale_of_code(packed, J).to(DTYPE)
+
+
+@triton.jit
 def scales_of_codes(packed, DTYPE: tl.constexpr, ASM: tl.constexpr):
-    """As `group_scales` for each of a word's four codes in units, four of the shape of `packed`. No scale is
-    above 128, so the exponents of all four are raised at once."""
-    raised = packed + 126 * 0x01010101
-    found = ()
-    for j in tl.static_range(4):
-        if ASM:
-            bits = raised << 7 if j == 0 else raised >> 8 * j - 7
-            found = found + ((bits & BF16_EXPONENT).to(tl.int16).to(tl.bfloat16, bitcast=True),)
-        else:
-            found = found + (scale_of_code(packed, j).to(DTYPE),)
-    return found
+    """`scale_for_weights` of a word's four codes, each of the shape of `packed`."""
+    s0 = scale_for_weights(packed, 0, DTYPE, ASM)
+    s1 = scale_for_weights(packed, 1, DTYPE, ASM)
+    s2 = scale_for_weights(packed, 2, DTYPE, ASM)
+    return s0, s1, s2, scale_for_weights(packed, 3, DTYPE, ASM)
 
 
 @triton.jit

@@ -247,6 +247,15 @@ def _pass(
 
 
 @triton.jit
+def _of_words(of_units, UNIT: tl.constexpr):
+    """[ROWS, units] → [ROWS, words], the same for all words of a unit."""
+    ROWS: tl.constexpr = of_units.shape[0]
+    UNITS: tl.constexpr = of_units.shape[1]
+    wide = tl.broadcast_to(of_units[:, :, None], (ROWS, UNITS, UNIT // 4))
+    return tl.reshape(wide, (ROWS, UNITS * (UNIT // 4)))
+
+
+@triton.jit
 def _whole_scales(
     scale, HIDDEN: tl.constexpr, INTER: tl.constexpr, STORED: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, PANEL: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr,
@@ -257,11 +266,8 @@ def _whole_scales(
     if UNIT > GROUP:
         unit = tl.arange(0, WIDE // UNIT)[None, :]
         packed = tl.load(scale + unit * HIDDEN, mask=unit < STORED // UNIT, other=0)  # [ROWS, units]
-        of_units = scales_of_codes(packed, DTYPE, ASM)
-        found = ()
-        for j in tl.static_range(4):
-            wide = tl.broadcast_to(of_units[j][:, :, None], (ROWS, WIDE // UNIT, UNIT // 4))
-            found = found + (tl.reshape(wide, (ROWS, WIDE // 4)),)
+        s0, s1, s2, s3 = scales_of_codes(packed, DTYPE, ASM)
+        found = (_of_words(s0, UNIT), _of_words(s1, UNIT), _of_words(s2, UNIT), _of_words(s3, UNIT))
         return found, packed
     else:
         live = tl.arange(0, WIDE // GROUP) < INTER // GROUP
