@@ -119,7 +119,8 @@ def few(
     wanted = moe_gate_up_few.reference(p, x, gate_up, ids)
     found = {}
     config = unspread(in_depths(moe_gate_up_few.default(p, tokens, GPU), p, p.hidden))
-    further = {} if shared else {**spread(p, config, config.depth), **in_units(p, config, p.hidden)}
+    varied = not shared and tokens <= 64  # of more tokens each takes long
+    further = {**spread(p, config, config.depth), **in_units(p, config, p.hidden)} if varied else {}
     for name, tile in {"": config, **further}.items():
         h = torch.full((tokens * p.top_k, p.inter), NAN, dtype=torch.float16)
         table = torch.full(
@@ -134,7 +135,7 @@ def few(
     ready, first_half = programs_with_work(p, ids, config), config
     config = unspread(in_depths(moe_down_few.default(p, tokens, GPU), p, p.inter))
     tiles = {"": config}
-    if not shared:
+    if varied:
         tiles |= spread(p, config, config.depth) | in_a_row(p, config) | in_units(p, config, p.inter)
     if tokens <= moe_gate_up_few.COLUMNS_UP_TO:
         whole = moe_down_few.Config(rows=config.rows, depth=0, warps=config.warps)

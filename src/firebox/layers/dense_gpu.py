@@ -69,10 +69,10 @@ def _candidates(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Path]:
     """The chosen one, then what could stand in for it."""
     yield _chosen(problem, tokens, gpu)
     yield stock_path(problem, tokens, gpu)
-    if linear.accepts(problem, gpu) is None:
-        yield Path(MANY, linear.default(problem, tokens, gpu), "default")
-    if problem.format == "bf16":
+    if linear.unquantised(problem):
         yield Path(CUBLAS, None, "default")
+    elif linear.accepts(problem, gpu) is None:
+        yield Path(MANY, linear.default(problem, tokens, gpu), "default")
 
 
 def _chosen(problem: Problem, tokens: int, gpu: Gpu) -> Path:
