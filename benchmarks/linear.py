@@ -61,6 +61,7 @@ SHAPES = {
     "glm_shared_up": Problem(3072, 5120, "fp8_channel"),
     "glm_shared_down": Problem(5120, 1536, "fp8_channel", residual=True),
     "glm_head_tp4": Problem(37_888, 5120, "bf16", out_dtype="f32"),
+    "glm_router": Problem(160, 5120, "bf16", out_dtype="f32"),
     "glm_qkv_bf16": Problem(14_336, 5120, "bf16"),
     "gpt_oss_qkv": Problem(5120, 2880, "bf16", bias=True),
     "gpt_oss_o": Problem(2880, 4096, "bf16", bias=True, residual=True),

@@ -43,17 +43,18 @@ def columns_of_code(
     MASKED: tl.constexpr, of_group, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The columns of x that code J of DEPTH / 4 words meets, [TOKENS, DEPTH / 4]; see `columns_of_codes`."""
-    OF_GROUPS: tl.constexpr = RUN == GROUP and DEPTH <= 4 * RUN  # each code's columns are one group's
+    OWN: tl.constexpr = J * RUN if RUN == GROUP else 0  # a word's codes are of one group, or each of its own
+    ONE: tl.constexpr = RUN == GROUP and DEPTH <= 4 * RUN  # and that is all words' group
     i = tl.arange(0, DEPTH // 4)
-    column = i // RUN * (4 * RUN) + i % RUN + J * RUN
+    place = i // RUN * (4 * RUN) + i % RUN
     live = token_live[:, None]
     if of_group is not None:
-        group = column // GROUP
-        live = live & ((of_group == J)[:, None] if OF_GROUPS else group[None, :] == of_group[:, None])
+        group = (place + OWN) // GROUP
+        live = live & ((of_group == J)[:, None] if ONE else group[None, :] == of_group[:, None])
     if MASKED:
-        ahead = tl.full((1, 1), J * RUN, tl.int32) if OF_GROUPS else column[None, :]
+        ahead = tl.full((1, 1), OWN, tl.int32) if ONE else (place + OWN)[None, :]
         live = live & (first + ahead < COLUMNS)
-    return tl.load(x + (first + column)[None, :], mask=live, other=0.0)
+    return tl.load(x + (first + place + J * RUN)[None, :], mask=live, other=0.0)
 
 
 @triton.jit
