@@ -43,10 +43,12 @@ from firebox.kernels.moe_gate_up import (
     FLIPPED_FROM,
     Config,
     inner_group,
+    limits,
     narrow_flip,
     quantised,
     rescaled,
     warps_of,
+    with_registers,
 )
 from firebox.kernels.moe_gate_up_few import accepts
 
@@ -80,7 +82,7 @@ def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
                     if rows * tiles > problem.hidden or (tiles > 1 and problem.inter > LONG):
                         continue
                     config = Config(rows, tokens, depth, warps, stages, "tma" in gpu.facts, flip, tiles)
-                    yield config
+                    yield from with_registers(problem, config)
                     if tiles > 1 and can_hold(problem, depth):
                         yield replace(config, stages=stages - 1, held=True)
 
@@ -392,7 +394,7 @@ def request(
         tuple(name for name, type in types.items() if type.startswith("*")),
         num_warps=config.warps,
         num_stages=config.stages,
-        options={"launch_pdl": True} if constants["PDL"] else {},
+        options=({"launch_pdl": True} if constants["PDL"] else {}) | limits(config),
         declares=("fp8",) if native else (problem.dtype,),
     )
 

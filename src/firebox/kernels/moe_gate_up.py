@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,9 @@ __all__ = ["accepts"]
 
 OP = "moe_gate_up"
 FLIPPED_FROM = 64  # tokens of a tile: wgmma's first operand has 64 rows
+# A thread's in tiles of 64 sums a thread of 4-bit weights, by warps of a program: so that three programs of 4
+# warps, or two of 8, share a multiprocessor, and one decodes while another multiplies
+REGISTERS = {4: 168, 8: 128}
 MOST_OF_4_WARPS = 128 * 64  # sums of a tile; twice as many spill on sm_120 and sm_121 (FP8: 172 bytes)
 
 
@@ -56,7 +59,8 @@ MOST_OF_4_WARPS = 128 * 64  # sums of a tile; twice as many spill on sm_120 and 
 class Config:
     """`rows` of weights and `tokens` of a tile, `depth` columns a step. `flip`: tokens are the product's
     first operand (kernels/_sorted.py); `tiles`: of rows, one after the other in a program, which keeps its
-    activations for all of them if they are `held` (both in the second half of the layer only)."""
+    activations for all of them if they are `held` (both in the second half of the layer only). `registers`
+    that a thread may have; 0: the assembler says."""
 
     rows: int
     tokens: int
@@ -67,6 +71,12 @@ class Config:
     flip: bool = False
     tiles: int = 1
     held: bool = False
+    registers: int = 0
+
+    @property
+    def sums(self) -> int:
+        """Of a thread."""
+        return self.rows * self.tokens // (32 * self.warps)
 
 
 def quantised(problem: Problem) -> bool:
@@ -98,7 +108,19 @@ def search_space(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Config]:
                 for stages, flip in itertools.product((2, 3, 4), _flips(problem, rows, tokens)):
                     config = Config(rows, tokens, depth, warps, stages, "tma" in gpu.facts, flip)
                     if stages > 2 or rescaled(config, every_step=x_group(problem) > 0):
-                        yield config
+                        yield from with_registers(problem, config)
+
+
+def with_registers(problem: Problem, config: Config) -> Iterator[Config]:
+    """A tile, and where there is a choice the same with fewer registers, of either half."""
+    yield config
+    if problem.group and config.sums == 64 and config.tokens >= FLIPPED_FROM:
+        yield replace(config, registers=REGISTERS[config.warps])
+
+
+def limits(config: Config) -> dict[str, int]:
+    """What the compiler is told of a tile's registers."""
+    return {"maxnreg": config.registers} if config.registers else {}
 
 
 def warps_of(problem: Problem, tokens: int) -> tuple[int, ...]:
@@ -117,8 +139,7 @@ def _flips(problem: Problem, rows: int, tokens: int) -> tuple[bool, ...]:
 def rescaled(config: Config, *, every_step: bool) -> bool:
     """Are a tile's sums in units of each step's scales (kernels/_sorted.py)? If these are applied at
     `every_step` and the tile leaves no registers for a step's products."""
-    numbers = config.rows * config.tokens // (32 * config.warps)
-    return every_step and config.flip and numbers >= 128
+    return every_step and config.flip and config.sums >= 128
 
 
 def narrow_flip(config: Config, gpu: Gpu) -> bool:
@@ -306,7 +327,7 @@ def request(
         tuple(name for name, type in types.items() if type.startswith("*")),
         num_warps=config.warps,
         num_stages=config.stages,
-        options={"launch_pdl": True} if constants["PDL"] else {},
+        options=({"launch_pdl": True} if constants["PDL"] else {}) | limits(config),
         declares=("fp8",) if native else (problem.dtype,),
     )
 

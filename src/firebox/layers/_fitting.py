@@ -19,11 +19,11 @@ from firebox.kernels.launch import INTERPRETED
 
 # What a factor of two costs (of a flag: another one), in no unit. Half the tokens read weights twice, half
 # the rows activations; of a pipeline the steps that are under way count, of which a shorter step leaves as
-# many.
+# many. Registers are a limit or none.
 COSTS = {
     "tokens": 2.0, "stages": 2.0, "rows": 1.5, "depth": 0.5, "warps": 0.5,
     "slices": 0.5, "head": 0.5, "tma": 0.5, "flip": 0.25, "tiles": 0.25, "held": 0.25, "band": 0.25,
-    "apart": 0.25,
+    "apart": 0.25, "registers": 0.25,
 }  # fmt: skip
 MEASURED_BONUS = 0.5  # of a tile that was measured for this problem at another number of tokens
 FEWEST_STAGES = 2  # one is no pipeline
@@ -88,7 +88,7 @@ def with_fewer_stages(space: Iterable[Config], config: Config) -> Iterator[Confi
 
 
 def _apart(name: str, one: int, other: int) -> float:
-    if isinstance(one, bool):
+    if isinstance(one, bool) or name == "registers":
         return float(one != other)
     if name == "stages":  # one is being worked on
         one, other = one - 1, other - 1

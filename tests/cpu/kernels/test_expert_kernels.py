@@ -14,7 +14,14 @@ import pytest
 import torch
 
 from firebox.hardware.base import find_gpu
-from firebox.kernels import moe_down_few, moe_down_one, moe_gate_up_few, moe_gate_up_one
+from firebox.kernels import (
+    moe_down,
+    moe_down_few,
+    moe_down_one,
+    moe_gate_up,
+    moe_gate_up_few,
+    moe_gate_up_one,
+)
 from firebox.kernels._experts import FORMATS, FOUR_BIT, FP8, INTEGERS, MXFP4, Problem, dequantised, word_bits
 from firebox.kernels.compile import CompileRequest, compile_all
 from firebox.layers.expert_paths import SORTED, Path, default_path, path_of, requests, stored_as
@@ -164,6 +171,32 @@ def test_fp8_products_are_fp8_on_sm_121_where_many_tokens_meet() -> None:
         [request for name, request in found.items() if "gate_up" in name or "down" in name]
     )
     assert [result.instruction for result in compiled] == ["mma.fp8", "mma.fp8"]
+
+
+def test_fewer_registers_let_another_program_onto_the_multiprocessor() -> None:
+    """gpt-oss's many tokens on an H200: three programs of 4 warps, two of 8 with twice the rows, which move
+    two thirds of the bytes; what spills, spills outside the loop."""
+    p, gpu = (
+        Problem(2880, 2880, 128, 4, "mxfp4", "clamped_swiglu", biases=True, panels=True),
+        find_gpu("h200"),
+    )
+    wanted = {
+        (module, config): module.request(p, config, gpu, block=64)
+        for module in (moe_gate_up, moe_down)
+        for config in module.search_space(p, 64, gpu)
+        if config.registers and (config.depth, config.stages) == (128, 3)
+    }
+    assert {(config.rows, config.warps, config.registers) for _, config in wanted} == {
+        (128, 4, 168),
+        (256, 8, 128),
+    }
+    for (module, config), compiled in zip(wanted, compile_all(list(wanted.values())), strict=True):
+        assert compiled.error is None and compiled.native, compiled
+        assert compiled.registers <= config.registers and compiled.spill_bytes <= 160, (module.OP, compiled)
+        programs = gpu.registers_per_sm // (config.registers * 32 * config.warps)
+        assert programs == {4: 3, 8: 2}[config.warps]
+        assert programs * (compiled.shared_bytes + 1024) <= gpu.smem_per_sm_bytes, (module.OP, compiled)
+    assert not any(config.registers for config in moe_down.search_space(p, 16, gpu))
 
 
 def test_one_token_of_four_bit_experts_spills_nothing_and_moves_no_columns_between_threads() -> None:
