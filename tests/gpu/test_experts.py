@@ -217,6 +217,21 @@ def test_sums_in_units_of_the_step(format: str, tokens: int, gpu: Gpu) -> None:
         assert layer.error(tokens, path) < SORTED_LIMIT[format], path
 
 
+def test_sorted_tiles_with_fewer_registers(gpu: Gpu) -> None:
+    """Than the assembler would take, of gpt-oss's widths."""
+    layer = Layer(problem("mxfp4", hidden=2880, inter=1472, experts=12, panels=True), gpu, 300)
+    p = layer.problem
+    ups, downs = (
+        [tile for tile in half.search_space(p, 64, gpu) if tile.registers and tile.depth == 128]
+        for half in (moe_gate_up, moe_down)
+    )
+    assert {tile.warps for tile in (*ups, *downs)} == {4, 8}
+    for up, down in zip(ups, downs, strict=False):
+        for tokens in (70, 300):
+            found = layer.error(tokens, Path(SORTED, up, down, "test"))
+            assert found < SORTED_LIMIT["mxfp4"], (tokens, up, down, found)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_odd_widths(format: str, gpu: Gpu) -> None:
     """Widths that leave a remainder behind the pipeline's steps: gpt-oss's 2,880 in small, GLM's 384, 192."""
@@ -241,7 +256,10 @@ def test_weights_in_panels(format: str, hidden: int, inter: int, gpu: Gpu) -> No
     for tokens in (1, 2, 8, 9, 16, 33, 64):
         gate_up, down = moe_gate_up_few.default(p, tokens, gpu), moe_down_few.default(p, tokens, gpu)
         for depth, tma in ((gate_up.depth, False), (128, True), (64, True), (64, False)):
-            tiles = (replace(tile, depth=min(depth, tile.depth), tma=tma) for tile in (gate_up, down))
+            tiles = [replace(tile, depth=min(depth, tile.depth), tma=tma) for tile in (gate_up, down)]
+            for i, tile in enumerate(tiles):  # groups as columns are of whole units
+                if tile.tokens < moe_gate_up_few.COLUMNS_UP_TO:
+                    tiles[i] = replace(tile, depth=max(tile.depth, p.unit))
             found = layer.error(tokens, Path(FEW, *tiles, "test"))
             assert found < FEW_LIMIT[format], (tokens, depth, tma, found)
     for tokens, block in ((20, 16), (200, 32), (300, 64)):

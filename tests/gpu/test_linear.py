@@ -26,7 +26,6 @@ from tests.support.linear import DTYPES, random_weights
 pytestmark = pytest.mark.gpu
 
 KINDS = [(format, group) for format in FORMATS for group in GROUPS.get(format, (0,))]
-MANY_KINDS = [kind for kind in KINDS if kind[0] != "bf16"]
 MAX_TOKENS = 300
 # The output is rounded to bf16 (2⁻⁸ at most, 0.0017 RMS); a 4-bit integer or NVFP4 weight times its scale
 # once more. FP8 activations of many tokens are rounded to E4M3 (0.026 RMS).
@@ -184,7 +183,7 @@ def slices_of(problem: Problem, gpu: Gpu, tma: bool) -> list[Path]:
 
 
 @pytest.mark.parametrize("tma", [False, True])
-@pytest.mark.parametrize(("format", "group"), MANY_KINDS)
+@pytest.mark.parametrize(("format", "group"), KINDS)
 def test_slices_of_many_tokens(format: str, group: int, tma: bool, gpu: Gpu) -> None:
     """Parts of a tile, of a step and of a slice are left over; bias and residual are added once, into the
     residual too."""
