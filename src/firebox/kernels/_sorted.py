@@ -5,8 +5,9 @@
 
 4-bit weights are the first operand, because decoded numbers can be handed over in registers; FP8 with a scale
 per token and 128 columns goes the other way, because a thread then holds few tokens and needs few scales. A
-4-bit product reads activations whose columns lie as layouts.arranged_columns says: each of a word's four
-codes then meets whole 32-byte sectors. Without that, moving activations took twice the L2's time.
+4-bit product in units below 64 columns reads activations whose columns lie as layouts.arranged_columns says:
+each of a word's four codes then meets whole 32-byte sectors. Without that, moving activations took twice the
+L2's time.
 """
 
 from __future__ import annotations

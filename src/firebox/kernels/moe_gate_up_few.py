@@ -8,8 +8,8 @@ x [tokens, hidden] bf16; expert_ids [tokens, top_k] int32; weights as in kernels
 weights are multiplied as float16, which holds them exactly, with x as float16 (rounded where it is below 2⁻¹⁴
 in size; infinite from 65,520 on, so x must come from an RMS norm with a gain below 65,504 / √hidden); h
 saturates at ±65,504. Others are multiplied as bf16; a 4-bit weight times its group scale is rounded to bf16.
-In tiles of fewer than 8 tokens (_expert_tiles.py, SPREAD) the scale comes last and is not rounded; x and h
-must then stay below 2²⁸ in MXFP4 and NVFP4.
+In tiles of fewer than 8 tokens (_expert_tiles.py, SPREAD), and in any of MXFP4 in units, the scale comes last
+and is not rounded; x and h must then stay below 2²⁸ in MXFP4 and NVFP4.
 
 A program takes ROWS interleaved rows of one expert and TOKENS that chose it: the one of every TOKENS-th of
 its choices does the work and the others end (MODE "pairs"), or there is one for every expert (MODE
