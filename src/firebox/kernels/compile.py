@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from firebox.env import read
 from firebox.hardware.base import Gpu
 from firebox.hardware.probe import probe_cpu
-from firebox.kernels import _readback
+from firebox.kernels import _readback, _running_products
 from firebox.kernels._jobs import Outcome, Work, run_all
 from firebox.kernels._result_cache import ResultCache
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 # Triton 3.10 changes this default, and a kernel's results and speed with it. Launchers pass it too.
 PINNED_OPTIONS: Mapping[str, Any] = {"enable_fp_fusion": True}
-_READERS = ("compile.py", "_triton.py", "_readback.py")
+_READERS = ("compile.py", "_triton.py", "_readback.py", "_running_products.py")
 _CONSTANTS = (int, float, str, type(None))
 
 
@@ -70,7 +70,8 @@ class Compiled:
     made this binary. `instruction`: the dominant tensor instruction, such as "mma.fp8" or "none";
     `instructions`: all of them; `machine_code`: they were confirmed in SASS, not read from PTX alone.
     `features`: "tma", "cp.async", "clusters", "pdl" where used. `native`: the instructions are of the kinds
-    the kernel declares, no more and no fewer. `error`: why there is no binary; the numbers are then 0.
+    the kernel declares, no more and no fewer. `error`: why there is no binary, or none that can be trusted;
+    the numbers are then 0.
     `seconds`: how long the compile took, then."""
 
     kernel: str
@@ -154,6 +155,9 @@ def _compile_one(request: CompileRequest, folder: Path, *, keep: bool) -> dict[s
 def _read_back(built: Built, sass: str | None) -> dict[str, Any]:
     """The fields of Compiled that come from the binary."""
     found = _readback.instructions(built.ptx, sass)
+    overwritten = _running_products.overwritten(sass or "")
+    if overwritten:
+        return {"error": f"the assembler lets a product's operand be overwritten: {overwritten[0]}"}
     return {
         "shared_bytes": built.shared_bytes,
         "instruction": found.dominant,

@@ -35,6 +35,7 @@ from firebox.kernels._expert_tiles import row_factors
 from firebox.kernels._experts import BLOCK, FP8
 from firebox.kernels._linear import Problem, Weights, add_up, finish, step
 from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before
+from firebox.kernels._wgmma import products_done, waits
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
 
@@ -164,7 +165,7 @@ def linear_tiles(
     R: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     DEPTH: tl.constexpr, BAND: tl.constexpr, STEPS: tl.constexpr, SLICES: tl.constexpr, SUMMED: tl.constexpr,
     FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, X_GROUP: tl.constexpr,
-    STAGES: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, WAITS: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     let_next_launch_begin(PDL)
     program = tl.program_id(0)
@@ -201,6 +202,7 @@ def linear_tiles(
             acc, w, tiles, n * ROWS, mine, scale_of_row, row_of_x, x_tiles, first_token, scale_of_token, live,
             first, COLUMNS, ROWS, DEPTH, FORMAT, DTYPE, GROUP, X_GROUP, ASM, MASKED,
         )  # fmt: skip
+        products_done(first, WAITS)
     if row_scale is not None:
         acc *= row_factors(row_scale, mine, FORMAT, ASM)[:, None]
     if x_scale is not None and X_GROUP == 0:
@@ -257,6 +259,7 @@ def request(problem: Problem, config: Config, gpu: Gpu, *, interpreted: bool = F
         "SUMMED": min(config.tokens, SUMMED * 32 * config.warps // config.rows),
         "X_GROUP": x_group(problem),
         "STAGES": config.stages,
+        "WAITS": waits(gpu, decoded=not native and not unquantised(problem), interpreted=interpreted),
         "MASKED": problem.columns % config.depth != 0,
     }
     return CompileRequest(

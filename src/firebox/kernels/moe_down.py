@@ -37,6 +37,7 @@ from firebox.kernels._sorted import (
     scaled,
     store_tile,
 )
+from firebox.kernels._wgmma import products_done, waits
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
 from firebox.kernels.moe_gate_up import (
@@ -191,7 +192,7 @@ def _tiles(
     PANEL: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, TILES: tl.constexpr,
     HELD: tl.constexpr, FLIP: tl.constexpr, RESCALED: tl.constexpr, FORMAT: tl.constexpr,
     DTYPE: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, H_GROUP: tl.constexpr, STAGES: tl.constexpr,
-    ASM: tl.constexpr,
+    WAITS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """TILES tiles of ROWS for `count` choices from the `first` on, of which it takes TOKENS: their steps in
     one loop, so that a tile's weights are on their way while the one before is stored. HELD: it reads its
@@ -294,6 +295,7 @@ def _tiles(
                 HIDDEN, INTER, GROUPS, STORED, PANEL, ROWS, DEPTH, FLIP, FORMAT, DTYPE, GROUP, UNIT, H_GROUP,
                 ASM,
             )  # fmt: skip
+            products_done(k, WAITS)
         weight, row_of_y = _of_choices(order + first + i, routing_weights, live, HIDDEN)
         _store(
             acc, first_tile, row_scale, bias, y, weight, row_of_y, live, e * HIDDEN,
@@ -325,7 +327,7 @@ def down_sorted(
     PARTS: tl.constexpr, DEPTH: tl.constexpr, TILES: tl.constexpr, HELD: tl.constexpr, FLIP: tl.constexpr,
     NARROW_FLIP: tl.constexpr, RESCALED: tl.constexpr,
     FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, H_GROUP: tl.constexpr,
-    STAGES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, WAITS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A block of choices is PARTS programs' work; see _tiles, and moe_gate_up.py for NARROW."""
     wait_for_launch_before(PDL)
@@ -343,14 +345,14 @@ def down_sorted(
             h, h_scale, w, tiles, scale, row_scale, bias, order, routing_weights, y, first_tile, expert,
             first, count,
             HIDDEN, INTER, GROUPS, STORED, PANEL, ROWS, NARROW, DEPTH, TILES, False, NARROW_FLIP, False,
-            FORMAT, DTYPE, GROUP, UNIT, H_GROUP, STAGES, ASM,
+            FORMAT, DTYPE, GROUP, UNIT, H_GROUP, STAGES, WAITS, ASM,
         )  # fmt: skip
     else:
         _tiles(
             h, h_scale, w, tiles, scale, row_scale, bias, order, routing_weights, y, first_tile, expert,
             first, count,
             HIDDEN, INTER, GROUPS, STORED, PANEL, ROWS, TOKENS, DEPTH, TILES, HELD, FLIP, RESCALED,
-            FORMAT, DTYPE, GROUP, UNIT, H_GROUP, STAGES, ASM,
+            FORMAT, DTYPE, GROUP, UNIT, H_GROUP, STAGES, WAITS, ASM,
         )  # fmt: skip
 
 
@@ -385,6 +387,7 @@ def request(
         "NARROW_FLIP": narrow_flip(config, gpu),
         "H_GROUP": inner_group(problem),
         "STAGES": config.stages,
+        "WAITS": waits(gpu, decoded=problem.group > 0, interpreted=interpreted),
     }
     return CompileRequest(
         down_sorted,
