@@ -47,6 +47,7 @@ from firebox.kernels._linear import (
     words_product,
 )
 from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before
+from firebox.kernels._wgmma import products_done, waits
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
 
@@ -187,8 +188,8 @@ def linear_rows(
     R: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     HEAD: tl.constexpr, DEPTH: tl.constexpr, STEPS: tl.constexpr, SLICES: tl.constexpr,
     FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr,
-    SUMMED: tl.constexpr, HEAD_MASKED: tl.constexpr, MASKED: tl.constexpr, ASM: tl.constexpr,
-    PDL: tl.constexpr,
+    WAITS: tl.constexpr, SUMMED: tl.constexpr, HEAD_MASKED: tl.constexpr, MASKED: tl.constexpr,
+    ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0)
     begin = 0
@@ -240,6 +241,7 @@ def linear_rows(
                 acc, w, tiles, n * ROWS, mine, scale_of_row, row_of_x, None, 0, None, live, first,
                 COLUMNS, ROWS, DEPTH, FORMAT, DTYPE, GROUP, 0, ASM, MASKED,
             )  # fmt: skip
+            products_done(first, WAITS)
     let_next_launch_begin(PDL)
     if HEAD > 0:
         acc = _head_product(acc, head, wide, minus, of_column, x0, x1, x2, x3, GROUP, FORMAT, DTYPE, ASM)
@@ -286,6 +288,7 @@ def request(
         "STEPS": steps,
         "SLICES": slices,
         "STAGES": config.stages,
+        "WAITS": waits(gpu, decoded=problem.format != problem.dtype, interpreted=interpreted),
         "SUMMED": SUMMED_TOKENS,
         "HEAD_MASKED": last < config.head,
         "MASKED": (last - config.head) % config.depth != 0,
