@@ -176,9 +176,14 @@ def test_one_tokens_experts_let_the_next_launch_begin_late() -> None:
     kimi = Problem(7168, 256, 384, 8, "int4_group", residual=True, panels=True)
     whole = moe_down_few.Config(64, 8, depth=0, warps=2, stages=1)
     tiles = (moe_gate_up_few.default(kimi, 1, h200), whole)
+
+    def few(tokens: int) -> expert_paths.Path:
+        halves = (moe_gate_up_few, moe_down_few)
+        return expert_paths.Path("few", *(half.default(GLM, tokens, h200) for half in halves), "test")
+
     for problem, tokens, path, late in (
-        (GLM, 1, path_of(GLM, 1, h200), True),
-        (GLM, 2, path_of(GLM, 2, h200), False),
+        (GLM, 1, few(1), True),
+        (GLM, 2, few(2), False),
         (kimi, 1, expert_paths.Path("few", *tiles, "test"), False),
     ):
         found = requests(problem, tokens, path, h200)
