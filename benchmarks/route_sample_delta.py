@@ -5,7 +5,8 @@ a launch in a captured graph, and for what streams memory the share of the bandw
 
 Every line is checked against the kernel's reference first; what is wrong has no time. A call is timed as it
 runs in the engine: in a CUDA graph with others like it, each with inputs and states of its own; median of
-seven. A case is one row, its kernel's default tiles; `--sweep` times all candidates of the gated delta net.
+seven. A case is one row, its kernel's default tiles; `--sweep` times all candidates of sampling and of the
+gated delta net.
 """
 
 from __future__ import annotations
@@ -79,30 +80,38 @@ def route(gpu: Gpu, generator: torch.Generator) -> Iterator[Row]:
             yield timed({"part": "route", "model": name, "tokens": tokens}, right, calls, gpu)
 
 
-def sampling(gpu: Gpu, generator: torch.Generator) -> Iterator[Row]:
+def sampling(gpu: Gpu, generator: torch.Generator, sweep: bool) -> Iterator[Row]:
     for name, vocab in VOCABS.items():
         for rows in (1, 8, 64, 256):
             logits = random_logits(rows, vocab, generator, "cuda")
             for mode, numbers in MODES.items():
+                given = mixed_parameters(rows, generator, "cuda")
+                for field, value in zip(("temperature", "top_k", "top_p", "min_p"), numbers, strict=True):
+                    getattr(given, field).fill_(value)
                 for filters in (False, True) if mode in ("greedy", "temperature") else (True,):
                     problem = sample.Problem(vocab, filters=filters)
-                    config = sample.default(problem, gpu)
-                    launcher = Launcher(sample.request(problem, config, gpu))
-                    space = sample.scratch(problem, config, rows, "cuda")
-                    given = mixed_parameters(rows, generator, "cuda")
-                    for field, value in zip(("temperature", "top_k", "top_p", "min_p"), numbers, strict=True):
-                        getattr(given, field).fill_(value)
-                    token_ids = torch.zeros(rows, dtype=torch.int64, device="cuda")
-                    call = partial(sample.run, launcher, logits, None, given, space, token_ids)
-                    call()
-                    few = slice(0, min(rows, 4))
-                    part = sample.Parameters(
-                        **{key: tensor[few].cpu() for key, tensor in vars(given).items()}
-                    )
-                    wanted, leads = sample.reference(problem, logits[few].cpu(), None, part)
-                    right = bool(((token_ids[few].cpu() == wanted) | (leads < 1e-5)).all())
                     row = {"part": "sample", "model": name, "rows": rows, "mode": mode, "filters": filters}
-                    yield timed(row, right, [call] * CALLS, gpu, logits.nbytes)
+                    yield from _samples(row, problem, logits, given, gpu, sweep)
+
+
+def _samples(
+    row: Row, problem: sample.Problem, logits: torch.Tensor, given: sample.Parameters, gpu: Gpu, sweep: bool
+) -> Iterator[Row]:
+    rows = len(logits)
+    few = slice(0, min(rows, 4))
+    part = sample.Parameters(**{key: tensor[few].cpu() for key, tensor in vars(given).items()})
+    wanted, leads = sample.reference(problem, logits[few].cpu(), None, part)
+    default = sample.default(problem, gpu)
+    others = sample.search_space(problem, gpu) if sweep else ()
+    for config in dict.fromkeys((default, *others)):
+        launcher = Launcher(sample.request(problem, config, gpu))
+        space = sample.scratch(problem, config, rows, "cuda")
+        token_ids = torch.zeros(rows, dtype=torch.int64, device="cuda")
+        call = partial(sample.run, launcher, logits, None, given, space, token_ids)
+        call()
+        right = bool(((token_ids[few].cpu() == wanted) | (leads < 1e-5)).all())
+        tile = dataclasses.asdict(config) | {"default": config == default}
+        yield timed(row | tile, right, [call] * CALLS, gpu, logits.nbytes)
 
 
 def log_probabilities(gpu: Gpu, generator: torch.Generator) -> Iterator[Row]:
@@ -190,7 +199,7 @@ def parts(sweep: bool) -> dict[str, Part]:
     """By what `--parts` calls them. `sweep`: those that have candidates time them all."""
     return {
         "route": route,
-        "sample": sampling,
+        "sample": partial(sampling, sweep=sweep),
         "logprobs": log_probabilities,
         "decode": partial(decode, sweep=sweep),
         "chunk": partial(chunks, sweep=sweep),

@@ -224,8 +224,11 @@ class GpuSampler:
 
         self.device, self._kernel = device, sample
         self._problems = sample.kinds(vocab)
-        self._config = sample.default(self._problems[0], gpu)
-        self._launchers = [Launcher(sample.request(p, self._config, gpu)) for p in self._problems]
+        self._configs = [sample.default(problem, gpu) for problem in self._problems]
+        self._launchers = [
+            Launcher(sample.request(problem, config, gpu))
+            for problem, config in zip(self._problems, self._configs, strict=True)
+        ]
 
     def plain(
         self, logits: torch.Tensor, heat: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
@@ -255,7 +258,8 @@ class GpuSampler:
 
     def _draw(self, which: int, logits: torch.Tensor, parameters: Any) -> torch.Tensor:
         token_ids = torch.empty(logits.shape[0], dtype=torch.int64, device=self.device)
-        scratch = self._kernel.scratch(self._problems[which], self._config, logits.shape[0], self.device)
+        problem, config = self._problems[which], self._configs[which]
+        scratch = self._kernel.scratch(problem, config, logits.shape[0], self.device)
         self._kernel.run(self._launchers[which], logits, None, parameters, scratch, token_ids)
         return token_ids
 
