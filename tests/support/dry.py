@@ -13,7 +13,7 @@ import torch
 from firebox.attention import triton_paged
 from firebox.cache.kv_cache import CacheSizes, KVCache
 from firebox.cache.pool import PoolSizes, allocate_pool
-from firebox.engine.graphs import GpuSampler
+from firebox.engine.gpu_sampler import GpuSampler, parameters_of
 from firebox.engine.messages import SamplingParams
 from firebox.engine.request import Request
 from firebox.engine.runner import Runner
@@ -41,14 +41,18 @@ class DryRunner(Runner):
         sizes = PoolSizes(PAGES, PAGE_TOKENS, PAGES, 64)
         caches = allocate_pool(model.cache_specs, sizes, bf16, CPU, model.kv_scales)
         super().__init__(model, caches, PAGE_TOKENS, frozenset(), CPU)
-        self.sampler = GpuSampler(model.head.vocab, gpu, CPU)
+        self.sampler = GpuSampler(model.head.vocab, gpu, CPU, 64)
 
     def _draw(self, logits: torch.Tensor, requests: Any) -> list[int]:
         rows = len(requests)
-        heat, seeds = torch.zeros(rows), torch.zeros(rows, dtype=torch.int64)
-        self.sampler.plain(logits, heat, seeds, seeds)
-        self.sampler.filtered(logits, requests)
+        parameters, token_ids = parameters_of(requests, CPU), torch.zeros(rows, dtype=torch.int64)
+        for draw in (self.sampler.plain, self.sampler.filtered):
+            draw(logits, parameters, token_ids)
         return [0] * rows
+
+    def _logprobs(self, logits: torch.Tensor, token_ids: Any, tops: Any) -> Any:
+        self.sampler.logprobs(logits, token_ids, tops)
+        return super()._logprobs(logits, token_ids, tops)
 
 
 def nothing_runs(monkeypatch: pytest.MonkeyPatch, gpu: Gpu) -> list[CompileRequest]:
@@ -87,8 +91,11 @@ def random_traffic(model: Any, gpu: Gpu, seed: int) -> None:
         KVCache(sizes, True), max_running_requests=24, max_batch_tokens=MAX_TOKENS,
         prefill_chunk_tokens=70, eos_token_ids=frozenset(),
     )  # fmt: skip
-    params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
     for i in range(40):
+        params = SamplingParams(
+            max_tokens=6, temperature=rng.choice((0.0, 0.8)), top_k=rng.choice((0, 5)), seed=i,
+            ignore_eos=True, logprobs=rng.choice((None, 0, 3)), repetition_penalty=rng.choice((1.0, 1.1)),
+        )  # fmt: skip
         prompt = [rng.randrange(model.head.vocab) for _ in range(rng.choice((1, 3, 12, 17, 40, 120, 700)))]
         scheduler.add(Request(i, prompt, params))
         for _ in range(rng.randrange(3)):

@@ -1,6 +1,6 @@
 """A GPU runner on a CPU: graphs are captured and replayed by running the step again, everything else of
-engine/graphs.py and engine/gpu_runner.py is real, but for the choice of tokens. For a process of its own:
-`torch.cuda` is replaced."""
+engine/graphs.py and engine/gpu_runner.py is real, but for the choice of tokens where nobody asks for it. For
+a process of its own: `torch.cuda` is replaced."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from firebox.engine import gpu_runner
 from firebox.engine.graphs import DecodeGraph, Launched
 from firebox.engine.scheduler import Plan
 from firebox.hardware.base import Gpu
+from firebox.hardware.probe import GpuMemory
+from firebox.kernels.sample import Parameters
 
 
 class Replayed(DecodeGraph):
@@ -42,29 +44,30 @@ class Replayed(DecodeGraph):
         super().__init__(*arguments)
         self._graph = SimpleNamespace(replay=self._again)  # type: ignore[assignment]
 
-    def _forward(self) -> torch.Tensor:
+    def _forward(self) -> None:
         Replayed.inside = True
         try:
-            return super()._forward()
+            super()._forward()
         finally:
             Replayed.inside = False
 
     def _again(self) -> None:
-        self.token_ids.copy_(self._forward())
+        self._forward()
         Replayed.replays.append(self.logits.clone())  # the next step's will lie there
 
 
 class Greedy:
     """Instead of a GpuSampler."""
 
-    def __init__(self, vocab: int, gpu: Gpu, device: torch.device) -> None:
+    kept_bytes = 0
+
+    def __init__(self, vocab: int, gpu: Gpu, device: torch.device, max_rows: int) -> None:
         self.device = device
 
-    def plain(self, logits: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        return logits.argmax(-1)
+    def plain(self, logits: torch.Tensor, parameters: Parameters, token_ids: torch.Tensor) -> None:
+        token_ids.copy_(logits.argmax(-1))
 
-    def filtered(self, logits: torch.Tensor, requests: Any) -> torch.Tensor:
-        return logits.argmax(-1)
+    filtered = plain
 
 
 class Counted(gpu_runner.GpuRunner):
@@ -77,19 +80,24 @@ class Counted(gpu_runner.GpuRunner):
         return super().launch(plan, after)
 
 
-def replayed_runner(model: Any, caches: Any, page_tokens: int, gpu: Gpu, vocab: int) -> Any:
-    """A GpuRunner for up to 8 requests of up to 64 tokens."""
+def replayed_runner(
+    model: Any, caches: Any, page_tokens: int, gpu: Gpu, vocab: int, draws: bool = False, strict: bool = False
+) -> Any:
+    """A GpuRunner for up to 8 requests of up to 64 tokens. `draws`: as a GPU does, by kernels, under Triton's
+    interpreter."""
     nothing = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None, record=lambda: None)
     for name in ("Stream", "current_stream", "Event", "CUDAGraph", "synchronize", "graph_pool_handle"):
         setattr(torch.cuda, name, lambda *arguments: nothing)
     torch.cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment, misc, return-value]
     for name in ("zeros", "empty"):
         setattr(torch, name, _unpinned(getattr(torch, name)))
-    gpu_runner.GpuSampler = Greedy  # type: ignore[misc, assignment]
+    gpu_runner.gpu_memory = lambda: GpuMemory(0, 0, 0, 0)  # type: ignore[assignment]
+    if not draws:
+        gpu_runner.GpuSampler = Greedy  # type: ignore[misc, assignment]
     gpu_runner.DecodeGraph = Replayed  # type: ignore[misc]
     return Counted(
         model, caches, page_tokens, frozenset(), torch.device("cpu"), gpu,
-        context_tokens=64, vocab=vocab, max_rows=8, graphs="decode", overlap=True,
+        context_tokens=64, vocab=vocab, max_rows=8, graphs="decode", overlap=True, strict=strict,
     )  # fmt: skip
 
 

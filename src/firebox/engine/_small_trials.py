@@ -13,7 +13,9 @@ import torch
 from firebox.hardware.base import Gpu
 from firebox.kernels import (
     _kv_write,
+    embed,
     latent_write,
+    logprobs,
     moe_norm_route,
     moe_route,
     rms_norm,
@@ -29,7 +31,7 @@ from firebox.layers import norm_gpu, route_gpu
 from firebox.layers._invented import relative_error
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
-ROW_KERNELS = (rms_norm, silu_mul, sigmoid_mul)
+ROW_KERNELS = (embed, rms_norm, silu_mul, sigmoid_mul)
 WRITERS = (rope_write, latent_write)
 PAGE_TOKENS, PAGES = 16, 3
 SCALES = (0.21, 0.5)  # of an FP8 cache
@@ -228,4 +230,27 @@ def draw(vocab: int, setup: Setup, rows: int) -> list[Result]:
         wrong = (found.cpu() != wanted) & (leads >= CLOSE)
         name = f"{sample.OP}{' with filters' if problem.filters else ''}"
         results.append(Result(name, rows, float(wrong.float().mean()), 0.0))
+    return results
+
+
+def looks_up(vocab: int, setup: Setup, rows: int) -> list[Result]:
+    """Logprobs of tokens, likely and unlikely ones; ranks and alternatives that are wrong are errors of 1."""
+    generator, rows = setup.generator(), min(rows, MOST_ROWS)
+    logits = 3 * setup.normal(generator, rows, vocab)
+    token_ids = torch.arange(rows, device=setup.device) * 97 % vocab
+    token_ids[::2] = logits[::2].argmax(-1)
+    results = []
+    for problem in logprobs.kinds(vocab):
+        config = logprobs.default(problem, setup.gpu)
+        launcher = Launcher(logprobs.request(problem, config, setup.gpu, interpreted=INTERPRETED))
+        scratch = logprobs.scratch(problem, config, rows, setup.device)
+        outputs = logprobs.outputs(problem, rows, setup.device)
+        setup.settle()
+        logprobs.run(launcher, logits, token_ids, scratch, *outputs)
+        values, ranks, top_ids, top_values = logprobs.reference(problem, logits, token_ids)
+        wrong = bool((outputs[1] != ranks).any()) or bool((outputs[2] != top_ids).any())
+        error = max(relative_error(outputs[0], values.float()), float(wrong))
+        if problem.top:
+            error = max(error, relative_error(outputs[3], top_values.float()))
+        results.append(Result(f"{logprobs.OP} with {problem.top}", rows, error, LIMIT))
     return results

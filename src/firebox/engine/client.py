@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import msgspec
 import zmq
@@ -26,6 +26,7 @@ from firebox.config import Config
 from firebox.engine.limits import validate
 from firebox.engine.messages import (
     Abort,
+    Captured,
     Delta,
     Drain,
     Failed,
@@ -46,6 +47,7 @@ from firebox.errors import ConfigError, EngineDied, FireboxError, QueueFull
 
 __all__ = [
     "AsyncEngine",
+    "Captured",
     "Delta",
     "EngineProcess",
     "LedgerRow",
@@ -165,6 +167,7 @@ class AsyncEngine:
 
     def __init__(self, process: EngineProcess, max_queued_requests: int) -> None:
         self.stats = Stats()
+        self.captured: dict[int, Captured] = {}  # batch size → its graph, or why it has none
         self.ready: Ready
         self.died: EngineDied | None = None
         self.on_death: Callable[[], None] = lambda: None
@@ -205,6 +208,7 @@ class AsyncEngine:
             message = await engine._starting.get()
             if isinstance(message, Ready):
                 engine.ready, engine._is_ready = message, True
+                engine._note(message.captured)
                 engine.stats = Stats(kv_pages_total=message.kv_pages, kv_pages_free=message.kv_pages)
                 return engine
             if isinstance(message, LoadProgress):
@@ -277,6 +281,7 @@ class AsyncEngine:
 
     def _take(self, message: Outputs) -> None:
         self.stats = message.stats
+        self._note(message.captured)
         for progress in message.progress:
             if stream := self._streams.get(progress.request_id):
                 stream.progress = progress
@@ -287,6 +292,9 @@ class AsyncEngine:
             if delta.finish_reason is not None:
                 del self._streams[delta.request_id]
             stream._put(delta)
+
+    def _note(self, captured: Iterable[Captured]) -> None:
+        self.captured |= {graph.requests: graph for graph in captured}
 
     def _watch_process(self) -> None:
         def wait() -> None:

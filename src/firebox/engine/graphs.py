@@ -4,13 +4,17 @@ the whole step: embedding, layers, head, and the choice of the next tokens.
 What changes from step to step lies in one block of pinned host memory, whose copy to the device is all that
 precedes a replay. Host memory is there twice: a step can be filled in while the one before runs.
 
-    numbers [7, rows] int64     token ids | positions | slots of full pages, of window pages | seeds | rows |
-                                slots of states
-    where [rows, …] int32       context | pages | window pages       (rows of all, then of the next kind)
-    heat [rows] float32         temperatures
+    numbers [8, rows] int64     token ids | positions | known tokens | slots of full pages, of window pages |
+                                seeds | sources | slots of states
+    where [rows, …] int32       top_k | context | pages | window pages  (rows of all, then of the next kind)
+    odds [3, rows] float32      temperature | top_p | min_p
 
-A step that is launched before the one before has ended does not know its token ids: they are taken from row
-`rows` of the last step's tokens, which stay on the device. −1: the id is known.
+On the device one block holds the last step's tokens and, behind them, `numbers`. A step that is launched
+before the one before has ended does not know its token ids: its sources are rows of those tokens, and of its
+own token ids where these are known.
+
+A graph draws by temperature alone. Where a request filters, too, the tokens are drawn once more behind the
+graph, by launches of their own; the host waits for neither.
 """
 
 from __future__ import annotations
@@ -24,12 +28,15 @@ import numpy as np
 import torch
 
 from firebox.cache.pool import LayerStore, StateCache
+from firebox.engine.gpu_sampler import GpuSampler, filters, signed
 from firebox.engine.request import Request
 from firebox.engine.scheduler import Chunk
+from firebox.kernels.sample import Parameters
 from firebox.models.base import Model
 from firebox.step import Pages, Step
 
-IDS, POSITIONS, SLOTS, WINDOW_SLOTS, SEEDS, ROWS, STATES = NUMBERS = range(7)
+IDS, POSITIONS, KNOWN, SLOTS, WINDOW_SLOTS, SEEDS, SOURCES, STATES = NUMBERS = range(8)
+HEAT, TOP_P, MIN_P = ODDS = range(3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +71,8 @@ class Launched:
 
 
 class DecodeGraph:
-    """One batch size. On the device, written by all graphs: `last_tokens` [most rows] int64, which the last
-    step of any of them drew, and `logits` [most rows, vocab] float32."""
+    """One batch size. On the device, written by all graphs: `block` (see `block_of`), and `logits` [most
+    rows, vocab] float32."""
 
     def __init__(
         self,
@@ -75,31 +82,34 @@ class DecodeGraph:
         caches: tuple[LayerStore, ...],
         backend: ModuleType,
         sampler: GpuSampler,
-        last_tokens: torch.Tensor,
+        block: torch.Tensor,
         logits: torch.Tensor,
         pool: Any,
     ) -> None:
         self.rows, self._shape, self._model, self._caches = rows, shape, model, caches
-        self._sampler, self._last_tokens, self.logits = sampler, last_tokens, logits[:rows]
+        self._sampler, self._block, self.logits = sampler, block, logits[:rows]
+        self._most_rows, self.token_ids = len(logits), block[:rows]
         device, kinds = sampler.device, 2 if shape.window else 1
         self._hosts = [_Host(_Inputs(rows, shape.max_pages, kinds, "cpu"), rows) for _ in range(2)]
-        self._device = _Inputs(rows, shape.max_pages, kinds, device)
+        numbers = block[self._most_rows :][: len(NUMBERS) * rows].view(len(NUMBERS), rows)
+        self._device = _Inputs(rows, shape.max_pages, kinds, device, numbers)
+        self._parameters = self._device.parameters
         self._step = self._make_step(backend)
         self._upload(self._hosts[0].inputs)
-        under_way = last_tokens.clone()  # the step before may not have been read yet
+        under_way = self.token_ids.clone()  # the step before may not have been read yet
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):  # compiles, and lets libraries allocate what they keep
             self._forward()
         torch.cuda.current_stream(device).wait_stream(stream)
-        last_tokens.copy_(under_way)
+        self.token_ids.copy_(under_way)
         for cache in caches:
             if isinstance(cache, StateCache):
                 cache.clear(0)  # all rows advanced that one
         torch.cuda.synchronize(device)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
-            self.token_ids = self._forward()
+            self._forward()
 
     def _make_step(self, backend: ModuleType) -> Step:
         rows, shape, inputs = self.rows, self._shape, self._device
@@ -125,16 +135,10 @@ class DecodeGraph:
             else None,
         )
 
-    def _forward(self) -> torch.Tensor:
-        inputs = self._device
-        rows = inputs.numbers[ROWS]
-        ids = torch.where(rows < 0, inputs.numbers[IDS], self._last_tokens[rows.clamp(min=0)])
-        hidden = self._model(ids, self._step)
-        logits = self._model.logits(hidden, self.logits)
-        positions = inputs.numbers[POSITIONS] + 1  # how many tokens are known
-        token_ids = self._sampler.plain(logits, inputs.heat, inputs.numbers[SEEDS], positions)
-        self._last_tokens[: self.rows] = token_ids
-        return token_ids
+    def _forward(self) -> None:
+        ids = self._block.index_select(0, self._device.numbers[SOURCES])
+        logits = self._model.logits(self._model(ids, self._step), self.logits)
+        self._sampler.plain(logits, self._parameters, self.token_ids)
 
     def _upload(self, inputs: _Inputs) -> None:
         for source, target in zip(inputs.tensors, self._device.tensors, strict=True):
@@ -145,28 +149,25 @@ class DecodeGraph:
         known yet."""
         shape = self._shape
         row_of = {} if after is None else {request: row for row, request in enumerate(after.requests)}
-        numbers, contexts, pages = (
-            host.numbers.numpy(),
-            host.contexts.numpy(),
-            [p.numpy() for p in host.pages],
-        )
-        heat = host.heat.numpy()
+        numbers, where, odds = host.numbers.numpy(), host.where.numpy(), host.odds.numpy()
+        top_k, contexts, *tables = host.columns(where)
         for row, chunk in enumerate(chunks):
-            request, position = chunk.request, chunk.start
+            request, params, position = chunk.request, chunk.request.params, chunk.start
             holding = request.holding
             assert holding is not None
             page, offset = divmod(position, shape.page_tokens)
-            lists = (holding.page_ids, holding.window_page_ids)[: len(pages)]
-            for kind, (table, ids) in enumerate(zip(pages, lists, strict=True)):
+            lists = (holding.page_ids, holding.window_page_ids)[: len(tables)]
+            for kind, (table, ids) in enumerate(zip(tables, lists, strict=True)):
                 table[row, : len(ids)] = ids
                 numbers[SLOTS + kind, row] = ids[page] * shape.page_tokens + offset
-            numbers[ROWS, row] = row_of.get(request, -1)
+            numbers[SOURCES, row] = row_of.get(request, self._most_rows + row)
             numbers[IDS, row] = 0 if request in row_of else request.token_ids[position]
             numbers[POSITIONS, row] = position
+            numbers[KNOWN, row] = contexts[row] = position + 1
             numbers[STATES, row] = holding.state_slot
-            numbers[SEEDS, row] = signed(request.params.seed or 0)
-            contexts[row] = position + 1
-            heat[row] = request.params.temperature
+            numbers[SEEDS, row] = signed(params.seed or 0)
+            odds[:, row] = params.temperature, params.top_p, params.min_p
+            top_k[row] = params.top_k
 
     def replay(self) -> None:
         """Starts the last step once more, without new inputs."""
@@ -180,6 +181,8 @@ class DecodeGraph:
         self.fill(host.inputs, chunks, after)
         self._upload(host.inputs)
         self.replay()
+        if any(filters(chunk.request) for chunk in chunks):
+            self._sampler.filtered(self.logits, self._parameters, self.token_ids)
         host.tokens.copy_(self.token_ids, non_blocking=True)
         host.done.record()
         return Launched([chunk.request for chunk in chunks], host.tokens, host.done)
@@ -196,75 +199,41 @@ class _Host:
 
 
 class _Inputs:
-    """The block, on the host (pinned) or on the device."""
+    """The block, on the host (pinned) or, with `numbers` in a place of its own, on the device."""
 
-    def __init__(self, rows: int, max_pages: int, kinds: int, device: torch.device | str) -> None:
-        pinned = str(device) == "cpu"
+    def __init__(
+        self,
+        rows: int,
+        max_pages: int,
+        kinds: int,
+        device: torch.device | str,
+        numbers: torch.Tensor | None = None,
+    ) -> None:
+        def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device, pin_memory=numbers is None)
 
-        def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=device, pin_memory=pinned)
+        self._rows, self._max_pages, self._kinds = rows, max_pages, kinds
+        self.numbers = zeros(len(NUMBERS), rows, dtype=torch.int64) if numbers is None else numbers
+        self.where = zeros(rows * (2 + kinds * max_pages), dtype=torch.int32)
+        self.odds = zeros(len(ODDS), rows, dtype=torch.float32)
+        self.top_k, self.contexts, *self.pages = self.columns(self.where)
+        self.tensors = (self.numbers, self.where, self.odds)
 
-        self.numbers = empty(len(NUMBERS), rows, dtype=torch.int64)
-        self.numbers[ROWS] = -1
-        self.where = empty(rows * (1 + kinds * max_pages), dtype=torch.int32)
-        self.heat = empty(rows, dtype=torch.float32)
-        self.contexts = self.where[:rows]
-        tables = self.where[rows:].view(kinds, rows, max_pages)
-        self.pages = list(tables.unbind(0))
-        self.tensors = (self.numbers, self.where, self.heat)
+    def columns(self, where: Any) -> tuple[Any, ...]:
+        """The parts of `where`, a tensor or an array: top_k, context, and a table of pages for each kind."""
+        rows = self._rows
+        tables = where[2 * rows :].reshape(self._kinds, rows, self._max_pages)
+        return where[:rows], where[rows : 2 * rows], *tables
 
-
-class GpuSampler:
-    """Draws next tokens on the device (kernels/sample.py): for rows with a temperature only, which every
-    graph does, and for rows that filter."""
-
-    def __init__(self, vocab: int, gpu: Any, device: torch.device) -> None:
-        from firebox.kernels import sample
-        from firebox.kernels.launch import Launcher
-
-        self.device, self._kernel = device, sample
-        self._problems = sample.kinds(vocab)
-        self._configs = [sample.default(problem, gpu) for problem in self._problems]
-        self._launchers = [
-            Launcher(sample.request(problem, config, gpu))
-            for problem, config in zip(self._problems, self._configs, strict=True)
-        ]
-
-    def plain(
-        self, logits: torch.Tensor, heat: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
-    ) -> torch.Tensor:
-        """`logits` [rows, vocab] float32, temperatures float32, seeds and positions int64 [rows] → tokens
-        [rows] int64."""
-        unused = heat
-        parameters = self._kernel.Parameters(heat, seeds, positions, unused, unused, unused)
-        return self._draw(0, logits, parameters)
-
-    def filtered(self, logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
-        """One token per request, with its top_k, top_p and min_p."""
-        params = [request.params for request in requests]
-
-        def numbers(values: list[Any], dtype: torch.dtype) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype).to(self.device)
-
-        parameters = self._kernel.Parameters(
-            numbers([p.temperature for p in params], torch.float32),
-            numbers([signed(p.seed or 0) for p in params], torch.int64),
-            numbers([len(request.token_ids) for request in requests], torch.int64),
-            numbers([p.top_k for p in params], torch.int32),
-            numbers([p.top_p for p in params], torch.float32),
-            numbers([p.min_p for p in params], torch.float32),
-        )
-        return self._draw(1, logits, parameters)
-
-    def _draw(self, which: int, logits: torch.Tensor, parameters: Any) -> torch.Tensor:
-        token_ids = torch.empty(logits.shape[0], dtype=torch.int64, device=self.device)
-        problem, config = self._problems[which], self._configs[which]
-        scratch = self._kernel.scratch(problem, config, logits.shape[0], self.device)
-        self._kernel.run(self._launchers[which], logits, None, parameters, scratch, token_ids)
-        return token_ids
+    @property
+    def parameters(self) -> Parameters:
+        """How the tokens are drawn."""
+        return Parameters(
+            self.odds[HEAT], self.numbers[SEEDS], self.numbers[KNOWN], self.top_k, self.odds[TOP_P],
+            self.odds[MIN_P],
+        )  # fmt: skip
 
 
-def signed(seed: int) -> int:
-    """The same 64 bits as an int64."""
-    bits = seed % 2**64
-    return bits - 2**64 if bits >= 2**63 else bits
+def block_of(max_rows: int, device: torch.device) -> torch.Tensor:
+    """[max_rows · 9] int64: the tokens of the last step of any graph, and `numbers` of the one that runs."""
+    return torch.zeros(max_rows * (1 + len(NUMBERS)), dtype=torch.int64, device=device)

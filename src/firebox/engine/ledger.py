@@ -18,8 +18,13 @@ if TYPE_CHECKING:  # Triton is imported where there is a GPU, and not before
     from firebox.layers.launches import Launch, Layers
 
 GRAPH, EAGER = "graph", "eager"
-# Launches that steps with prompts, or requests with filters, make; no graph holds them.
-NEVER_CAPTURED = (("attention_extend", ""), ("sample", "filters"))
+# Launches that steps with prompts, or requests with filters or logprobs, make; no graph holds them.
+NEVER_CAPTURED = {
+    ("attention_extend", ""),
+    ("sample", "filters"),
+    ("logprobs", ""),
+    ("logprobs", "alternatives"),
+}
 
 
 def ledger_rows(choices: Sequence[Choice], max_tokens: int, dtype: str) -> list[LedgerRow]:

@@ -78,7 +78,8 @@ def run(connection: Connection, scheduler: Scheduler, runner: Runner) -> None:
             continue
         plan, deltas = done
         step_seconds += time.perf_counter() - began
-        connection.send(Outputs(deltas, _stats(scheduler, runner, step_seconds), _progress(plan)))
+        stats = _stats(scheduler, runner, step_seconds)
+        connection.send(Outputs(deltas, stats, _progress(plan), runner.news()))
 
 
 def take(message: ToEngine, scheduler: Scheduler) -> None:

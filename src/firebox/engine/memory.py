@@ -3,7 +3,7 @@ and what was really taken, measured when the engine is ready.
 
     workspace   buffers between the launches (counted), and what one step of max_batch_tokens makes besides:
                 four times the hidden states, the widest layer's products, queries and attention's outputs,
-                and the logits of max_running_requests twice
+                and the logits of max_running_requests twice, and what drawing from them needs
     graphs      4 KiB a node, 12 nodes a layer, a graph for each batch size; and the logits that all share
     loader      the largest weight twice: as it is read, and as it is rearranged. Gone when the cache comes
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # Triton is imported where there is a GPU, and not before
     from firebox.layers.launches import Layers
 
 LAUNCHES_A_LAYER, BYTES_A_NODE = 12, 4096
-GRAPHS, LOADER, RESERVE, ALL = "graphs", "loader peak", "reserve", "all"
+GRAPHS, WORKSPACE, LOADER, RESERVE, ALL = "graphs", "workspace", "loader peak", "reserve", "all"
 FLOAT32 = 4
 
 
@@ -46,10 +46,12 @@ def needs(
 ) -> Needs:  # fmt: skip
     """Of steps of up to `tokens` tokens and `rows` requests. `slots`: bytes of each weight; `graphs`: decode
     steps are captured."""
+    from firebox.engine.gpu_sampler import scratch_bytes
     from firebox.layers.launches import workspace_bytes
 
     logits = model.head.vocab * FLOAT32
     workspace = workspace_bytes(layers, gpu, tokens) + tokens * token_bytes(model, layers) + 2 * rows * logits
+    workspace += scratch_bytes(model.head.vocab, gpu, rows)
     captured = graph_nodes_bytes(rows, len(model.blocks)) + rows * logits
     return Needs(workspace, captured if graphs else 0, 2 * max(slots, default=0))
 

@@ -118,12 +118,24 @@ class Stats(msgspec.Struct, frozen=True):
     step_modes: dict[str, int] = {}  # "graph/…" or "eager/…", and why → steps
 
 
+class Captured(msgspec.Struct, frozen=True):
+    """A CUDA graph of decode steps of `requests` requests: the GPU's memory that went (the first of many may
+    take a whole block of which later ones have theirs), and how long the step waited for it. `error`: why
+    there is none."""
+
+    requests: int
+    bytes: int
+    seconds: float
+    error: str | None = None
+
+
 class Outputs(msgspec.Struct, frozen=True, tag=True):
     """Everything one step produced."""
 
     deltas: list[Delta]
     stats: Stats
     progress: list[Progress] = []
+    captured: list[Captured] = []
 
 
 class LoadProgress(msgspec.Struct, frozen=True, tag=True):
@@ -190,6 +202,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     reasons: list[str]
     load_seconds: float
     memory: list[Memory] = []
+    captured: list[Captured] = []
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):

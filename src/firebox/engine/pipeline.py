@@ -100,8 +100,10 @@ class Pipeline:
         return self._again(plan.chunks[:half]) + self._again(plan.chunks[half:])
 
     def _ways(self, plan: Plan) -> Iterator[contextlib.AbstractContextManager[None]]:
-        """From a graph that is there, which takes no memory; then launch by launch."""
+        """From a graph that is there, which takes no memory; then launch by launch, if that may be."""
         decodes = all(chunk.count == 1 and chunk.samples for chunk in plan.chunks)
-        if decodes and self.runner.captured(len(plan.chunks)) is not None:
+        only = decodes and self.runner.graphs_only
+        if only or (decodes and self.runner.captured(len(plan.chunks)) is not None):
             yield contextlib.nullcontext()
-        yield self.runner.eagerly(AGAIN)
+        if not only:
+            yield self.runner.eagerly(AGAIN)

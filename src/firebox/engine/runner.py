@@ -14,7 +14,7 @@ import torch
 
 from firebox.cache.pool import LayerStore, StateCache, kept_bytes
 from firebox.cache.specs import RecurrentSpec, WindowSpec
-from firebox.engine.messages import TokenLogprobs
+from firebox.engine.messages import Captured, TokenLogprobs
 from firebox.engine.request import Request
 from firebox.engine.sampler import sample, token_logprobs
 from firebox.engine.scheduler import Chunk, Plan, Sampled
@@ -68,6 +68,15 @@ class Runner:
     def graphs(self) -> int:
         """How many have been captured."""
         return 0
+
+    @property
+    def graphs_only(self) -> bool:
+        """Decode steps are never to run launch by launch."""
+        return False
+
+    def news(self) -> list[Captured]:
+        """Graphs captured, or not, since this was last asked."""
+        return []
 
     def kept_bytes(self) -> dict[str, int]:
         """See cache.pool.kept_bytes; and what else was allocated with these."""
@@ -171,24 +180,41 @@ class Runner:
             rows = logits if len(sampling) == logits.shape[0] else logits[ends[sampling] - 1]
             token_ids = self._draw(rows, [chunks[i].request for i in sampling])
         chosen = dict(zip(sampling, token_ids, strict=True))
-        return [self._sampled(chunk, chosen.get(i), logits, int(ends[i])) for i, chunk in enumerate(chunks)]
+        logprobs = self._logprobs_of(chunks, chosen, logits, ends)
+        return [
+            Sampled(chosen.get(i), logprobs.get(i), self._prompt_logprobs(chunk, logits, int(ends[i])))
+            for i, chunk in enumerate(chunks)
+        ]
+
+    def _logprobs_of(
+        self, chunks: Sequence[Chunk], chosen: dict[int, int], logits: torch.Tensor, ends: np.ndarray
+    ) -> dict[int, TokenLogprobs]:
+        """Of the chosen tokens, for the chunks whose requests want them."""
+        tops = {i: chunks[i].request.params.logprobs for i in chosen}
+        wanted = {i: top for i, top in tops.items() if top is not None}
+        if not wanted:
+            return {}
+        rows = logits[ends[list(wanted)] - 1]
+        found = self._logprobs(rows, [chosen[i] for i in wanted], list(wanted.values()))
+        return dict(zip(wanted, found, strict=True))
+
+    def _prompt_logprobs(self, chunk: Chunk, logits: torch.Tensor, end: int) -> list[TokenLogprobs]:
+        """Of the prompt's tokens behind those of the chunk, whose rows of `logits` end at `end`."""
+        top, following = chunk.request.params.prompt_logprobs, _prompt_tokens_following(chunk)
+        if top is None or not following:
+            return []
+        begin = end - chunk.count
+        return self._logprobs(logits[begin : begin + len(following)], following, [top] * len(following))
 
     def _draw(self, logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
         """The next token of each request from `logits` [requests, vocab]."""
         return sample(logits, requests, self._eos_token_ids)
 
-    @staticmethod
-    def _sampled(chunk: Chunk, token_id: int | None, logits: torch.Tensor, end: int) -> Sampled:
-        params = chunk.request.params
-        logprobs: TokenLogprobs | None = None
-        if token_id is not None and params.logprobs is not None:
-            (logprobs,) = token_logprobs(logits[end - 1 : end], [token_id], params.logprobs)
-        prompt: list[TokenLogprobs] = []
-        following = _prompt_tokens_following(chunk)
-        if params.prompt_logprobs is not None and following:
-            begin = end - chunk.count
-            prompt = token_logprobs(logits[begin : begin + len(following)], following, params.prompt_logprobs)
-        return Sampled(token_id, logprobs, prompt)
+    def _logprobs(
+        self, logits: torch.Tensor, token_ids: Sequence[int], tops: Sequence[int]
+    ) -> list[TokenLogprobs]:
+        """Of `token_ids` [rows] under `logits` [rows, vocab], each with its `tops` [rows] alternatives."""
+        return token_logprobs(logits, token_ids, tops)
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)

@@ -23,26 +23,11 @@ from firebox.kernels import cpu_race
 LEAST_TEMPERATURE = 1e-5  # as good as greedy; far below it logits / temperature overflows float32
 
 
-def is_plain_greedy(params: SamplingParams, output_tokens: int) -> bool:
-    """Is the next token simply the argmax of the logits?"""
-    return (
-        params.temperature == 0.0
-        and not params.logit_bias
-        and params.repetition_penalty == 1.0
-        and params.presence_penalty == 0.0
-        and params.frequency_penalty == 0.0
-        and output_tokens >= params.min_tokens
-    )
-
-
 def sample(logits: torch.Tensor, requests: Sequence[Request], eos_token_ids: frozenset[int]) -> list[int]:
     """One token per request from `logits` [requests, vocab] float32, which is left unchanged."""
-    if all(is_plain_greedy(request.params, request.output_tokens) for request in requests):
+    if all(request.params.temperature == 0.0 and not is_adjusted(request) for request in requests):
         return logits.argmax(-1).tolist()
-    adjusted = logits.clone()
-    for row, request in zip(adjusted, requests, strict=True):
-        _penalise(row, request)
-        _ban_early_stop(row, request, eos_token_ids)
+    adjusted = adjust(logits, requests, eos_token_ids)
     token_ids: list[int] = adjusted.argmax(-1).tolist()
     drawn = [i for i, request in enumerate(requests) if request.params.temperature > 0.0]
     if drawn:
@@ -52,16 +37,37 @@ def sample(logits: torch.Tensor, requests: Sequence[Request], eos_token_ids: fro
     return token_ids
 
 
-def token_logprobs(logits: torch.Tensor, token_ids: Sequence[int], top: int) -> list[TokenLogprobs]:
-    """Logprobs of `token_ids` [rows] under `logits` [rows, vocab] float32, with the `top` likeliest
-    alternatives of each."""
+def is_adjusted(request: Request) -> bool:
+    """Do penalties, a bias or a ban change its logits?"""
+    p = request.params
+    penalised = p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
+    return penalised or bool(p.logit_bias) or request.output_tokens < p.min_tokens
+
+
+def adjust(logits: torch.Tensor, requests: Sequence[Request], eos_token_ids: frozenset[int]) -> torch.Tensor:
+    """A copy of `logits` [requests, vocab] float32 with penalties, biases and bans."""
+    adjusted = logits.clone()
+    for row, request in zip(adjusted, requests, strict=True):
+        _penalise(row, request)
+        _ban_early_stop(row, request, eos_token_ids)
+    return adjusted
+
+
+def token_logprobs(
+    logits: torch.Tensor, token_ids: Sequence[int], tops: Sequence[int]
+) -> list[TokenLogprobs]:
+    """Logprobs of `token_ids` [rows] under `logits` [rows, vocab] float32, each with its `tops` [rows]
+    likeliest alternatives."""
     logprobs = logits.log_softmax(-1)
     ids = torch.tensor(token_ids, dtype=torch.int64, device=logits.device).unsqueeze(-1)
     chosen = logprobs.gather(-1, ids)
     ranks = (logprobs > chosen).sum(-1).tolist()
-    top_values, top_ids = logprobs.topk(top, dim=-1) if top else (chosen[:, :0], ids[:, :0])
-    columns = (token_ids, chosen.squeeze(-1).tolist(), ranks, top_ids.tolist(), top_values.tolist())
-    return [TokenLogprobs(*row) for row in zip(*columns, strict=True)]
+    top_values, top_ids = logprobs.topk(max(tops), dim=-1) if any(tops) else (chosen[:, :0], ids[:, :0])
+    columns = (token_ids, chosen.squeeze(-1).tolist(), ranks, top_ids.tolist(), top_values.tolist(), tops)
+    return [
+        TokenLogprobs(token_id, value, rank, its_ids[:top], its_values[:top])
+        for token_id, value, rank, its_ids, its_values, top in zip(*columns, strict=True)
+    ]
 
 
 def _penalise(row: torch.Tensor, request: Request) -> None:

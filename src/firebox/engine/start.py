@@ -118,6 +118,7 @@ def start(
             *_scales(model, settings.kv_format),
         ],
         load_seconds=time.perf_counter() - began,
+        captured=runner.news(),
         memory=meter.beside(settings, f"{runner.graphs} captured so far" if runner.graph_rows else ""),
     )
     return scheduler, runner, ready

@@ -29,6 +29,7 @@ from firebox.kernels import (
     attention_rope_decode,
     linear,
     linear_one,
+    logprobs,
     moe_down_few,
     moe_gate_up,
     moe_gate_up_few,
@@ -83,6 +84,8 @@ def trial_of(operation: Operation, setup: Setup) -> Trial | None:
         return ExpertsTrial(operation.problem, setup)
     if operation.source is sample:
         return functools.partial(_small_trials.draw, operation.problem, setup)
+    if operation.source is logprobs:
+        return functools.partial(_small_trials.looks_up, operation.problem, setup)
     if operation.source is norm_gpu:
         return functools.partial(_small_trials.normalises, operation.problem, setup)
     if operation.source is norm_linear_gpu:

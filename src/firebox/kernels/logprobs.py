@@ -14,6 +14,7 @@ Source: own.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,7 @@ from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
 from firebox.kernels.moe_route import TAKEN, first_largest, sortable, unsortable
+from firebox.kernels.plan import Compile, Made
 
 # ---- 1. the problem
 
@@ -95,6 +97,20 @@ def scratch(problem: Problem, config: Config, rows: int, device: torch.device | 
         keys=empty(count, problem.top),
         ids=empty(count, problem.top),
         ended=torch.zeros(rows, dtype=torch.int32, device=device),
+    )
+
+
+def outputs(
+    problem: Problem, rows: int, device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Room for logprobs, ranks, top_ids and top_logprobs."""
+    values = torch.empty(rows, device=device)
+    ids = torch.empty(rows, problem.top, dtype=torch.int32, device=device)
+    return (
+        values,
+        torch.empty_like(values, dtype=torch.int32),
+        ids,
+        torch.empty_like(ids, dtype=torch.float32),
     )
 
 
@@ -206,6 +222,30 @@ def request(problem: Problem, config: Config, gpu: Gpu, *, interpreted: bool = F
         num_warps=config.warps,
         options={"launch_pdl": True} if pdl else {},
     )
+
+
+def kinds(vocab: int) -> tuple[Problem, Problem]:
+    """What the engine looks up: the chosen token alone, or as many others as there may be."""
+    return Problem(vocab, 0), Problem(vocab, min(MOST, vocab))
+
+
+def made(vocab: int, rows: int, gpu: Gpu) -> Made:
+    """What so many rows launch, for the plan: the same whatever their number."""
+    return _made(vocab, gpu)
+
+
+def turns(vocab: int, max_rows: int, gpu: Gpu) -> tuple[int, ...]:
+    """See kernels/plan.py; there are none."""
+    return ()
+
+
+@functools.cache
+def _made(vocab: int, gpu: Gpu) -> Made:
+    found = []
+    for problem, variant in zip(kinds(vocab), ("", "alternatives"), strict=True):
+        config = default(problem, gpu)
+        found.append(Compile(OP, request(problem, config, gpu), config, variant))
+    return Made("one", "default", tuple(found))
 
 
 def run(

@@ -16,13 +16,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from firebox.hardware.base import Gpu
-from firebox.kernels import sample
+from firebox.kernels import logprobs, sample
 from firebox.kernels._blocks import ATTENTION_BLOCK, DENSE_BLOCK, HEAD, MOE_BLOCK
 from firebox.kernels.compile import Compiled, CompileRequest, compile_all, limit_bytes
 from firebox.kernels.plan import CUBLAS, Operation, Planned, Setting, planned
 from firebox.layers import (
     delta_gpu,
     dense_gpu,
+    embedding,
     expert_paths,
     experts,
     gated_delta,
@@ -137,9 +138,11 @@ def layers_of(model: Decoder, setting: Setting) -> tuple[Layers, ...]:
     """What one of `setting.tp` GPUs launches, which the weights' cuts allow, in the order of a step."""
     blocks = (block for pair in model.blocks for block in pair)
     found = [_layers(OPS[type(block)], block, setting) for block in blocks]
+    begun = _layers(embedding.OP, model.embedding, setting)
     head = _layers(HEAD, model.head, setting)
-    drawn = (Operation("sample", "f32", sample, model.head.vocab),)
-    return (*_counted(found), head, Layers(SAMPLING, 1, "f32", drawn))
+    vocab = model.head.vocab
+    drawn = (Operation("sample", "f32", sample, vocab), Operation("logprobs", "f32", logprobs, vocab))
+    return (begun, *_counted(found), head, Layers(SAMPLING, 1, "f32", drawn))
 
 
 def rows(layers: Iterable[Layers], gpu: Gpu, max_tokens: int) -> Iterator[tuple[Layers, Planned]]:

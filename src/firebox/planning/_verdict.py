@@ -12,7 +12,6 @@ from firebox.layers.launches import Launch, Layers
 from firebox.layers.linear import DENSE
 from firebox.planning.memory import GIB, Memory
 
-EMBEDDING = "embedding"
 TORCH_ONLY = "composed of torch operators on a GPU"
 
 
@@ -44,8 +43,7 @@ def fallbacks(
 ) -> Iterator[str]:
     """What --strict refuses."""
     for op in not_planned:
-        if op != EMBEDDING:  # one gather, of which torch's is as good as any
-            yield f"{op} is {TORCH_ONLY}"
+        yield f"{op} is {TORCH_ONLY}"
     for alike in layers:
         if alike.refusal is not None:
             yield f"{alike.op} of {alike.layers} layers falls back to torch operators: {alike.refusal}"

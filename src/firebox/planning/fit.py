@@ -25,7 +25,7 @@ from firebox.layers.launches import Launch, Layers
 from firebox.models.base import need
 from firebox.planning import _verdict
 from firebox.planning._parts import Opened, Source, kv_dtype, open_source, refused
-from firebox.planning._verdict import EMBEDDING, TORCH_ONLY
+from firebox.planning._verdict import TORCH_ONLY
 from firebox.planning.memory import Memory, Sizes, cache_bytes, ledger, step_tokens
 from firebox.planning.roof import Roof, roof
 from firebox.weights.cuts import SIZES, check_cuts
@@ -245,7 +245,6 @@ def _rule(opened: Opened, tp: int, ep: int) -> str:
 
 def _not_planned(opened: Opened) -> Iterator[str]:
     """What no layer launches as a kernel of ours, under the names that the ledger uses."""
-    yield EMBEDDING
     yield from dict.fromkeys(choice.op for choice in opened.build.choices if choice.op not in PLANNED)
 
 

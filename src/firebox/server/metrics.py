@@ -135,3 +135,12 @@ class _EngineStats(Collector):
         for mode, count in stats.step_modes.items():
             steps.add_metric(mode.split("/", 1), count)
         yield steps
+        captured = self._engine.captured.values()
+        held = [graph for graph in captured if graph.error is None]
+        for name, help, value in (
+            ("cuda_graphs", "Batch sizes whose decode step is captured", len(held)),
+            ("cuda_graphs_failed", "Batch sizes whose last capture failed", len(captured) - len(held)),
+            ("cuda_graph_bytes", "GPU memory that captures took", sum(graph.bytes for graph in held)),
+            ("cuda_graph_seconds", "Time that steps waited for captures", sum(g.seconds for g in captured)),
+        ):
+            yield GaugeMetricFamily(f"firebox_{name}", help, value)

@@ -155,7 +155,7 @@ class Health(BaseModel):
 
 class LedgerReply(BaseModel):
     """The reply of /ledger: what runs (`ledger`), with which settings, why (`reasons`), in which versions, in
-    how much memory: bytes of the budget, and measured."""
+    how much memory: bytes of the budget, and measured; and the graphs captured by now."""
 
     model: str
     versions: dict[str, str]
@@ -163,6 +163,7 @@ class LedgerReply(BaseModel):
     reasons: list[str]
     ledger: list[dict[str, Any]]
     memory: list[dict[str, Any]]
+    graphs: list[dict[str, Any]]
 
 
 class ErrorDetail(BaseModel):

@@ -7,6 +7,7 @@ import random
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -21,8 +22,9 @@ from firebox.engine.pipeline import AGAIN, Pipeline
 from firebox.engine.request import Request
 from firebox.engine.runner import Runner
 from firebox.engine.scheduler import Chunk, Plan, Sampled, Scheduler
-from firebox.errors import EngineDied
+from firebox.errors import ConfigError, EngineDied
 from firebox.find import load
+from firebox.hardware.probe import GpuMemory
 from tests.cpu.engine.test_pipeline import Device, Late, alone, make
 from tests.cpu.engine.test_recurrent_states import StateRunner, expected_output
 from tests.support.checkpoints import write_checkpoint
@@ -39,6 +41,7 @@ class Faulty(Device):
         self.faults, self.recovered = 0, 0
         self.launching, self.again = True, 0
         self.broken_graph = 0  # the batch size whose graph never works
+        self.graphs_only = False
 
     def _fault(self, plan: Plan) -> bool:
         poisoned = any(chunk.request.request_id in self.poison for chunk in plan.chunks)
@@ -213,7 +216,8 @@ def test_recovering_lets_go_of_what_the_failed_step_held() -> None:
 
 def gpu_runner() -> GpuRunner:
     made = GpuRunner.__new__(GpuRunner)
-    made._graphs, made._capture_again_s, made._why_eager = {}, {}, ""
+    made._graphs, made._capture_again_s, made._why_eager, made._news = {}, {}, "", []
+    made._strict = False
     made._device = torch.device("cuda")
     return made
 
@@ -230,13 +234,31 @@ def test_a_capture_that_fails_is_tried_again_later(monkeypatch: pytest.MonkeyPat
     def fails(self: GpuRunner, rows: int) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(GpuRunner, "_captured", fails)
+    monkeypatch.setattr(GpuRunner, "_capture", fails)
+    monkeypatch.setattr("firebox.engine.gpu_runner.gpu_memory", lambda: GpuMemory(0, 0, 0, 0))
     with pytest.raises(torch.OutOfMemoryError):
         runner._graph(3)
     assert runner._eager_because(decode_plan(3)) == NO_GRAPH and runner.captured(3) is None
     assert runner._eager_because(decode_plan(2)) == "", "other sizes have theirs"
+    assert [(graph.requests, graph.error) for graph in runner.news()] == [
+        (3, "OutOfMemoryError: CUDA out of memory")
+    ]
     now_s[0] += CAPTURE_AGAIN_S
     assert runner._eager_because(decode_plan(3)) == ""
+
+
+def test_strict_refuses_a_model_that_no_graph_holds() -> None:
+    runner = gpu_runner()
+    runner.model = SimpleNamespace(attention_backend=None, not_capturable="")  # type: ignore[assignment]
+    runner._strict = True
+    assert runner._refusal("off") == "asked for"
+    assert runner._refusal("decode") == "the attention backend plans on the host"
+    for graphs in ("off", "decode"):
+        with pytest.raises(ConfigError, match="--strict: decode steps run launch by launch: "):
+            runner._decide(graphs)
+    runner._strict = False
+    runner._decide("off")
+    assert runner.graph_rows == 0 and not runner.graphs_only
 
 
 def test_nothing_comes_from_a_graph_while_it_must_not() -> None:

@@ -30,6 +30,7 @@ from firebox.engine.client import AsyncEngine, EngineProcess, LoadProgress, Requ
 from firebox.engine.loop import Connection, run
 from firebox.engine.messages import (
     Abort,
+    Captured,
     Drain,
     Failed,
     FromEngine,
@@ -107,6 +108,9 @@ class Paced:
 
     def may_overlap(self, plan: Plan) -> bool:
         return False
+
+    def news(self) -> list[Captured]:
+        return self._runner.news()
 
     def run(self, plan: Plan) -> list[Sampled]:
         permits = self._permits

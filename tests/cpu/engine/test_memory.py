@@ -11,6 +11,7 @@ import pytest
 import firebox
 from firebox.config import Config, EngineConfig, MemoryLine, ModelConfig, Resolved
 from firebox.engine import memory
+from firebox.engine.gpu_sampler import scratch_bytes
 from firebox.engine.memory import Meter, graph_nodes_bytes, needs, token_bytes
 from firebox.engine.outline import facts
 from firebox.find import load
@@ -37,7 +38,9 @@ def test_what_gpt_oss_needs_beside_its_weights() -> None:
     found = needs(model, layers, H200, [10, 70, 20], tokens=2048, rows=64, graphs=True)
     logits = 201_088 * 4
     step = 2048 * token_bytes(model, layers) + 2 * 64 * logits
-    assert found.workspace == workspace_bytes(layers, H200, 2048) + step
+    drawing = scratch_bytes(201_088, H200, 64)
+    assert 32 * 201_088 * 10 < drawing < 33 * 201_088 * 10, "of 32 rows that filter at once"
+    assert found.workspace == workspace_bytes(layers, H200, 2048) + step + drawing
     assert found.graphs == graph_nodes_bytes(64, 36) + 64 * logits
     assert graph_nodes_bytes(64, 36) == 64 * 36 * 12 * 4096
     assert found.loader == 140, "the largest weight twice"

@@ -448,7 +448,7 @@ def test_the_logits_stay_as_they_were() -> None:
     logits = torch.randn(12, 1500, generator=torch.Generator().manual_seed(0))
     before = logits.clone()
     sample(logits, [request(params, [1, 2], [3, 3]) for params in kinds()], frozenset({0}))
-    token_logprobs(logits, [5] * 12, 4)
+    token_logprobs(logits, [5] * 12, [4] * 12)
     assert torch.equal(logits, before)
 
 
@@ -464,7 +464,7 @@ def test_sampling_without_a_seed_is_our_mistake() -> None:
 def test_logprobs_equal_the_formula(top: int) -> None:
     logits = torch.randn(6, 200, generator=torch.Generator().manual_seed(4)) * 3
     token_ids = [int(logits[0].argmax()), int(logits[1].argmin()), 0, 199, 7, 7]
-    found = token_logprobs(logits, token_ids, top)
+    found = token_logprobs(logits, token_ids, [top] * len(token_ids))
     assert [entry.token_id for entry in found] == token_ids
     for row, token_id, entry in zip(logits.tolist(), token_ids, found, strict=True):
         total = math.log(sum(math.exp(value) for value in row))
@@ -477,6 +477,6 @@ def test_logprobs_equal_the_formula(top: int) -> None:
 
 
 def test_tied_tokens_share_a_rank() -> None:
-    entries = token_logprobs(torch.tensor([[1.0, 3.0, 1.0, 1.0]] * 2), [0, 3], 0)
+    entries = token_logprobs(torch.tensor([[1.0, 3.0, 1.0, 1.0]] * 2), [0, 3], [0, 0])
     assert [entry.rank for entry in entries] == [1, 1]
     assert all(entry.top_ids == entry.top_logprobs == [] for entry in entries)

@@ -95,7 +95,7 @@ def test_the_kept_set_is_the_engines() -> None:
 def test_the_logprobs_reference_is_the_engines() -> None:
     logits = random_logits(4, 300, torch.Generator().manual_seed(0))[1::2]
     token_ids = torch.tensor([150, 150])
-    rows = sampler.token_logprobs(logits, token_ids.tolist(), 7)
+    rows = sampler.token_logprobs(logits, token_ids.tolist(), [7, 7])
     values, ranks, top_ids, top_values = logprobs.reference(logprobs.Problem(300, 7), logits, token_ids)
     for i, row in enumerate(rows):
         assert (row.token_id, row.rank, row.top_ids) == (150, int(ranks[i]), top_ids[i].tolist())

@@ -16,7 +16,7 @@ from firebox.engine.client import (
     Stats,
     TokenLogprobs,
 )
-from firebox.engine.messages import Abort, Generate, ToEngine
+from firebox.engine.messages import Abort, Captured, Generate, ToEngine
 from firebox.errors import EngineDied
 
 EOS = 0
@@ -68,6 +68,7 @@ class FakeEngine(AsyncEngine):
         **changed: object,
     ) -> None:
         self.stats = Stats(kv_pages_total=64, kv_pages_free=64)
+        self.captured: dict[int, Captured] = {}
         self.ready = ready(**changed)
         self.died = None
         self.on_death = lambda: None

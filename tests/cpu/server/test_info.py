@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from firebox.engine.client import LedgerRow, Memory, Stats
+from firebox.engine.client import Captured, LedgerRow, Memory, Stats
 from tests.cpu.server.conftest import Served, says
 
 
@@ -73,6 +73,21 @@ def test_metrics_report_memory_planned_and_measured(serve, tokenizer):
     assert found['firebox_memory_bytes{kind="measured",use="weights"}'] == 103
     assert found['firebox_memory_bytes{kind="budget",use="reserve"}'] == 50
     assert 'firebox_memory_bytes{kind="measured",use="reserve"}' not in found
+
+
+def test_graphs_are_shown_with_what_they_took(serve, tokenizer):
+    server = serve(says(tokenizer, "x"))
+    server.engine.captured = {
+        4: Captured(4, 1000, 0.5),
+        1: Captured(1, 3000, 0.25),
+        9: Captured(9, 0, 0.1, "OutOfMemoryError: CUDA out of memory"),
+    }
+    found = samples(server)
+    assert (found["firebox_cuda_graphs"], found["firebox_cuda_graphs_failed"]) == (2, 1)
+    assert (found["firebox_cuda_graph_bytes"], found["firebox_cuda_graph_seconds"]) == (4000, 0.85)
+    graphs = server.client.get("/ledger").json()["graphs"]
+    assert graphs[0] == {"requests": 1, "bytes": 3000, "seconds": 0.25, "error": None}
+    assert [graph["requests"] for graph in graphs] == [1, 4, 9] and "memory" in graphs[2]["error"]
 
 
 def test_metrics_count_requests_by_route_and_status(serve, tokenizer):

@@ -19,7 +19,7 @@ router = APIRouter()
 TEXT: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Prometheus' text format"}
 }
-SHOWN_APART = ("ledger", "reasons", "memory")  # of Ready
+SHOWN_APART = ("ledger", "reasons", "memory", "captured")  # of Ready
 PACKAGES = (
     "torch",
     "triton",
@@ -66,7 +66,8 @@ async def ledger(request: Request) -> LedgerReply:
     came from.
     """
     service = service_of(request)
-    ready = service.text.engine.ready
+    engine = service.text.engine
+    ready, captured = engine.ready, sorted(engine.captured.items())
     return LedgerReply(
         model=service.name,
         versions=_versions(),
@@ -74,6 +75,7 @@ async def ledger(request: Request) -> LedgerReply:
         reasons=ready.reasons,
         ledger=[msgspec.to_builtins(row) for row in ready.ledger],
         memory=[msgspec.to_builtins(line) for line in ready.memory],
+        graphs=[msgspec.to_builtins(graph) for _, graph in captured],
     )
 
 
