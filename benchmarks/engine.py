@@ -13,7 +13,8 @@ that fails leaves the others, and its rows so far are kept. --http: the engine o
 many streams over HTTP. --port-open: seconds until /health answers 200, with empty caches (FIREBOX_CACHE_DIR,
 Triton's) and with what that start left in them.
 
-With --json the last line of stdout is one JSON document. Exit status 1 if a model or a row failed.
+With --json the last line of stdout is one JSON document. Exit status 1 if a model or a row failed, or a row
+is void.
 """
 
 from __future__ import annotations
@@ -112,8 +113,9 @@ def over_http(model: str, flags: list[str], at_once: int, prompt: int, output: i
     row = ["--batches", str(at_once), "--contexts", str(prompt), "--tokens", str(output), "--prefill", ""]
     longest = ["--context-length", str(config["max_position_embeddings"])]
     alone = offline(model, [*row, *longest, *flags], FOREVER_S)
-    if not alone.get("decode"):
-        return {"model": model, "offline": alone, "failed": "no offline rate"}
+    why = alone["decode"][0]["void"] if alone.get("decode") else "not measured"
+    if why is not None:
+        return {"model": model, "offline": alone, "failed": f"no offline rate: {why}"}
     serve = [*flags_of(model), *DUMMY, "--max-running-requests", str(at_once), *flags]
     served = _served.streams(serve, at_once, prompt, output, int(config["vocab_size"]))
     row = alone["decode"][0]
@@ -168,7 +170,8 @@ def _failed(found: dict[str, Any]) -> bool:
     if found.get("served", {}).get("failed"):
         return True
     rows = [row for report in reports for row in report.get("not_measured", [])]
-    return any("failed" in report for report in reports) or any(row.get("failed") for row in rows)
+    void = any(row.get("void") for report in reports for row in report.get("decode", []))
+    return void or any("failed" in report for report in reports) or any(row.get("failed") for row in rows)
 
 
 if __name__ == "__main__":

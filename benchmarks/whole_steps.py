@@ -116,8 +116,8 @@ class Steps:
         found, why = math.inf, ""
         try:
             report = offline.measure(self._settings)
-            found = report.decode[0].ms_per_token if report.decode else math.inf
-            why = "".join(row.why for row in report.not_measured)
+            found = min((row.ms_per_token for row in report.decode if row.void is None), default=math.inf)
+            why = "".join([*(row.void or "" for row in report.decode), *(r.why for r in report.not_measured)])
         except Exception as error:  # noqa: BLE001 (a tile that does not compile, or not fit, is no candidate)
             why = f"{type(error).__name__}: {error}"[:300]
         row = {"ms": found, "why": why, "s": round(time.monotonic() - began, 2)}

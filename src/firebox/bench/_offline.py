@@ -7,8 +7,11 @@
                    and values of the context; recurrent states twice) over the copy rate, which is measured
                    in the same process before the model is loaded. A model that caches hold can be faster
     replay_ms      the step's CUDA graph alone; host_ms: ms_per_token less that
-    experts        distinct ones of a layer in a step, on average over layers: looked at, and what uniform
-                   routing gives; a fill that sends all tokens one way would make every number void
+    experts        distinct ones of a layer in a step, shared ones not counted, on average over the layers of
+                   two steps; experts_expected: what uniform routing gives, E · (1 − (1 − k/E)^batch)
+    void           why the row's time does not count: with made-up weights `experts` is further from
+                   `experts_expected` than 5 % and chance explain (_routing.py), as with a fill that sends
+                   all tokens one way. None: it counts
     kv             "granted": a request's pages were given to it and its context counts as computed, though
                    no prompt was run; the pages hold normally distributed values. "computed": its prompt was
                    run
@@ -70,6 +73,7 @@ class Decode(msgspec.Struct, frozen=True, kw_only=True):
     host_ms: float | None
     experts: float | None
     experts_expected: float | None
+    void: str | None
     steps: int
     modes: dict[str, int]
     profile: Profile | None = None

@@ -49,7 +49,8 @@ class Span(NamedTuple):
 
 @contextmanager
 def experts_looked_at(tokens: int) -> Iterator[list[int]]:
-    """Within it, calls of expert layers with so many tokens note how many distinct experts these chose."""
+    """Within it, calls of expert layers with so many tokens note how many distinct experts these chose,
+    shared ones that the kernels take for further experts left out."""
     from firebox.layers.experts import Experts
 
     found: list[int] = []
@@ -57,7 +58,8 @@ def experts_looked_at(tokens: int) -> Iterator[list[int]]:
 
     def counted(self: Experts, x: torch.Tensor, expert_ids: torch.Tensor, *rest: Any) -> None:
         if expert_ids.shape[0] == tokens:
-            found.append(expert_ids[:, : self.problem.top_k].unique().numel())
+            chosen = self.problem.top_k - self.problem.shared  # shared ones come last
+            found.append(expert_ids[:, :chosen].unique().numel())
         call(self, x, expert_ids, *rest)
 
     Experts.__call__ = counted  # type: ignore[method-assign,assignment]

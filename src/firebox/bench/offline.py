@@ -17,6 +17,7 @@ import torch
 import firebox
 from firebox.bench._bandwidth import copy_gb_s, give_back, wait_for
 from firebox.bench._offline import FIRST, AnyRow, Decode, NotMeasured, Offline, Prefill, Settings
+from firebox.bench._routing import Routing, void
 from firebox.bench._step import experts_looked_at, median, profiled, replay_ms
 from firebox.bench.timer import now
 from firebox.cache.pool import LayerCache
@@ -151,6 +152,8 @@ class _Bench:
         itemsize = kv_dtype(source, config.engine.kv_cache_dtype).itemsize
         self.cache: CacheBytes = cache_bytes(runner.model.cache_specs, itemsize, 1)
         self.format = _format(self.parts)
+        self.routing = _routing(self.parts)
+        self.invented = config.model.load_format == "dummy"
         self._requests: list[Request] = []
         self._filled = False
 
@@ -212,8 +215,9 @@ class _Bench:
             cache_bytes=kept,
             replay_ms=alone,
             host_ms=None if alone is None else ms - alone,
-            experts=seen,
-            experts_expected=None if seen is None else self._experts_expected(batch),
+            experts=sum(seen) / len(seen) if seen else None,
+            experts_expected=self.routing.expected(batch) if seen and self.routing else None,
+            void=self._void(seen, batch),
             steps=self.settings.tokens,
             modes=modes,
             profile=profile,
@@ -271,22 +275,21 @@ class _Bench:
                     for rows in (k, v):
                         rows.copy_(cache.format.encode(torch.randn(rows.shape, device=rows.device), 1.0))
 
-    def _experts_seen(self, pipeline: Pipeline, batch: int) -> float | None:
-        """Distinct experts of a layer in a few eager steps, on average; None where nobody can look, on a CPU
-        or without expert layers."""
+    def _experts_seen(self, pipeline: Pipeline, batch: int) -> list[int]:
+        """Distinct experts of each layer in a few eager steps; none where nobody can look, on a CPU or
+        without expert layers."""
         if self.device.type != "cuda":
-            return None
+            return []
         with self.runner.eagerly("looked at"), experts_looked_at(batch) as seen:
             for _ in range(LOOKED_AT):
                 pipeline.step()
-        return sum(seen) / len(seen) if seen else None
+        return seen
 
-    def _experts_expected(self, batch: int) -> float | None:
-        for part in self.parts:
-            if part.block is not None and part.read:
-                e, k = part.block.problem.experts, part.block.problem.top_k
-                return float(e * (1 - (1 - k / e) ** batch))
-        return None
+    def _void(self, seen: Sequence[int], batch: int) -> str | None:
+        """Why a row's time does not count. A checkpoint's own routers choose as they have learned."""
+        if not seen or self.routing is None or not self.invented:
+            return None
+        return void(self.routing, batch, seen)
 
     def _timed(self, pipeline: Pipeline, batch: int) -> list[float]:
         """Seconds of each step that gave every request its token."""
@@ -359,6 +362,14 @@ class _Bench:
         """Nobody is left, also after a row that failed."""
         self._abort_all()
         give_back(self.device)
+
+
+def _routing(parts: Sequence[Part]) -> Routing | None:
+    """Of the model's expert layers, which are alike in this."""
+    for part in parts:
+        if part.block is not None and part.read:
+            return Routing(part.block.problem.experts, part.block.problem.top_k)
+    return None
 
 
 def _format(parts: Sequence[Part]) -> str:

@@ -14,7 +14,7 @@ from firebox.config import Config
 from firebox.errors import ConfigError
 
 if TYPE_CHECKING:
-    from firebox.bench._offline import AnyRow, Offline
+    from firebox.bench._offline import AnyRow, Decode, Offline
 
 SET_HERE = ("served_model_name", "max_running_requests", "prefix_cache")  # the last two follow from the rows
 BATCHES, CONTEXTS, PREFILLS = "1,2,4,5,8,10,16,32,64,128,256", "128,2048,32768", "2048,8192,32768"
@@ -39,7 +39,7 @@ def offline(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON document as the last line")] = False,
 ) -> None:
     """Measures MODEL in this process: decode, prefill, and what a step consists of. Rows go to stderr as JSON
-    lines as they come. Exit 1 if a row failed."""
+    lines as they come. Exit 1 if a row failed or is void."""
     import msgspec
 
     from firebox.bench._offline import Settings
@@ -66,7 +66,8 @@ def offline(
     print("\n".join(table(report)))
     if as_json:
         print(msgspec.json.encode(report).decode())
-    raise typer.Exit(1 if any(missing.failed for missing in report.not_measured) else 0)
+    failed = any(missing.failed for missing in report.not_measured)
+    raise typer.Exit(1 if failed or any(row.void for row in report.decode) else 0)
 
 
 def named(config: Config) -> str:
@@ -94,17 +95,7 @@ def table(report: Offline) -> Sequence[str]:
         f"{'context':>8}{'batch':>6}{'ms/token':>10}{'tok/s':>10}{'roof ms':>9}{'of roof':>9}"
         f"{'replay':>9}{'host':>7}{'gaps':>7}{'experts':>14}  steps",
     ]
-    for row in report.decode:
-        experts = (
-            "–" if row.experts is None else f"{row.experts:.1f} of {row.experts_expected or float('nan'):.1f}"
-        )
-        gaps = "–" if row.profile is None else f"{row.profile.gaps:.1%}"
-        lines.append(
-            f"{row.context:>8}{row.batch:>6}{row.ms_per_token:>10.3f}{row.tokens_per_s:>10.1f}"
-            f"{row.roof_ms:>9.3f}{row.share_of_roof:>9.3f}"
-            f"{_or_dash(row.replay_ms, 9)}{_or_dash(row.host_ms, 7)}{gaps:>7}{experts:>14}  "
-            + ", ".join(f"{count} {mode}" for mode, count in row.modes.items())
-        )
+    lines += [_decode_line(row) for row in report.decode]
     for prompt in report.prefill:
         lines.append(
             f"prefill {prompt.tokens}: first token after {prompt.ttft_ms:.1f} ms, "
@@ -112,6 +103,22 @@ def table(report: Offline) -> Sequence[str]:
         )
     lines += [f"not measured: {missing.what}: {missing.why}" for missing in report.not_measured]
     return lines
+
+
+def _decode_line(row: Decode) -> str:
+    """A void row has no figures here."""
+    at = f"{row.context:>8}{row.batch:>6}"
+    if row.void is not None:
+        return f"{at}  void: {row.void}"
+    experts = (
+        "–" if row.experts is None else f"{row.experts:.1f} of {row.experts_expected or float('nan'):.1f}"
+    )
+    gaps = "–" if row.profile is None else f"{row.profile.gaps:.1%}"
+    return (
+        f"{at}{row.ms_per_token:>10.3f}{row.tokens_per_s:>10.1f}{row.roof_ms:>9.3f}{row.share_of_roof:>9.3f}"
+        f"{_or_dash(row.replay_ms, 9)}{_or_dash(row.host_ms, 7)}{gaps:>7}{experts:>14}  "
+        + ", ".join(f"{count} {mode}" for mode, count in row.modes.items())
+    )
 
 
 def _or_dash(value: float | None, width: int) -> str:

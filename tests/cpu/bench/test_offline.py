@@ -190,7 +190,7 @@ def test_experts_are_counted_by_who_was_chosen(monkeypatch: pytest.MonkeyPatch) 
     calls = []
     monkeypatch.setattr(Experts, "__call__", lambda self, *rest: calls.append(rest))
     made = Experts.__new__(Experts)
-    made.problem = SimpleNamespace(top_k=2)  # type: ignore[assignment]
+    made.problem = SimpleNamespace(top_k=3, shared=1)  # type: ignore[assignment]
     ids = torch.tensor([[1, 2, 9], [2, 3, 9]])  # the third column is the shared expert's
     with experts_looked_at(2) as seen:
         made(torch.zeros(2, 4), ids, torch.zeros(2, 3), torch.zeros(2, 4))
