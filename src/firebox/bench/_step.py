@@ -16,12 +16,13 @@ from firebox.bench._bandwidth import wait_for
 from firebox.bench.timer import now
 
 REPLAYS = 20
-SHOWN = 12  # kernels of a profile
+SHOWN = 12  # kernels of a profile with their names
+OTHERS = "others"
 
 
 class Kernel(msgspec.Struct, frozen=True):
-    """Launches of one name within a step. `us`: all of them together, each counted from when the one before
-    it ended, so that the sum is the step."""
+    """Launches of one name within a step, or of all whose names are not shown (OTHERS). `us`: all of them
+    together, each counted from when the one before it ended, so that the sum is the step."""
 
     name: str
     launches: int
@@ -31,7 +32,8 @@ class Kernel(msgspec.Struct, frozen=True):
 class Profile(msgspec.Struct, frozen=True):
     """One step under the profiler. `total_ms`: from its first kernel's begin to its last one's end, which the
     profiler stretches; `gaps`: the share of it in which no kernel runs. A kernel that was launched early and
-    waits for the one before it counts as running, so gaps are what is left even so."""
+    waits for the one before it counts as running, so gaps are what is left even so. `kernels`: those that
+    take longest, then the others as one."""
 
     total_ms: float
     gaps: float
@@ -105,7 +107,13 @@ def summary(spans: Sequence[Span]) -> Profile:
     kernels.sort(key=lambda kernel: -kernel.us)
     total = last - first
     gaps = 1 - _busy(spans) / total if total else 0.0
-    return Profile(total / 1e3, gaps, len(spans), kernels[:SHOWN])
+    return Profile(total / 1e3, gaps, len(spans), [*kernels[:SHOWN], *_others(kernels[SHOWN:])])
+
+
+def _others(kernels: Sequence[Kernel]) -> Iterator[Kernel]:
+    if kernels:
+        us = round(sum(kernel.us for kernel in kernels), 1)
+        yield Kernel(OTHERS, sum(kernel.launches for kernel in kernels), us)
 
 
 def _busy(spans: Sequence[Span]) -> float:

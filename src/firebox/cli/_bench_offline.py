@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -101,6 +101,8 @@ def table(report: Offline) -> Sequence[str]:
             f"prefill {prompt.tokens}: first token after {prompt.ttft_ms:.1f} ms, "
             f"{prompt.tokens_per_s:.0f} tokens/s, {prompt.share_of_roof:.3f} of {prompt.roof}"
         )
+    for row in _broken_down(report.decode):
+        lines += _breakdown(row)
     lines += [f"not measured: {missing.what}: {missing.why}" for missing in report.not_measured]
     return lines
 
@@ -119,6 +121,28 @@ def _decode_line(row: Decode) -> str:
         f"{_or_dash(row.replay_ms, 9)}{_or_dash(row.host_ms, 7)}{gaps:>7}{experts:>14}  "
         + ", ".join(f"{count} {mode}" for mode, count in row.modes.items())
     )
+
+
+def _broken_down(rows: Sequence[Decode]) -> Iterator[Decode]:
+    """Of those with a profile the smallest and the largest batch of each context; JSON has the others'."""
+    with_profile = [row for row in rows if row.profile is not None and row.void is None]
+    for context in dict.fromkeys(row.context for row in with_profile):
+        batches = [row.batch for row in with_profile if row.context == context]
+        at_ends = (min(batches), max(batches))
+        yield from (row for row in with_profile if row.context == context and row.batch in at_ends)
+
+
+def _breakdown(row: Decode) -> Iterator[str]:
+    """The kernels of one step; its profile is there."""
+    found = row.profile
+    assert found is not None, row
+    yield (
+        f"context {row.context}, batch {row.batch}: {found.total_ms:.3f} ms under the profiler, "
+        f"{found.launches} launches, gaps {found.gaps:.1%}"
+    )
+    for kernel in found.kernels:
+        share = kernel.us / found.total_ms / 1e3 if found.total_ms else 0.0
+        yield f"  {kernel.name:<60.60}{kernel.launches:>6}{kernel.us:>10.1f} us{share:>8.1%}"
 
 
 def _or_dash(value: float | None, width: int) -> str:

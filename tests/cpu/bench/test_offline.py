@@ -3,6 +3,7 @@ it names."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -10,13 +11,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from firebox.bench._offline import Decode, NotMeasured, Offline, Settings
-from firebox.bench._step import Span, experts_looked_at, summary
+from firebox.bench._step import SHOWN, Kernel, Profile, Span, experts_looked_at, summary
 from firebox.bench.offline import LEAD, measure
 from firebox.cache.kv_cache import CacheSizes, KVCache
+from firebox.cli._bench_offline import table
 from firebox.config import Config, EngineConfig, ModelConfig
 from firebox.engine.messages import SamplingParams
 from firebox.engine.request import Request
@@ -182,6 +185,45 @@ def test_summary_of_a_step() -> None:
     assert found.total_ms == pytest.approx(0.02) and found.launches == 3
     assert found.gaps == pytest.approx(2 / 20)
     assert [(k.name, k.launches, k.us) for k in found.kernels] == [("a", 2, 15.0), ("b", 1, 5.0)]
+
+
+def test_kernels_that_are_not_shown_are_the_others() -> None:
+    """20 names, each twice, of 1 to 20 µs a launch."""
+    ends = list(itertools.accumulate([*range(1, 21)] * 2))
+    names = [f"k{n}" for n in [*range(1, 21)] * 2]
+    spans = [Span(name, end - int(name[1:]), end) for name, end in zip(names, ends, strict=True)]
+    found = summary(spans)
+    *shown, others = found.kernels
+    assert [kernel.name for kernel in shown] == [f"k{n}" for n in range(20, 20 - SHOWN, -1)]
+    assert (others.name, others.launches, others.us) == ("others", 16, 2 * 36.0)
+    assert sum(kernel.us for kernel in found.kernels) == pytest.approx(found.total_ms * 1e3) == 420
+    assert sum(kernel.launches for kernel in found.kernels) == found.launches == 40
+    exactly = summary([Span(f"k{n}", n, n + 1) for n in range(SHOWN)])
+    assert len(exactly.kernels) == SHOWN and exactly.kernels[-1].name != "others"
+
+
+def test_the_table_shows_the_kernels_of_steps(report: Offline) -> None:
+    """Of the smallest and largest batch at each context."""
+    long = "triton_" + 80 * "x"
+    profile = Profile(0.5, 0.031, 7, [Kernel(long, 4, 400.0), Kernel("others", 3, 100.0)])
+    rows = [
+        msgspec.structs.replace(report.decode[0], context=context, batch=batch, profile=profile)
+        for context in (128, 2048)
+        for batch in (1, 2, 8)
+    ]
+    rows.append(msgspec.structs.replace(rows[0], batch=9, profile=None))
+    rows.append(msgspec.structs.replace(rows[0], batch=10, void="alike"))
+    lines = table(msgspec.structs.replace(report, decode=rows))
+    at = [line for line in lines if line.startswith("context ")]
+    wanted = [(context, batch) for context in (128, 2048) for batch in (1, 8)]
+    assert at == [
+        f"context {context}, batch {batch}: 0.500 ms under the profiler, 7 launches, gaps 3.1%"
+        for context, batch in wanted
+    ]
+    first = lines.index(at[0])
+    assert lines[first + 1].split() == [long[:60], "4", "400.0", "us", "80.0%"]
+    assert lines[first + 2].split() == ["others", "3", "100.0", "us", "20.0%"]
+    assert all(len(line) <= 110 for line in lines[first : first + 3])
 
 
 def test_experts_are_counted_by_who_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
