@@ -1,9 +1,10 @@
 """benchmarks/engine.py: dips and losses on invented times, what is run for them and with which status it
-ends."""
+ends, and the start and streams of real servers on a CPU."""
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -220,3 +221,35 @@ def test_streams_are_not_compared_with_a_void_row(
     monkeypatch.setattr(engine, "offline", lambda model, flags, within_s: report({4: 2.0}, void=[4]))
     found = engine.over_http("firebox-tiny", [], 4, 16, 8)
     assert found["failed"] == "no offline rate: alike" and engine._failed(found)
+
+
+# ---- real servers
+
+
+def run(*arguments: str) -> tuple[dict[str, Any], subprocess.CompletedProcess[str]]:
+    """The JSON that it prints, with the bundled model on a CPU."""
+    command = [sys.executable, "benchmarks/engine.py", *arguments, "--json", "--", "--device", "cpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done
+
+
+def test_the_port_is_open_within_seconds_and_servers_end() -> None:
+    found, done = run("--port-open", "firebox-tiny")
+    assert 0.3 < found["warm_s"] < 60 and 0.3 < found["cold_s"] < 60
+    assert f"/health after {found['cold_s']} s cold, {found['warm_s']} s warm" in done.stdout
+    assert done.stderr.count("serves firebox-tiny at http://127.0.0.1:") == 2
+
+
+def test_streams_over_http_beside_the_same_batch_offline() -> None:
+    sizes = ["--streams", "3", "--prompt-tokens", "16", "--output-tokens", "12"]
+    found, _ = run("--http", "firebox-tiny", *sizes)
+    (row,), served = found["offline"]["decode"], found["served"]
+    assert (row["batch"], row["context"], row["steps"]) == (3, 16, 12)
+    assert found["offline"]["context_tokens"] == 4096, "graphs are those of the longest context"
+    assert (served["streams"], served["failed"]) == (3, [])
+    for name in ("tokens_per_s", "decode_tokens_per_s"):
+        share = served[name] / row["tokens_per_s"]
+        assert found["share_of_offline"][name] == pytest.approx(share, abs=0.001) and share > 0
+    assert 11 <= served["eager_decode_steps"] <= 3 * 12, "a stream's first token is its prompt's"
+    assert set(served["steps"]) == {"eager/no graphs on a CPU"}
