@@ -1,4 +1,4 @@
-"""The engine on a real GPU: small checkpoints of five architectures against the CPU engine in float32, and
+"""The engine on a real GPU: small checkpoints of all architectures against the CPU engine in float32, and
 the GPU engine against itself: graph and eager, alone and in company, cold and after a prefix hit, whole and
 in chunks. Needs transformers, which writes the checkpoints, and numba.
 
@@ -68,6 +68,9 @@ PLAIN = [
     Case("gpt_oss", "bf16", GPT_OSS),
     Case("deepseek_v3", "bf16", LATENT),
     Case("qwen3_5_moe", "bf16", RECURRENT),
+    Case("minimax_m2", "bf16", BF16),
+    Case("kimi_k2", "bf16", LATENT),
+    Case("qwen3_5_moe_text", "bf16", RECURRENT),
 ]
 QUANTISED = [
     Case("gpt_oss", "mxfp4", GPT_OSS),
@@ -77,6 +80,9 @@ QUANTISED = [
     Case("qwen3_moe", "awq", BF16),
     Case("deepseek_v3", "nvfp4", LATENT),
     Case("qwen3_5_moe", "nvfp4", RECURRENT),
+    Case("kimi_k25", "int4_group", LATENT),
+    Case("minimax_m2", "gptq", BF16),
+    Case("glm4_moe", "fp8_tensor", FP8_PRODUCTS),
 ]
 REQUANTISED = [
     Case("gpt_oss", "mxfp4", FP8_PRODUCTS, requantize="fp8"),

@@ -44,9 +44,12 @@ from tests.support.small_models import write_quantised, write_small
 
 CPU = torch.device("cpu")
 PROMPTS = (list(range(5, 26)), [7, 9])  # 21 tokens go to extend, 2 to decode
-# For latent and recurrent layers 32 tokens, then the others beside a token of the second request's answer.
-CHUNKED = (list(range(5, 55)), list(range(70, 83)))
-CHUNK_TOKENS = {"deepseek_v3": 32, "qwen3_5_moe": 32}
+# For latent and recurrent layers a chunk of whole pages, then the others beside a token of the second
+# request's answer.
+CHUNKED = {
+    "deepseek_v3": (32, (list(range(5, 55)), list(range(70, 83)))),
+    "qwen3_5_moe": (16, (list(range(5, 31)), list(range(70, 83)))),
+}
 TOKENS, GRAPH_TOKENS = 3, 5  # 13 and 3 fill a page, in a step that the next does not wait for
 STATES = 8
 
@@ -135,8 +138,7 @@ def main(model: str, format: str, option: str = "") -> None:
     folder = write_small(Path(tempfile.mkdtemp()) / "plain", model)
     folder = folder if format == "bf16" else write_quantised(folder, format)
     checkpoint = open_checkpoint(folder)
-    chunk_tokens, graphs = CHUNK_TOKENS.get(model, 64), option == "graphs"
-    prompts = [list(ids) for ids in (CHUNKED if model in CHUNK_TOKENS else PROMPTS)]
+    graphs, (chunk_tokens, prompts) = option == "graphs", CHUNKED.get(model, (64, PROMPTS))
     stored = Requantiser(0.04, kernels=True) if option == "fp8" else None
     device = Recorded(checkpoint, gpu, torch.float16, chunk_tokens, graphs, stored)
     tokens = GRAPH_TOKENS if graphs else TOKENS

@@ -58,7 +58,7 @@ def test_captures_are_told_once(drawn: dict[str, Any]) -> None:
 def test_under_strict_requests_without_a_graph_run_in_halves() -> None:
     """A step of three has none: one and two go on from graphs of their own, none launch by launch."""
     found = interpreted("interpreted_drawing", "refused")
-    _, three, _ = found["rows"]
+    (three,) = found["rows"]
     assert [kind for kind, said in three["found"].items() if said["error"] is not None] == []
     assert {kind: said["ids"] for kind, said in three["found"].items()} == {
         kind: said["ids"] for kind, said in three["wanted"].items()
