@@ -20,6 +20,7 @@ import torch
 from msgspec.structs import replace
 
 from firebox.cache.pool import StateCache
+from firebox.engine.gpu_runner import WAITED_FOR
 from firebox.engine.messages import SamplingParams
 from firebox.engine.request import Request
 from firebox.engine.sampler import sample
@@ -219,7 +220,7 @@ def test_graph_equals_eager(case: Case, engines: Engines) -> None:
         steps = Counter(graph.runner.steps)
         found = run_rows(graph, prompts)
         counted = Counter(graph.runner.steps)
-        assert counted["graph", "decode"] - steps["graph", "decode"] == TOKENS - 1
+        assert counted["graph", WAITED_FOR] - steps["graph", WAITED_FOR] == TOKENS - 1
         assert counted["eager", "prefill"] - steps["eager", "prefill"] >= 1
         assert_same_tokens(found, run_rows(eager, prompts), case.bound, f"{case}, {len(prompts)} requests")
         # Without logprobs the graph chooses the tokens itself, from the same logits.
@@ -231,10 +232,15 @@ def test_graph_equals_eager(case: Case, engines: Engines) -> None:
 
 @every_case
 def test_steps_launched_ahead_choose_the_same_tokens(case: Case, engines: Engines) -> None:
-    """Greedy and drawn, all requests of one length, so that every step has the company it has without."""
+    """Greedy, drawn and filtered, all requests of one length, so that every step has the company it has
+    without."""
     ahead, waiting = engines.gpu(case), engines.gpu(case, overlap=False)
     prompts = prompts_of(*SEVENTEEN)
-    params = [replace(GREEDY, max_tokens=40, temperature=0.8 * (n % 2), seed=n) for n in range(len(prompts))]
+    filters: list[dict[str, Any]] = [{}, {"top_k": 5}, {"top_p": 0.9, "min_p": 0.02}]
+    params = [
+        replace(GREEDY, max_tokens=40, temperature=0.8 * (n % 2), seed=n, **filters[n % 3])
+        for n in range(len(prompts))
+    ]
     steps = Counter(ahead.runner.steps)
     assert ahead.generate(prompts, params) == waiting.generate(prompts, params)
     assert ahead.runner.steps["graph", "decode"] - steps["graph", "decode"] == 39
@@ -277,11 +283,14 @@ def _lead_of_the_best(row: torch.Tensor, params: SamplingParams, position: int, 
     return float(scores.max() - scores[token])
 
 
-def test_the_steady_state_never_waits_for_the_device_but_for_tokens(engines: Engines) -> None:
+@pytest.mark.parametrize("drawn", [{}, {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "seed": 3}])
+def test_the_steady_state_never_waits_for_the_device_but_for_tokens(
+    drawn: dict[str, Any], engines: Engines
+) -> None:
     case = Case("qwen3_moe", "bf16", BF16)
     engine = engines.gpu(case)
     for prompt in prompts_of(5, 9, 17):
-        engine.submit(prompt, replace(GREEDY, max_tokens=40))
+        engine.submit(prompt, replace(GREEDY, max_tokens=40, **drawn))
     for _ in range(6):  # the prompts' steps, and the capture
         engine.step()
     torch.cuda.set_sync_debug_mode("error")
@@ -302,7 +311,7 @@ def test_what_cannot_be_captured_runs_eagerly_and_says_why(case: Case, engines: 
     assert reason == "MoeBlock is composed of torch operators"
 
 
-@pytest.mark.parametrize("case", [PLAIN[-1], QUANTISED[-1]], ids=str)
+@pytest.mark.parametrize("case", [case for case in ALL if case.bound is RECURRENT], ids=str)
 def test_the_state_before_the_first_token_stays_zero(case: Case, engines: Engines) -> None:
     """Although graphs are captured on its slot."""
     engine = engines.gpu(case)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from firebox.config import Config, EngineConfig, ModelConfig
 from firebox.engine.gpu_runner import GpuRunner
@@ -58,8 +59,16 @@ def test_every_launch_is_in_the_plan(
     model = ModelConfig(model=str(tmp_path), load_format="dummy", dtype="bfloat16")
     scheduler, runner, ready = start(Config(model=model, engine=engine))
     params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
+    others = (
+        {},
+        {"logprobs": 0},
+        {"temperature": 0.8, "top_p": 0.9, "seed": 3},
+        {"logprobs": 4, "prompt_logprobs": 2},
+        {"temperature": 0.8, "repetition_penalty": 1.2, "seed": 4},
+    )
     for i, count in enumerate((1, 3, 12, 17, 40, 120, 440)):
-        scheduler.add(Request(i, [5 + j % 300 for j in range(count)], params))
+        its_own = replace(params, **others[i % len(others)])
+        scheduler.add(Request(i, [5 + j % 300 for j in range(count)], its_own))
     while (plan := scheduler.plan()) is not None:
         scheduler.apply(plan, runner.run(plan))
     assert isinstance(runner, GpuRunner)

@@ -196,6 +196,8 @@ class GpuRunner(Runner):
     def _logprobs(
         self, logits: torch.Tensor, token_ids: Sequence[int], tops: Sequence[int]
     ) -> list[TokenLogprobs]:
+        if max(tops) > self._sampler.most_logprobs:  # no server lets that through
+            return super()._logprobs(logits, token_ids, tops)
         return self._sampler.logprobs(logits, token_ids, tops)
 
 

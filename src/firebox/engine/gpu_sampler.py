@@ -31,6 +31,11 @@ class GpuSampler:
         """Of the scratch."""
         return tensor_bytes(self._plain.scratch) + tensor_bytes(self._filtering.scratch)
 
+    @property
+    def most_logprobs(self) -> int:
+        """How many alternatives `logprobs` finds."""
+        return max(self._lookups)
+
     def plain(self, logits: torch.Tensor, parameters: sample.Parameters, token_ids: torch.Tensor) -> None:
         """Writes a token for each row of `logits` [rows, vocab] float32 to `token_ids` [rows] int64;
         filters are not read."""
@@ -46,8 +51,9 @@ class GpuSampler:
     def logprobs(
         self, logits: torch.Tensor, token_ids: Sequence[int], tops: Sequence[int]
     ) -> list[TokenLogprobs]:
-        """As engine/sampler.py's: of `token_ids` [rows], with `tops` [rows] alternatives."""
-        most = max(self._lookups) if any(tops) else 0
+        """As engine/sampler.py's: of `token_ids` [rows], with `tops` [rows] ≤ `most_logprobs`
+        alternatives."""
+        most = self.most_logprobs if any(tops) else 0
         ids = torch.tensor(token_ids, dtype=torch.int64).to(self.device)
         values, ranks, top_ids, top_values = (
             output.tolist() for output in self._lookups[most](logits.contiguous(), ids)
