@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from firebox.attention import triton_paged
-from firebox.hardware.base import find_gpu
+from firebox.hardware.base import Gpu, find_gpu
 from firebox.kernels import attention_decode, attention_extend
 from firebox.kernels._attention import FP8, Problem
 from firebox.kernels._attention_cases import Case, make
@@ -73,6 +73,12 @@ def backend_cases() -> dict[str, Case]:
     }
 
 
+def run_kernel(kernel: Any, case: Case, gpu: Gpu) -> float:
+    """The error of one launch, or of two that divide the keys."""
+    made = kernel.inputs(case)
+    return error(run(kernel, case, gpu, made), kernel.reference(case.problem, made)) / case.tolerance
+
+
 def run_backend(case: Case) -> float:
     """The error of plan and run."""
     made = make(case)
@@ -114,9 +120,7 @@ def main() -> int:
     triton_paged.gpu_of = lambda device: find_gpu("h200")  # type: ignore[assignment]
     found = {}
     for index, (name, (kernel, case)) in enumerate(kernel_cases().items()):
-        made = kernel.inputs(case)
-        out = run(kernel, case, find_gpu(("h200", "gb10")[index % 2]), made)
-        found[name] = error(out, kernel.reference(case.problem, made)) / case.tolerance
+        found[name] = run_kernel(kernel, case, find_gpu(("h200", "gb10")[index % 2]))
     found |= {name: run_backend(case) for name, case in backend_cases().items()}
     found |= {"backend refilled": run_refilled(), "rows left alone": rows_left_alone()}
     json.dump(found, sys.stdout)

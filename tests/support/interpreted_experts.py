@@ -37,7 +37,7 @@ from firebox.kernels import (
     quantise_groups,
 )
 from firebox.kernels._block_scaled import KINDS, Rounded
-from firebox.kernels._experts import MXFP4, Problem, Weights, operand
+from firebox.kernels._experts import FP8, MXFP4, Problem, Weights, operand
 from firebox.kernels._words import factor_of_code, scales_of_codes
 from firebox.kernels.launch import Launcher
 from tests.support import quick_interpreter
@@ -46,10 +46,22 @@ from tests.support.experts import WIDE, random_routing, random_weights, relative
 GPU = find_gpu("gb10")
 NAN = float("nan")
 BLOCK = 16
-GROUP = int(sys.argv[2]) if len(sys.argv) > 2 else 32
-PANELS = bool(sys.argv[3:])
-if sys.argv[3:] == ["padded"]:
+ASKED = sys.argv[2:] if __name__ == "__main__" else []
+GROUP = int(ASKED[0]) if ASKED else 32
+PANELS = bool(ASKED[1:])
+if ASKED[1:] == ["padded"]:
     layouts.PANELS_EMPTY = 1.0  # 192 columns are two panels of 128
+# One rounding to float16 (2⁻¹² at most, 1.4 · 10⁻⁴ RMS of it) of h or of the output; a 4-bit weight times its
+# scale once more.
+LIMIT = 5e-4
+# The interpreter truncates where the GPU rounds to E4M3: 2⁻³ at most, 0.06 RMS.
+FP8_LIMIT = 7e-2
+
+
+def beyond(format: str, errors: dict[str, float]) -> dict[str, float]:
+    """The cases whose error is not below its limit."""
+    rounded = {case for case in errors if format in FP8 and "sorted" in case and "gate_up" in case}
+    return {case: e for case, e in errors.items() if not e < (FP8_LIMIT if case in rounded else LIMIT)}
 
 
 def problem(format: str, hidden: int, inter: int, experts: int) -> Problem:
@@ -285,10 +297,13 @@ def in_order(p: Problem, ids: torch.Tensor, block: int = BLOCK) -> tuple[torch.T
     order = torch.full((ids.numel(),), -1, dtype=torch.int32)
     blocks = torch.full((moe_sort.most_blocks(sort, ids.numel()), 3), -7, dtype=torch.int32)
     count, place = (Launcher(request) for request in moe_sort.requests(sort, GPU, interpreted=True))
-    moe_sort.run((count, place), ids, moe_sort.scratch(sort, "cpu"), order, blocks)
+    scratch = moe_sort.scratch(sort, "cpu")
+    moe_sort.run((count, place), ids, scratch, order, blocks)
+    assert not scratch.counts.any() and not scratch.ended.any(), "not ready for a second time"
     of_expert, wanted_blocks = moe_sort.reference(sort, ids)
     assert [tuple(entry) for entry in blocks.tolist() if entry[2]] == wanted_blocks
-    assert sorted(order.tolist()) == list(range(ids.numel())) and sum(map(len, of_expert)) == ids.numel()
+    for places, found in zip(of_expert, order.split([len(places) for places in of_expert]), strict=True):
+        assert sorted(found.tolist()) == places, "choices of another expert"
     return order, blocks
 
 

@@ -27,6 +27,23 @@ from tests.support.gated_delta import (
 )
 
 GPU = find_gpu("gb10")
+STATE_LIMIT = 1e-6  # float32 against float64 over at most 8 tokens
+OUTPUT_LIMIT = 5e-4  # float16: a rounding falls the other way here and there, 2⁻¹¹ at most
+# q, k, v, W, U and the old state are rounded to float16, 1.4 · 10⁻⁴ RMS each; a walk adds some of them up
+CHUNK_LIMIT = 1.5e-3
+
+
+def beyond(found: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """The cases with an error that is not below its limit."""
+    return {name: errors for name, errors in found.items() if not _within(name, errors)}
+
+
+def _within(name: str, errors: dict[str, float]) -> bool:
+    state, output = (CHUNK_LIMIT, CHUNK_LIMIT) if "chunk" in name else (STATE_LIMIT, OUTPUT_LIMIT)
+    if "alike" in name:  # values that overwrite each other leave their errors
+        state, output = 4 * CHUNK_LIMIT, 4 * CHUNK_LIMIT
+    moved = errors["conv"] == 0.0  # not computed
+    return moved and errors["state"] < state and errors["y"] < output
 
 
 def decode(p: Problem, lengths: list[int], slots: list[int], generator: torch.Generator) -> dict[str, float]:

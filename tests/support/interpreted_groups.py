@@ -1,5 +1,6 @@
-"""Runs quantise_groups under Triton's interpreter, on the CPU, and prints for each kind what it made of a few
-rows as JSON. A process of its own, because Triton decides when it is imported.
+"""Runs quantise_groups and quantise_fp8 under Triton's interpreter, on the CPU, and prints for each kind what
+the first made of a few rows as JSON, and under "fp8" the cases in which the second was not right. A process
+of its own, because Triton decides when it is imported.
 
     TRITON_INTERPRET=1 python -m tests.support.interpreted_groups
 """
@@ -12,13 +13,23 @@ from typing import Any
 import torch
 
 from firebox.hardware.base import find_gpu
-from firebox.kernels import quantise_groups
+from firebox.kernels import quantise_fp8, quantise_groups
 from firebox.kernels._block_scaled import GROUPS, Rounded
 from firebox.kernels.launch import Launcher
 from tests.support import quick_interpreter
+from tests.support.small import difference
 
 GPU = find_gpu("gb10")
+NAN = float("nan")
 COLUMNS = 96  # three groups of 32 or six of 16: not a power of two
+
+
+def right(kind: str, found: dict[str, Any]) -> bool:
+    """Bit by bit: scales, and codes at every border between two. E4M3 codes but for what the interpreter does
+    to them: where rounding should carry into the exponent it does not, and ties go up."""
+    codes = set(found["code_steps"]) <= ({-8, 0, 1} if kind == "mxf8" else {0})
+    exact = found["scale_steps"] == [0] and found["rows_equal"] and codes
+    return exact and found["finite_is_finite"] and found["zeros"]
 
 
 def rows() -> torch.Tensor:
@@ -72,9 +83,29 @@ def judged(kind: str, x: torch.Tensor) -> dict[str, Any]:
     }
 
 
+def fp8_right(group: int, tokens: int) -> bool:
+    """Are quantise_fp8's scales the reference's, and its codes but for what the interpreter does to them? Of
+    rows of all sizes and one of zeros, into NaN."""
+    p = quantise_fp8.Problem(384, group, "f16")
+    x = torch.randn(tokens, p.columns, generator=torch.Generator().manual_seed(tokens))
+    x = (x * torch.logspace(-4, 4, tokens).unsqueeze(1)).half()
+    x[1:2] = 0.0
+    wanted, wanted_scales = quantise_fp8.reference(p, x)
+    q = torch.full((tokens + 1, p.columns), NAN)
+    scales = torch.full((tokens + 1, *wanted_scales.shape[1:]), NAN)
+    q[-1], scales[-1] = 7.0, 7.0
+    q = q.to(wanted.dtype)
+    launcher = Launcher(quantise_fp8.request(p, GPU, interpreted=True))
+    quantise_fp8.run(launcher, x, q[:-1], scales[:-1])
+    assert (q[-1].float() == 7.0).all() and (scales[-1] == 7.0).all(), "a row behind was written"
+    return difference(q[:-1], wanted).explained and torch.equal(scales[:-1], wanted_scales)
+
+
 def main() -> None:
     quick_interpreter.begin()
-    print(json.dumps({kind: judged(kind, rows()) for kind in GROUPS}))
+    found: dict[str, Any] = {kind: judged(kind, rows()) for kind in GROUPS}
+    cases = [(group, tokens) for group in (0, 128) for tokens in (0, 1, 7)]
+    print(json.dumps(found | {"fp8": [case for case in cases if not fp8_right(*case)]}))
 
 
 if __name__ == "__main__":

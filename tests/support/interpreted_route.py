@@ -19,6 +19,12 @@ from tests.support.route import ROUTINGS, decided, random_logits
 
 GPU = find_gpu("gb10")
 GUARD = -7
+WEIGHT_LIMIT = 1e-6  # exponentials and a division in float32, in another order than torch's
+
+
+def beyond(found: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """The cases with other experts, or with a weight whose error is not below its limit."""
+    return {name: c for name, c in found.items() if c["wrong"] or not c["error"] < WEIGHT_LIMIT}
 
 
 def outputs(

@@ -22,6 +22,21 @@ from tests.support.sampling import MIX, mixed_parameters, random_logits
 
 GPU = find_gpu("gb10")
 GUARD = -7
+LEAD = 1e-5  # of logarithms of times, which are up to 20 and rounded to float32
+LOGARITHM_LIMIT = 3e-6  # float32 of numbers up to 17
+LOGPROB_LIMIT = 5e-6  # float32 of numbers up to 20
+
+
+def other_tokens(case: dict[str, Any]) -> list[int]:
+    """The rows of a `draw` whose winner is another than is wanted."""
+    assert min(case["leads"], default=1.0) > LEAD, "choose another seed: a race is too close to judge"
+    pairs = zip(case["found"], case["wanted"], strict=True)
+    return [row for row, (found, wanted) in enumerate(pairs) if found != wanted]
+
+
+def beyond(found: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """The cases of `log_probabilities` with other tokens or ranks, or an error not below its limit."""
+    return {name: c for name, c in found.items() if c["wrong"] or not c["error"] < LOGPROB_LIMIT}
 
 
 def draw(

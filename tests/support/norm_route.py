@@ -38,6 +38,11 @@ class Found(NamedTuple):
     weights: float
     counter: int
 
+    @property
+    def right(self) -> bool:
+        """Is everything as it should be?"""
+        return self.rows.explained and not self.wrong and self.weights < WEIGHT_LIMIT and not self.counter
+
 
 def compare(problem: Problem, gpu: Gpu, seed: int, device: str, config: Config | None = None) -> Found:
     """Into NaN and −7, with guards behind. Raises AssertionError if something outside was written."""

@@ -25,6 +25,11 @@ class Found(NamedTuple):
     values: Difference
     others: int
 
+    @property
+    def right(self) -> bool:
+        """Is everything as it should be?"""
+        return self.attended < 1 and self.keys.explained and self.values.explained and not self.others
+
 
 def run(case: Case, gpu: Gpu, made: dict[str, Any], config: Config | None = None) -> torch.Tensor:
     """The output, between guard rows, and into NaN. Raises AssertionError if a row outside was written."""

@@ -3,12 +3,21 @@ it prints every test that was collected and selected with the kernels that its m
 
 from __future__ import annotations
 
+import importlib
 import json
 from typing import Any
 
 import pytest
 
+from firebox.find import names
+
 LINE = "sanitized: "
+
+
+def kernel_files() -> set[str]:
+    """Files of kernels/ with an OP that runs on a GPU."""
+    found = (name for name in names("kernels") if not name.startswith("cpu_"))
+    return {name for name in found if hasattr(importlib.import_module(f"firebox.kernels.{name}"), "OP")}
 
 
 def file_of(request: Any) -> str:

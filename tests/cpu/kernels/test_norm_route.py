@@ -15,7 +15,8 @@ from firebox.kernels._rows import Outputs
 from firebox.layers import dense_gpu, norm_gpu, route_gpu
 from firebox.layers._in_one import ONE
 from tests.support.interpreter import check_launches, interpreted
-from tests.support.norm_route import MODELS, WEIGHT_LIMIT
+from tests.support.norm_route import MODELS, Found
+from tests.support.small import Difference
 
 H200 = find_gpu("h200")
 SMALL = kernel.of_sizes(256, 32, 4, "softmax")
@@ -29,9 +30,9 @@ def found() -> dict[str, Any]:
 def test_equals_the_formula(found: dict[str, Any]) -> None:
     """Twice in the same memory: the second run begins with the counter that the first one left."""
     assert len(found["cases"]) == 2 * len(kernel.CASES)
-    for name, (rows, wrong, weights, counter) in found["cases"].items():
-        assert rows[2], (name, rows)
-        assert wrong == 0 and weights < WEIGHT_LIMIT and counter == 0, (name, wrong, weights, counter)
+    for name, (rows, *others) in found["cases"].items():
+        case = Found(Difference(*rows), *others)
+        assert case.right, (name, case)
 
 
 def test_a_layer_takes_one_launch_where_it_was_measured(found: dict[str, Any]) -> None:

@@ -13,22 +13,16 @@ from typing import Any
 
 import pytest
 
-from firebox.find import names
 from firebox.hardware.base import find_gpu
 from firebox.kernels._experts import FORMATS, Problem
 from firebox.kernels.compile import compile_all
 from firebox.layers.expert_paths import FEW, SORTED, default_path, requests
 from tests.support import sanitized, sanitizer_canary
+from tests.support.sanitized import kernel_files
 from tools import sanitize
 
 ROOT = Path(__file__).resolve().parents[3]
 MARK = "=" * 9
-
-
-def kernel_files() -> set[str]:
-    """Files of kernels/ with an OP that runs on a GPU."""
-    found = (name for name in names("kernels") if not name.startswith("cpu_"))
-    return {name for name in found if hasattr(importlib.import_module(f"firebox.kernels.{name}"), "OP")}
 
 
 # ---- which tests
