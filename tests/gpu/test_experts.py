@@ -365,8 +365,13 @@ def test_block_scaled_products_of_what_was_rounded(
 
 def _rounded(kind: str, x: torch.Tensor, gpu: Gpu) -> tuple[Rounded, torch.Tensor]:
     p = quantise_groups.Problem(x.shape[1], kind)
-    to = quantise_groups.empty(p, x.shape[0], "cuda")
+    room = quantise_groups.empty(p, x.shape[0] + 1, "cuda")
+    parts = [part for part in (room.q, room.scales, room.row_scale) if part is not None]
+    for part in parts:
+        part.view(torch.uint8).fill_(0xEE)
+    to = Rounded(*(None if part is None else part[:-1] for part in (room.q, room.scales, room.row_scale)))
     quantise_groups.run(Launcher(quantise_groups.request(p, gpu)), x, to)
+    assert all((part[-1].view(-1).view(torch.uint8) == 0xEE).all() for part in parts), "a row too many"
     return to, quantise_groups.dequantised(p, to)
 
 
@@ -377,6 +382,7 @@ def test_rounding_by_groups(kind: str, columns: int, gpu: Gpu) -> None:
     x[3], x[5, 7] = 0.0, float("nan")
     x = x.bfloat16()
     p = quantise_groups.Problem(columns, kind)
+    _rounded(kind, x[:0], gpu)  # which writes nothing
     to, meant = _rounded(kind, x, gpu)
     assert meant[5].isnan().any() and meant[torch.arange(40) != 5].isfinite().all() and not meant[3].any()
     rows = torch.arange(40, device="cuda") != 5
@@ -443,7 +449,7 @@ def test_the_same_sum_at_every_run(gpu: Gpu) -> None:
         assert all(torch.equal(outs[0], out) for out in outs[1:]), tokens
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 100, 341, 342, 4096])
+@pytest.mark.parametrize("tokens", [0, 1, 5, 100, 341, 342, 4096])
 @pytest.mark.parametrize(("experts", "block"), [(8, 16), (160, 64), (512, 32)])
 def test_sorting(tokens: int, experts: int, block: int, gpu: Gpu) -> None:
     p = moe_sort.Problem(experts, block)
@@ -452,9 +458,12 @@ def test_sorting(tokens: int, experts: int, block: int, gpu: Gpu) -> None:
     scratch = moe_sort.scratch(p, "cuda")
     for _ in range(2):  # the counters must be ready for a second time
         ids = torch.randint(0, experts, (tokens, 3), generator=generator, device="cuda", dtype=torch.int32)
-        order = torch.full((tokens * 3,), -1, dtype=torch.int32, device="cuda")
-        blocks = torch.full((moe_sort.most_blocks(p, tokens * 3), 3), -7, dtype=torch.int32, device="cuda")
-        moe_sort.run(launchers, ids, scratch, order, blocks)
+        order = torch.full((tokens * 3 + 1,), -1, dtype=torch.int32, device="cuda")
+        most = moe_sort.most_blocks(p, tokens * 3)
+        blocks = torch.full((most + 1, 3), -7, dtype=torch.int32, device="cuda")
+        moe_sort.run(launchers, ids, scratch, order[:-1], blocks[:-1])
+        assert order[-1] == -1 and (blocks[-1] == -7).all(), "behind the end was written"
+        order, blocks = order[:-1], blocks[:-1]
         of_expert, wanted = moe_sort.reference(p, ids)
         assert [tuple(entry) for entry in blocks.tolist() if entry[2] > 0] == wanted
         assert (blocks[:, 2] >= 0).all()
@@ -473,10 +482,13 @@ def test_quantising(group: int, gpu: Gpu) -> None:
         * torch.logspace(-6, 4, 37, device="cuda").unsqueeze(1).bfloat16()
     )
     x[3] = 0.0
-    q = torch.full(x.shape, float("nan"), device="cuda").to(torch.float8_e4m3fn)
+    q = torch.full((38, 5120), float("nan"), device="cuda").to(torch.float8_e4m3fn)
     wanted_q, wanted_scale = quantise_fp8.reference(p, x)
-    scale = torch.full_like(wanted_scale, float("nan"))
-    quantise_fp8.run(launcher, x, q, scale)
+    scale = torch.full((38, *wanted_scale.shape[1:]), float("nan"), device="cuda")
+    for rows in (0, 37):
+        quantise_fp8.run(launcher, x[:rows], q[:rows], scale[:rows])
+        assert q[rows:].float().isnan().all() and scale[rows:].isnan().all(), "a row behind was written"
+    q, scale = q[:-1], scale[:-1]
     assert torch.equal(scale, wanted_scale)
     # the division may round the other way in its last bit, and a tie's code with it
     assert (q.float() != wanted_q.float()).float().mean() < 1e-3

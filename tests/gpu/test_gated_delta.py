@@ -61,6 +61,7 @@ def test_decode(p: Problem, gpu: Gpu) -> None:
     for config in dict.fromkeys((default, *gated_delta_decode.search_space(p, gpu))):
         for lengths, slots in (
             ([1], [2]),
+            ([0], [1]),
             ([1] * 33, list(range(40, 7, -1))),
             ([1, 0, 2, 3, 8, 4, 0], [3, 3, 0, 1, 6, 9, 2]),
         ):
@@ -122,6 +123,7 @@ def test_chunks(p: Problem, columns: int, gpu: Gpu) -> None:
         columns = p.value_dim
     for lengths, slots in (
         ([1], [0]),
+        ([0], [1]),
         ([64], [1]),
         ([300], [2]),
         ([5, 0, 63, 64, 65, 129, 1, 200], [3, 3, 0, 1, 7, 9, 2, 5]),

@@ -73,7 +73,7 @@ def test_every_kind_of_row(vocab: int, bias: bool, gpu: Gpu) -> None:
     generator, rows = torch.Generator().manual_seed(vocab), 2 * len(MIX)
     problem = sample.Problem(vocab, bias)
     sampler, unsure = Sampler(problem, gpu, rows), 0
-    for count in (rows, 1, 3):
+    for count in (rows, 0, 1, 3):
         logits = random_logits(count, vocab, generator)
         added = torch.randn(count, vocab, generator=generator) if bias else None
         parameters = mixed_parameters(count, generator, first=2)
@@ -173,16 +173,21 @@ def test_logprobs(vocab: int, top: int, gpu: Gpu) -> None:
     generator, problem = torch.Generator("cuda").manual_seed(0), logprobs.Problem(vocab, top)
     config = logprobs.default(problem, gpu)
     launcher = Launcher(logprobs.request(problem, config, gpu))
-    for rows in (1, 5, 64):
+    for rows in (0, 1, 5, 64):
         logits = random_logits(rows, vocab, generator, "cuda")
         token_ids = torch.randint(vocab, (rows,), generator=generator, device="cuda")
-        token_ids[0] = vocab // 2
+        token_ids[:1] = vocab // 2
         space = logprobs.scratch(problem, config, rows, "cuda")
-        values = torch.full((rows,), float("nan"), device="cuda")
-        ranks = torch.full((rows,), -7, dtype=torch.int32, device="cuda")
-        ids = torch.full((rows, top), -7, dtype=torch.int32, device="cuda")
-        its_values = torch.full((rows, top), float("nan"), device="cuda")
+        outputs = [
+            torch.full((rows + 1,), float("nan"), device="cuda"),
+            torch.full((rows + 1,), -7, dtype=torch.int32, device="cuda"),
+            torch.full((rows + 1, top), -7, dtype=torch.int32, device="cuda"),
+            torch.full((rows + 1, top), float("nan"), device="cuda"),
+        ]
+        values, ranks, ids, its_values = (output[:-1] for output in outputs)
         logprobs.run(launcher, logits, token_ids, space, values, ranks, ids, its_values)
+        assert all(bool(output[-1:].isnan().all()) for output in outputs[::3])
+        assert all(bool((output[-1:] == -7).all()) for output in outputs[1:3]), "a row behind was written"
         wanted = logprobs.reference(problem, logits, token_ids)
         assert torch.equal(ranks, wanted[1].int()) and torch.equal(ids, wanted[2].int())
         torch.testing.assert_close(values.double(), wanted[0], rtol=0, atol=1e-5)

@@ -231,9 +231,8 @@ def sorted_(
         x_scale = torch.full_like(quantise_fp8.reference(rows, x)[1], NAN)
         q = torch.empty(x.shape, dtype=torch.float8_e4m3fn)
         quantise_fp8.run(Launcher(quantise_fp8.request(rows, GPU, interpreted=True)), x, q, x_scale)
-        exact = (q.float().unflatten(-1, (-1, rows.group or p.hidden)) * x_scale.view(tokens, -1, 1)).flatten(
-            -2
-        )
+        groups = q.float().unflatten(-1, (-1, rows.group or p.hidden))
+        exact = (groups * x_scale.view(*groups.shape[:2], 1)).flatten(-2)
         h_scale = torch.full((ids.numel(), p.inter // group), NAN)
         x = q
     if p.arranged:
@@ -276,7 +275,8 @@ def sorted_(
         found[f"{name_of_all} down{name}"] = relative_error(y, wanted)
     sums = moe_combine.Problem(p.hidden, p.top_k, "f16")
     out = torch.full((tokens, p.hidden), NAN, dtype=torch.float16)
-    ready = torch.ones(p.experts + 1, dtype=torch.int32)
+    ready = torch.full((p.experts + 1,), int(tokens > 0), dtype=torch.int32)  # without tokens nobody counts
+    ready[-1] = 1
     launcher = Launcher(moe_combine.request(sums, GPU, experts=p.experts, interpreted=True))
     moe_combine.run(launcher, y, out, ready)
     assert not ready[:-1].any() and ready[-1] == 1, f"not zero again, or beyond: {ready}"
@@ -294,12 +294,14 @@ def rescaled(p: Problem, config: Any, name: str = "") -> dict[str, Any]:
 def in_order(p: Problem, ids: torch.Tensor, block: int = BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
     """`order` and `blocks` of moe_sort, looked over."""
     sort = moe_sort.Problem(p.experts, block)
-    order = torch.full((ids.numel(),), -1, dtype=torch.int32)
-    blocks = torch.full((moe_sort.most_blocks(sort, ids.numel()), 3), -7, dtype=torch.int32)
+    guarded_order = torch.full((ids.numel() + 1,), -1, dtype=torch.int32)
+    guarded_blocks = torch.full((moe_sort.most_blocks(sort, ids.numel()) + 1, 3), -7, dtype=torch.int32)
+    order, blocks = guarded_order[:-1], guarded_blocks[:-1]
     count, place = (Launcher(request) for request in moe_sort.requests(sort, GPU, interpreted=True))
     scratch = moe_sort.scratch(sort, "cpu")
     moe_sort.run((count, place), ids, scratch, order, blocks)
     assert not scratch.counts.any() and not scratch.ended.any(), "not ready for a second time"
+    assert guarded_order[-1] == -1 and (guarded_blocks[-1] == -7).all(), "behind the end was written"
     of_expert, wanted_blocks = moe_sort.reference(sort, ids)
     assert [tuple(entry) for entry in blocks.tolist() if entry[2]] == wanted_blocks
     for places, found in zip(of_expert, order.split([len(places) for places in of_expert]), strict=True):
@@ -316,6 +318,16 @@ def rounded(kind: str, x: torch.Tensor) -> tuple[Rounded, torch.Tensor]:
             part.view(torch.uint8).fill_(0xFF)  # NaN, or the highest code
     quantise_groups.run(Launcher(quantise_groups.request(p, GPU, interpreted=True)), x, to)
     return to, quantise_groups.dequantised(p, to)
+
+
+def alone(
+    p: Problem, tokens: int, gate_up: Weights, down: Weights, generator: torch.Generator
+) -> dict[str, float]:
+    """All tokens choose one expert and nothing else; and no tokens do."""
+    p, last = replace(p, top_k=1), torch.full((tokens, 1), p.experts - 1, dtype=torch.int32)
+    layer = gate_up, down, generator
+    found = few(p, tokens, *layer, shared=True) | sorted_(p, tokens, *layer, chosen=last)
+    return {f"{case} alone": error for case, error in (found | sorted_(p, 0, *layer)).items()}
 
 
 def scaled(
@@ -386,6 +398,9 @@ def main(format: str) -> None:
             }
         if many:
             errors = sorted_(p, 40, gate_up, down, generator, block=64, chosen=some_narrow(p))
+            found |= {size + case: error for case, error in errors.items()}
+        if many and format in WIDE:
+            errors = alone(p, 17, gate_up, down, generator)
             found |= {size + case: error for case, error in errors.items()}
         for tokens in many:
             for kind in KINDS.get(format, ()):

@@ -86,6 +86,7 @@ def chunk(
     if alike:
         make_keys_alike(layer, inputs, generator)
     first = sum(lengths[:few])
+    y[:first] = 7.0
     given = {"query_start": inputs.query_start[few:], "state_slots": inputs.state_slots[few:]}
     inputs, slots = dataclasses.replace(inputs, **given), slots[few:]
     space = gated_delta_chunk.scratch(p, sum(lengths), DTYPES[p.dtype], "cpu")
@@ -99,7 +100,7 @@ def chunk(
         range(first, sum(lengths)),
     )  # fmt: skip
     wanted, wanted_conv, wanted_state = reference(p, layer.weights, inputs, layer.conv_state, layer.state)
-    assert (y[-1] == 7.0).all() and y[:first].isnan().all()
+    assert (y[-1] == 7.0).all() and (y[:first] == 7.0).all(), "a row of others was written"
     idle = [slot for slot in range(len(layer.state)) if slot not in slots]
     assert torch.equal(state[idle], layer.state[idle]), "a state of nobody's was written"
     return {
@@ -126,6 +127,9 @@ def main() -> None:
             p, columns, [1, 3, 70, 9], [3, 0, 1, 5], generator, few=2
         )
     p = Problem(1, 2, 32, 16, 3, 1e-6, "f16")
+    found["decode no tokens"] = decode(p, [0, 0], [0, 1], generator)
+    found["chunk behind others no one"] = chunk(p, 16, [1, 3], [0, 1], generator, few=2)
+    found["chunk no tokens"] = chunk(p, 16, [0, 0], [0, 1], generator)
     found["chunk alike"] = chunk(p, 16, [130], [1], generator, alike=True)
     print(json.dumps(found))
 

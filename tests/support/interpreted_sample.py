@@ -102,7 +102,9 @@ def worst_logarithm(generator: torch.Generator) -> float:
 def log_probabilities(problem: logprobs.Problem, rows: int, generator: torch.Generator) -> dict[str, float]:
     config = logprobs.Config(chunk=64, warps=4)
     logits = random_logits(rows, problem.vocab, generator)
-    token_ids = logits.softmax(-1).multinomial(1, generator=generator).squeeze(-1)
+    token_ids = logits.new_empty(0, dtype=torch.int64)
+    if rows:
+        token_ids = logits.softmax(-1).multinomial(1, generator=generator).squeeze(-1)
     space = logprobs.scratch(problem, config, rows, "cpu")
     outputs = [
         torch.full((rows + 1,), float("nan")),
@@ -113,6 +115,7 @@ def log_probabilities(problem: logprobs.Problem, rows: int, generator: torch.Gen
     launcher = Launcher(logprobs.request(problem, config, GPU, interpreted=True))
     logprobs.run(launcher, logits, token_ids, space, *(output[:-1] for output in outputs))
     assert not space.ended.any() and all(bool(output[-1:].isnan().all()) for output in outputs[::3])
+    assert all(bool((output[-1:] == GUARD).all()) for output in outputs[1:3]), "a row behind was written"
     wanted = logprobs.reference(problem, logits, token_ids)
     (value, rank, ids, values), (best, best_rank, best_ids, best_values) = (
         [output[:-1] for output in outputs],
@@ -121,7 +124,7 @@ def log_probabilities(problem: logprobs.Problem, rows: int, generator: torch.Gen
     pairs = ((value, best), (values, best_values))
     errors = [(a - b).masked_fill(a == b, 0.0).abs().nan_to_num(torch.inf) for a, b in pairs]  # −∞ is −∞
     return {
-        "error": max(float(error.max()) for error in errors if error.numel()),
+        "error": max((float(error.max()) for error in errors if error.numel()), default=0.0),
         "wrong": int((rank != best_rank).sum() + (ids != best_ids).sum()),
     }
 
@@ -137,11 +140,13 @@ def main() -> None:
         "plain 1001": draw(sample.Problem(1001, filters=False), 256, rows, generator),
         "flat": draw_flat(generator),
         "filtered 600": draw(sample.Problem(600), 128, 4, generator, first=2),
+        "no rows": draw(sample.Problem(600), 128, 0, generator),
     }
     found = {
         f"{vocab} {top}": log_probabilities(logprobs.Problem(vocab, top), 3, generator)
         for vocab, top in ((300, 5), (25, 20), (200, 0))
     }
+    found["no rows"] = log_probabilities(logprobs.Problem(300, 5), 0, generator)
     print(json.dumps({"drawn": drawn, "logprobs": found, "logarithm": worst_logarithm(generator)}))
 
 

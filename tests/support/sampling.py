@@ -44,7 +44,7 @@ def mixed_parameters(
 ) -> Parameters:
     """The rows of MIX in turn, from `first` on; seeds and positions of all 64 bits."""
     chosen = [MIX[(first + row) % len(MIX)] for row in range(rows)]
-    columns = list(zip(*chosen, strict=True))
+    columns = list(zip(*chosen, strict=True)) or [()] * 4
 
     def number(values: tuple[float, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=device)

@@ -170,6 +170,7 @@ DECODE_CASES = (
         Problem(2, 1, 64, 64, 64, tree=True, window=True, sinks=torch.bfloat16), ((7, 300), (5, 20)),
         window_tokens=16,
     ),
+    Case(Problem(16, 1, 576, 512, 64, tree=True), ((5, 319), (1, 7), (3, 65)), splits=2),
 )  # fmt: skip
 
 EXTEND_CASES = (
@@ -188,4 +189,5 @@ EXTEND_CASES = (
     Case(Problem(24, 2, 128, 128, 64), ((21, 85),)),
     Case(Problem(8, 2, 64, 64, 16, tree=True), ((20, 170), (70, 90), (3, 3))),
     Case(Problem(2, 1, 64, 64, 64, tree=True, window=True), ((64, 300), (5, 20)), window_tokens=70),
+    Case(Problem(16, 1, 576, 512, 64, tree=True), ((18, 150), (2, 2))),
 )  # fmt: skip

@@ -406,7 +406,7 @@ def run(
     which must differ; changes `scratch`. `tokens`: those that the requests have, if not all that the inputs
     are of; `query_start` counts from the first of all."""
     p, count = problem, inputs.state_slots.shape[0]
-    tokens = tokens or range(inputs.mixed.shape[0])
+    tokens = range(inputs.mixed.shape[0]) if tokens is None else tokens
     check_strides(p.constants, inputs)
     if not tokens:
         return
