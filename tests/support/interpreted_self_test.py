@@ -3,7 +3,8 @@ a fault or without, and prints what came of it as JSON.
 
     TRITON_INTERPRET=1 python -m tests.support.interpreted_self_test MODEL FORMAT FAULT [strict]
 
-FAULT: "none", or what is a tenth too large: "few" products, "experts" of many tokens, a "norm".
+FAULT: "none", or what is a tenth too large: "few" products, "experts" of many tokens, a "norm"; or "few
+raises": products of few tokens ask for more shared memory than there is.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from triton.runtime.errors import OutOfResources
 
 from firebox.engine import self_test, trials
 from firebox.engine.self_test import Setup
@@ -46,6 +48,7 @@ FAULTS: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "few": (linear_few, "out", ("o", "head", "experts")),
     "experts": (moe_combine, "out", ("experts",)),
     "norm": (rms_norm, "out", ("norm",)),
+    "few raises": (linear_few, "", ("o", "head")),
 }
 
 
@@ -67,10 +70,12 @@ def planned(model: str, format: str) -> Callable[[], list[Planned]]:
 
 
 def break_(kernel: Any, name: str) -> None:
-    """From now on everything that it writes to `name` is a tenth too large."""
+    """From now on everything that it writes to `name` is a tenth too large; without a name it raises."""
     run, names = kernel.run, list(inspect.signature(kernel.run).parameters)
 
     def wrong(*arguments: Any, **named: Any) -> None:
+        if not name:
+            raise OutOfResources(147_456, 101_376, "shared memory")
         run(*arguments, **named)
         (named[name] if name in named else arguments[names.index(name)]).mul_(1.1)
 

@@ -4,13 +4,12 @@ Each has one compile, so there is no other choice to take in its place."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from firebox.hardware.base import Gpu
+from firebox.engine._attempt import Result, Setup
 from firebox.kernels import (
     _kv_write,
     embed,
@@ -24,7 +23,6 @@ from firebox.kernels import (
     sigmoid_mul,
     silu_mul,
 )
-from firebox.kernels._veto import Choice
 from firebox.kernels.launch import INTERPRETED, Launcher
 from firebox.kernels.plan import Operation
 from firebox.layers import norm_gpu, route_gpu
@@ -41,54 +39,6 @@ MOST_ROWS = 8  # that sampling is compared for: the reference sorts whole vocabu
 LIMIT, FP8_LIMIT, ROUTE_LIMIT = 5e-3, 5e-2, 2e-2
 CODES_LIMIT = 8e-2 if INTERPRETED else FP8_LIMIT  # the interpreter does not round FP8 as a GPU does
 CLOSE = 1e-5  # two tokens whose times are as close may both win
-
-
-@dataclass(frozen=True)
-class Result:
-    """What came of `launch` at `tokens`: its relative `error`, infinite where something is not a number, and
-    the `limit`. `choice`: what to veto; None where there is no other."""
-
-    launch: str
-    tokens: int
-    error: float
-    limit: float
-    choice: Choice | None = None
-
-    @property
-    def passed(self) -> bool:
-        """A NaN does not."""
-        return self.error <= self.limit
-
-
-@dataclass(frozen=True)
-class Setup:
-    """Where trials run: steps of up to `max_tokens`."""
-
-    gpu: Gpu
-    device: torch.device
-    max_tokens: int
-
-    def generator(self) -> torch.Generator:
-        """The same numbers in every run."""
-        return torch.Generator(self.device).manual_seed(1)
-
-    def normal(self, generator: torch.Generator, *shape: int) -> torch.Tensor:
-        """N(0, 1) in float32."""
-        return torch.randn(*shape, generator=generator, device=self.device)
-
-    def settle(self) -> None:
-        """Launches may begin before the one before them has ended; what that wrote must be there."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def release(self) -> None:
-        """Gives what trials took back to the driver."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def nan(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        """What nobody has written yet."""
-        return torch.full(shape, torch.nan, device=self.device).to(dtype)
 
 
 def trial_of(operation: Operation, setup: Setup) -> Callable[[int], list[Result]] | None:
@@ -116,8 +66,8 @@ def _rows(kernel: ModuleType, problem: Any, setup: Setup, tokens: int) -> list[R
     given = kernel.inputs(problem, tokens, setup.generator(), **kind)
     wanted = kernel.reference(problem, **given)
     outputs = {n: setup.nan(*rows.shape, dtype=rows.dtype) for n, rows in wanted.items() if n != "x"}
-    setup.settle()
-    kernel.run(_launcher(kernel, problem, setup), **given, **outputs)
+    with setup.launching(kernel.OP, tokens):
+        kernel.run(_launcher(kernel, problem, setup), **given, **outputs)
     found = outputs | ({"x": given["x"]} if "x" in wanted else {})
     errors = {name: relative_error(found[name].float(), rows.float()) for name, rows in wanted.items()}
     return [
@@ -146,8 +96,8 @@ def _writes(kernel: ModuleType, problem: Any, setup: Setup, tokens: int) -> list
         _kv_write.put(wanted[name], slots, values, scale if kept.itemsize == 1 else 1.0)
     q = setup.nan(tokens, p.heads, row[1], dtype=dtype)
     further = {"scales": scales} if kept.itemsize == 1 else {}
-    setup.settle()
-    kernel.run(_launcher(kernel, p, setup), **given, q=q, token_slots=slots, **caches, **further)
+    with setup.launching(kernel.OP, tokens):
+        kernel.run(_launcher(kernel, p, setup), **given, q=q, token_slots=slots, **caches, **further)
     limit = FP8_LIMIT if kept.itemsize == 1 else LIMIT
     mine = q[..., -wanted_q.shape[-1] :]  # the columns before these are another launch's
     results = [Result(f"{kernel.OP}'s q", tokens, relative_error(mine.float(), wanted_q.float()), LIMIT)]
@@ -166,8 +116,8 @@ def _routes(problem: moe_route.Problem, setup: Setup, tokens: int) -> list[Resul
     ids, weights = moe_route.reference(p, logits, bias, gate)
     found_ids = torch.full(ids.shape, -1, dtype=torch.int32, device=setup.device)
     found = setup.nan(*ids.shape, dtype=torch.float32)
-    setup.settle()
-    moe_route.run(_launcher(moe_route, p, setup), logits, bias, gate, found_ids, found)
+    with setup.launching(moe_route.OP, tokens):
+        moe_route.run(_launcher(moe_route, p, setup), logits, bias, gate, found_ids, found)
     return [Result(moe_route.OP, tokens, _route_error(p, (found_ids, found), (ids, weights)), ROUTE_LIMIT)]
 
 
@@ -179,9 +129,9 @@ def routes_in_one(problem: route_gpu.Problem, setup: Setup, tokens: int) -> list
     kind = {"device": setup.device, "dtype": DTYPES[p.norm.dtype]}
     given, space = moe_norm_route.inputs(p, setup.generator(), **kind), route_gpu.Workspace(setup.device)
     rows, *wanted = moe_norm_route.reference(p, **given)
-    setup.settle()
-    found_rows, _, *found = route_gpu.run(problem, config, setup.gpu, space, *given.values())
     choice, tile = route_gpu.choice_of(problem, config), f"{moe_norm_route.OP} with {config}"
+    with setup.launching(tile, tokens, choice):
+        found_rows, _, *found = route_gpu.run(problem, config, setup.gpu, space, *given.values())
     counted = not bool(space.counter.any())  # and ready for the next launch
     error = _route_error(p.route, found, wanted) if counted else float("inf")
     return [
@@ -223,12 +173,12 @@ def draw(vocab: int, setup: Setup, rows: int) -> list[Result]:
         launcher = Launcher(sample.request(problem, config, setup.gpu, interpreted=INTERPRETED))
         scratch = sample.scratch(problem, config, rows, setup.device)
         found = torch.full((rows,), -1, dtype=torch.int64, device=setup.device)
-        setup.settle()
-        sample.run(launcher, logits, None, parameters, scratch, found)
+        name = f"{sample.OP}{' with filters' if problem.filters else ''}"
+        with setup.launching(name, rows):
+            sample.run(launcher, logits, None, parameters, scratch, found)
         on_host = sample.Parameters(**{name: part.cpu() for name, part in vars(parameters).items()})
         wanted, leads = sample.reference(problem, logits.cpu(), None, on_host)
         wrong = (found.cpu() != wanted) & (leads >= CLOSE)
-        name = f"{sample.OP}{' with filters' if problem.filters else ''}"
         results.append(Result(name, rows, float(wrong.float().mean()), 0.0))
     return results
 

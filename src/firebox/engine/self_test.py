@@ -1,9 +1,10 @@
 """Before the port opens, every launch of the plan is made once on this GPU, at the lowest and the highest
 number of tokens of each of its ranges, and compared with its reference (engine/trials.py).
 
-A choice whose result is wrong is not made again in this process (kernels/_veto.py): the next candidate,
-another tile or another path, takes its place, is compiled, and is tested in its turn; the ledger's row says
-so. Under --strict, and where there is no other candidate, the start is refused.
+A choice whose result is wrong, or whose launch raises (engine/_attempt.py), is not made again in this process
+(kernels/_veto.py): the next candidate, another tile or another path, takes its place, is compiled, and is
+tested in its turn; the ledger's row says so. Under --strict, where there is no other candidate, and where the
+GPU cannot be used any more, the start is refused.
 
     FIREBOX_CACHE_DIR/self_test/<hash>.json      a plan that passed; tested again only if GPU, driver,
                                                  versions, Firebox's own code or the plan are others
@@ -24,7 +25,8 @@ from pathlib import Path
 
 import torch
 
-from firebox.engine.trials import Result, Setup, trial_of
+from firebox.engine._attempt import LaunchFailed, Result, Setup
+from firebox.engine.trials import trial_of
 from firebox.env import read
 from firebox.errors import LaunchRefused
 from firebox.hardware.probe import driver_version
@@ -34,6 +36,7 @@ from firebox.kernels.compile import CompileRequest, request_key
 from firebox.kernels.plan import Operation, Planned
 
 log = logging.getLogger(__name__)
+OTHER_VERSIONS = "another version of Triton or of the driver; --self-test off starts all the same"
 AUTO, ON, OFF = "auto", "on", "off"
 ROOMS = ("kernels", "formats", "layers", "attention", "engine")  # whose code decides what a test finds
 
@@ -84,8 +87,8 @@ def self_test(
 
 
 def test(rows: Iterable[Planned], setup: Setup) -> Findings:
-    """Every operation's launches at the ends of their ranges. Whatever a trial raises counts as a failure of
-    our own and is not caught."""
+    """Every operation's launches at the ends of their ranges. What a trial raises besides LaunchFailed is a
+    mistake of our own and is not caught. Raises LaunchRefused where no further launch can be made."""
     began, rows = time.perf_counter(), list(rows)
     made: list[CompileRequest] = []
     launch.OBSERVERS.append(made.append)
@@ -95,7 +98,7 @@ def test(rows: Iterable[Planned], setup: Setup) -> Findings:
             results += _tried(operation, setup, sorted(tokens))
     finally:
         launch.OBSERVERS.remove(made.append)
-        setup.release()
+    setup.release()
     keys = {_identity(request) for request in made}
     missing = [r.request for r in rows if r.request is not None and _identity(r.request) not in keys]
     untested = dict.fromkeys(request.kernel.__name__ for request in missing)
@@ -104,8 +107,18 @@ def test(rows: Iterable[Planned], setup: Setup) -> Findings:
 
 @torch.inference_mode()
 def _tried(operation: Operation, setup: Setup, tokens: Sequence[int]) -> list[Result]:
-    trial = trial_of(operation, setup)
-    return [] if trial is None else [result for count in tokens for result in trial(count)]
+    trial, results = trial_of(operation, setup), list[Result]()
+    if trial is None:
+        return results
+    for count in tokens:
+        try:
+            results += trial(count)
+        except LaunchFailed as failed:
+            results.append(failed.result)
+            if setup.is_lost():
+                said = f"{_said(failed.result)}; the GPU cannot be used any more, so nothing else was tried"
+                raise LaunchRefused(said, hint="another version of Triton or of the driver") from failed
+    return results
 
 
 def _wanted(rows: Iterable[Planned]) -> dict[Operation, set[int]]:
@@ -119,21 +132,22 @@ def _wanted(rows: Iterable[Planned]) -> dict[Operation, set[int]]:
 def _replace(failures: Sequence[Result], strict: bool) -> Iterator[str]:
     """Vetoes the choices; a line for each. Raises LaunchRefused where that is not possible."""
     for result in failures:
-        said = (
-            f"{result.launch} failed its test at {result.tokens} tokens: off by {result.error:.3g}, "
-            f"the limit is {result.limit:.3g}"
-        )
+        said = _said(result)
         if strict:
             raise LaunchRefused(f"--strict: {said}", hint="without --strict the next candidate is taken")
         if result.choice is None or _veto.why_not(result.choice) is not None:
-            hint = "another version of Triton or of the driver; --self-test off starts all the same"
-            raise LaunchRefused(f"{said}; nothing else could run instead", hint=hint)
+            raise LaunchRefused(f"{said}; nothing else could run instead", hint=OTHER_VERSIONS)
     for result in {result.choice: result for result in reversed(failures)}.values():
         assert result.choice is not None
-        why = f"{result.launch}, off by {result.error:.3g} at {result.tokens} tokens"
+        why = f"{result.launch}, {result.failure} at {result.tokens} tokens"
         _veto.veto(result.choice, why)
         log.warning("self-test: not %s", why)
         yield f"self-test: not {why}"
+
+
+def _said(result: Result) -> str:
+    limit = "" if result.raised else f", the limit is {result.limit:.3g}"
+    return f"{result.launch} failed its test at {result.tokens} tokens: {result.failure}{limit}"
 
 
 def _identity(request: CompileRequest) -> str:

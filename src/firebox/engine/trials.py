@@ -2,7 +2,8 @@
 will, for one number of tokens after the other, and compared with its kernels' references.
 
     trial = trial_of(operation, setting)      None: nobody knows how to try it
-    trial(tokens) → [Result]                  relative errors and their limits; which choice is to blame
+    trial(tokens) → [Result]                  relative errors and their limits; which choice is to blame.
+                                              Raises LaunchFailed (engine/_attempt.py)
 
 Weights are one layer's, all of them: experts that are not there would be another problem, and other compiles.
 Compared are the first tokens and the last ones; what is not written is NaN, and so are keys that must not be
@@ -20,7 +21,8 @@ import torch
 
 from firebox.attention import triton_paged
 from firebox.engine import _small_trials
-from firebox.engine._small_trials import FP8_LIMIT, LIMIT, Result, Setup
+from firebox.engine._attempt import Result, Setup
+from firebox.engine._small_trials import FP8_LIMIT, LIMIT
 from firebox.kernels import (
     _attention_choice,
     _block_scaled,
@@ -124,10 +126,10 @@ def _normed_linear(problem: norm_linear_gpu.Problem, setup: Setup, tokens: int) 
     weights = _linear_weights(p, setup, generator)
     given = rms_norm.inputs(norm, 1, generator, device=setup.device, dtype=dense_gpu.DTYPES[p.dtype])
     wanted = linear_one.normed_reference(p, norm.eps, given["x"], given["weight"], weights)
-    setup.settle()
-    found = norm_linear_gpu.run(problem, config, setup.gpu, given["x"], given["weight"], weights)
-    error, choice = relative_error(found.float(), wanted), norm_linear_gpu.choice_of(problem, config)
-    return [Result(f"{_tile(ONE, config)} with its norm", tokens, error, PLAIN, choice)]
+    launch, choice = f"{_tile(ONE, config)} with its norm", norm_linear_gpu.choice_of(problem, config)
+    with setup.launching(launch, tokens, choice):
+        found = norm_linear_gpu.run(problem, config, setup.gpu, given["x"], given["weight"], weights)
+    return [Result(launch, tokens, relative_error(found.float(), wanted), PLAIN, choice)]
 
 
 class LinearTrial:
@@ -152,16 +154,16 @@ class LinearTrial:
         out = setup.nan(tokens, p.rows, dtype=dense_gpu.DTYPES[p.out_dtype])
         residual = None if self._residual is None else self._residual[:tokens]
         layer = dense_gpu.LinearKernels(p, self._weights, setup.gpu, space)
-        setup.settle()
-        layer(self._x[:tokens], out, residual)
+        launch, choice = _tile(path.name, path.config), dense_gpu.choice_of(p, path)
+        with setup.launching(launch, tokens, choice):
+            layer(self._x[:tokens], out, residual)
         at = _checked(tokens)
         wanted = _linear.reference(
             p, self._rounded(self._x[at], rounds), self._weights, None if residual is None else residual[at]
         )
         finite = bool(torch.isfinite(out).all())
         error = relative_error(out[at].float(), wanted) if finite else float("inf")
-        choice = dense_gpu.choice_of(p, path)
-        return [Result(_tile(path.name, path.config), tokens, error, _limit(rounds, PLAIN), choice)]
+        return [Result(launch, tokens, error, _limit(rounds, PLAIN), choice)]
 
     def _rounded(self, x: torch.Tensor, rounds: bool) -> torch.Tensor:
         return _as_fp8(x, linear.x_group(self._p), self._p.dtype) if rounds else x
@@ -209,19 +211,18 @@ class ExpertsTrial:
         out = 0.25 * x.flip(1) if p.residual else torch.full_like(x, torch.nan)
         before = out.float() if p.residual else torch.zeros((), device=setup.device)
         layer = experts.Experts(p, self._gate_up, self._down, setup.gpu, space)
-        setup.settle()
         codes = None
         if p.normed and expert_paths.rounds_at(p, tokens, setup.gpu):
             columns = quantise_fp8.Problem(p.hidden, moe_gate_up.x_group(p), p.dtype)
             codes = quantise_fp8.reference(columns, x)
-        layer(x, self._ids[:tokens], self._shares[:tokens], out, codes)
+        launch, choice = _tile(path.name, path.gate_up, path.down), expert_paths.choice_of(p, path)
+        with setup.launching(launch, tokens, choice):
+            layer(x, self._ids[:tokens], self._shares[:tokens], out, codes)
         at, rounds = _checked(tokens), path.name == expert_paths.SCALED or self._in_fp8(path)
         finite = bool(torch.isfinite(out).all())
         wanted = self._reference(path, at) + (before[at] if p.residual else before)
         error = relative_error(out[at].float(), wanted) if finite else float("inf")
-        choice = expert_paths.choice_of(p, path)
-        tile = _tile(path.name, path.gate_up, path.down)
-        return [Result(tile, tokens, error, _limit(rounds, EXPERTS), choice)]
+        return [Result(launch, tokens, error, _limit(rounds, EXPERTS), choice)]
 
     def _in_fp8(self, path: expert_paths.Path) -> bool:
         return path.name == expert_paths.SORTED and self._p.format in FP8
@@ -281,17 +282,20 @@ class AttentionTrial:
             given["q"], given["k_cache"], given["v_cache"], given["scales"], plan, given["scale"], out, p,
             setup.gpu, window, given["sinks"],
         )  # fmt: skip
-        setup.settle()
-        tiles = {}
+        launches: dict[str, Any] = {}
         if plan.decode_queries:
             config = _attention_choice.decode_config(p, setup.gpu, plan.decode_queries, tokens)
-            tiles[_attention_choice.DECODE] = config
-            triton_paged.decode(attended, config)
+            launches[_attention_choice.DECODE] = triton_paged.decode, config
         if any(queries > MAX_QUERIES for queries, _ in step):
-            tiles[_attention_choice.EXTEND] = _attention_choice.extend_config(p, setup.gpu, tokens)
-            triton_paged.extend(attended, tiles[_attention_choice.EXTEND])
+            config = _attention_choice.extend_config(p, setup.gpu, tokens)
+            launches[_attention_choice.EXTEND] = triton_paged.extend, config
+        for kernel, (launch, config) in launches.items():
+            with setup.launching(
+                _tile(kernel, config), tokens, _attention_choice.choice_of(kernel, p, config)
+            ):
+                launch(attended, config)
         wanted = attention(p, given)
-        return [self._result(kernel, tiles[kernel], case, given, out, wanted) for kernel in tiles]
+        return [self._result(kernel, launches[kernel][1], case, given, out, wanted) for kernel in launches]
 
     def _result(
         self, kernel: str, config: Any, case: Case, given: dict[str, Any], out: torch.Tensor,
@@ -330,11 +334,12 @@ class RopeDecodeTrial:
         step = kernel.inputs(case, device=str(setup.device))
         cache: Any = SimpleNamespace(k=step["k_cache"], v=step["v_cache"], scales=step["scales"])
         plan = triton_paged.plan(step["query_start"], step["context_tokens"], step["page_table"])
-        setup.settle()
-        out = rope_decode_gpu.run(
-            p, config, setup.gpu, step["qkv"], cache, plan, step["scale"],
-            window_tokens=case.window_tokens or None, sinks=step["sinks"], **kernel.given(p, step),
-        )  # fmt: skip
+        choice, tile = rope_decode_gpu.choice_of(p, config), _tile(rope_decode_gpu.KIND, config)
+        with setup.launching(tile, len(contexts), choice):
+            out = rope_decode_gpu.run(
+                p, config, setup.gpu, step["qkv"], cache, plan, step["scale"],
+                window_tokens=case.window_tokens or None, sinks=step["sinks"], **kernel.given(p, step),
+            )  # fmt: skip
         q, *rows = kernel.rotated(p, step)
         errors = {"out": relative_error(out.float(), kernel.attended(p, step, q))}
         for name, wanted, scale in zip(("k_cache", "v_cache"), rows, step["scales"], strict=True):
@@ -342,7 +347,6 @@ class RopeDecodeTrial:
             stored = _kv_write.stored(wanted, step[name], scale)
             errors[name] = relative_error(written.float(), stored.float())
         codes = FP8_LIMIT if p.rope.kv_dtype == _kv_write.FP8 else LIMIT
-        choice, tile = rope_decode_gpu.choice_of(p, config), _tile(rope_decode_gpu.KIND, config)
         limits = {"out": case.tolerance, "k_cache": codes, "v_cache": codes}
         return [
             Result(f"{tile}, {name}", len(contexts), error, limits[name], choice)

@@ -4,13 +4,18 @@ a kernel that computes something else."""
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from triton.runtime.errors import OutOfResources
 
 from firebox.attention import triton_paged
+from firebox.engine import self_test
+from firebox.engine._attempt import Result, Setup
 from firebox.errors import LaunchRefused
 from firebox.hardware.base import find_gpu
 from firebox.kernels import _attention, _attention_choice, _linear, _tuned, _veto, attention_decode
@@ -20,6 +25,8 @@ from firebox.layers import dense_gpu, expert_paths
 from tests.support.interpreter import interpreted
 
 GB10 = find_gpu("gb10")
+SETUP = Setup(GB10, torch.device("cpu"), 8)
+LINEAR = _linear.Problem(512, 256, "fp8_channel")
 PASSED_BEFORE = "self-test: this plan has passed on this GPU before"
 
 
@@ -28,6 +35,17 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FIREBOX_CACHE_DIR", str(tmp_path_factory.mktemp("self-test")))
         yield
+
+
+@pytest.fixture
+def files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, dict[str, Any]]]:
+    """What tuned files hold."""
+    found: dict[str, dict[str, Any]] = {"experts": {}, "linear": {}, "attention": {}}
+    monkeypatch.setattr(_tuned, "_file", lambda gpu_name, name="experts": found[name])
+    _veto.lift()
+    yield found
+    monkeypatch.undo()
+    _veto.lift()
 
 
 @functools.cache
@@ -85,21 +103,132 @@ def test_what_nothing_can_replace_is_refused(fault: str, words: list[str]) -> No
     assert all(word in found["refused"] for word in words), found["refused"]
 
 
+def test_a_launch_that_raises_is_replaced_and_named() -> None:
+    """By the real trials: what asks for too much shared memory is to blame, and another path runs."""
+    found = ran("qwen3_moe", "bf16", "few raises")
+    assert {launch.split()[0] for launch, _, error, _ in found["errors"] if error == math.inf} == {"few"}
+    assert {row[4] for row in found["rows"]} == {"cublas"}
+    said = "OutOfResources: out of resource: shared memory, Required: 147456, Hardware limit: 101376"
+    assert any(line.startswith("self-test: not few with") and said in line for line in found["lines"])
+    assert all(said in row[5] and " at 1 tokens" in row[5] for row in found["rows"] if row[2] == 1)
+
+
+# ---- launches that raise, played
+
+
+class Raising:
+    """Stands in for the trials of a product: paths raise what `raised` says of them; the paths tried."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **raised: Exception) -> None:
+        self.raised, self.tried, self.have_raised = raised, list[str](), False
+        monkeypatch.setattr(self_test, "trial_of", lambda operation, setup: self.trial)
+
+    def trial(self, tokens: int) -> list[Result]:
+        path = dense_gpu.path_of(LINEAR, tokens, GB10)
+        choice = dense_gpu.choice_of(LINEAR, path)
+        self.tried.append(path.name)
+        with SETUP.launching(path.name, tokens, choice):
+            self.have_raised = path.name in self.raised
+            if self.have_raised:
+                raise self.raised[path.name]
+        return [Result(path.name, tokens, 0.0, 0.01, choice)]
+
+
+def what_is_said(strict: bool = False) -> list[str]:
+    """What the self-test of one product says."""
+    operation = Operation("o", "fp8_channel", dense_gpu, LINEAR)
+    return list(self_test.self_test(lambda: planned(operation, GB10, 8), SETUP, mode="on", strict=strict))
+
+
+REFUSED = RuntimeError("Triton Error [CUDA]: invalid argument")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OutOfResources(147_456, 101_376, "shared memory"),
+        REFUSED,
+        torch.AcceleratorError("CUDA error: misaligned address"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling cublasLtMatmul"),
+    ],
+)
+def test_what_a_launch_raises_counts_as_its_failure(
+    error: Exception, files: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials = Raising(monkeypatch, few=error)
+    lines = what_is_said()
+    words = f"few, {type(error).__name__}: {str(error).splitlines()[0]} at "
+    assert any(line.startswith(f"self-test: not {words}") for line in lines)
+    assert trials.tried[-1] == "many" and "all within their limits" in lines[-1]
+    rows = planned(Operation("o", "fp8_channel", dense_gpu, LINEAR), GB10, 8)
+    assert {row.path for row in rows} == {"many"}
+    assert all(row.why.startswith(f"default; instead of {words}") for row in rows)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        AssertionError("ours"),
+        RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        KeyError("linear"),
+    ],
+)
+def test_our_own_mistakes_are_no_kernels_failures(
+    error: Exception, files: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trials = Raising(monkeypatch, few=error)
+    with pytest.raises(type(error)) as caught:
+        what_is_said()
+    assert caught.value is error and trials.tried == ["few"]
+    assert dense_gpu.path_of(LINEAR, 8, GB10).name == "few", "nothing was vetoed"
+
+
+@pytest.mark.parametrize(
+    ("strict", "raised", "words"),
+    [
+        (True, {"few": REFUSED}, ["--strict: few failed its test at 1 tokens: RuntimeError: Triton Error"]),
+        (
+            False,
+            {"few": REFUSED, "many": REFUSED},
+            ["no launch of fp8_channel rows=512", "few, RuntimeError: Triton", "many, RuntimeError: Triton"],
+        ),
+    ],
+)
+def test_a_launch_that_raises_is_refused_under_strict_and_where_nothing_is_left(
+    strict: bool, raised: dict[str, Exception], words: list[str], files: dict[str, dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    Raising(monkeypatch, **raised)
+    with pytest.raises(LaunchRefused) as caught:
+        what_is_said(strict=strict)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_without_a_device_no_candidate_is_tried(
+    files: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an illegal access every call fails: also those that would give memory back."""
+    error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    trials = Raising(monkeypatch, few=error)
+
+    def fails(setup: Setup) -> None:
+        if trials.have_raised:
+            raise error
+
+    monkeypatch.setattr(Setup, "_settle", fails)
+    monkeypatch.setattr(Setup, "release", fails)
+    with pytest.raises(
+        LaunchRefused, match=r"few failed its test at 1 tokens: AcceleratorError: CUDA"
+    ) as caught:
+        what_is_said()
+    assert "the GPU cannot be used any more, so nothing else was tried" in str(caught.value)
+    assert trials.tried == ["few"]
+
+
 # ---- vetoes
 
 
-@pytest.fixture
-def files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, dict[str, Any]]]:
-    """What tuned files hold."""
-    found: dict[str, dict[str, Any]] = {"experts": {}, "linear": {}, "attention": {}}
-    monkeypatch.setattr(_tuned, "_file", lambda gpu_name, name="experts": found[name])
-    _veto.lift()
-    yield found
-    monkeypatch.undo()
-    _veto.lift()
-
-
-LINEAR = _linear.Problem(512, 256, "fp8_channel")
 EXPERTS = Problem(256, 128, 8, 2, "bf16")
 GQA = _attention.Problem(8, 2, 64, 64, 16)
 
