@@ -30,6 +30,7 @@ from firebox.kernels._attention_choice import (
     DECODE,
     EXTEND,
     TUNED_FILE,
+    choice_of,
     decode_config,
     decode_tile,
     extend_config,
@@ -41,6 +42,7 @@ from firebox.kernels._attention_choice import (
 
 if TYPE_CHECKING:  # Triton is imported where there is a GPU, and not before
     from firebox.kernels._attention import Config, Paged, Problem
+    from firebox.kernels._veto import Choice
     from firebox.kernels.plan import Made
 
 
@@ -99,19 +101,23 @@ def _made(problem: Problem, tokens: int, tuned: tuple[Config | None, ...], inste
     from firebox.kernels import attention_decode, attention_extend
     from firebox.kernels.plan import Compile, Made
 
+    def choice(kernel: str, config: Config) -> Choice | None:
+        """Of a measured tile; nothing stands in for a default."""
+        return choice_of(kernel, problem, config) if config in tuned else None
+
     found: list[Compile] = []
     queries = range(1, min(tokens, attention_decode.MAX_QUERIES) + 1)
     for config in dict.fromkeys(decode_tile(problem, gpu, n, tuned[0]) for n in queries):
-        tile = f"{config.block_m} rows"
+        tile, vetoed = f"{config.block_m} rows", choice(DECODE, config)
         (whole,) = attention_decode.requests(problem, config, gpu, split=False)
         part, merge = attention_decode.requests(problem, config, gpu)
-        found.append(Compile(attention_decode.OP, whole, config, tile))
-        found.append(Compile(attention_decode.OP, part, config, f"{tile}, keys divided"))
-        found.append(Compile("attention_merge", merge, None, tile))
+        found.append(Compile(attention_decode.OP, whole, config, tile, vetoed))
+        found.append(Compile(attention_decode.OP, part, config, f"{tile}, keys divided", vetoed))
+        found.append(Compile("attention_merge", merge, None, tile, vetoed))
     if tokens > attention_decode.MAX_QUERIES:
         config = tuned[1] or attention_extend.default(problem, gpu)
         (request,) = attention_extend.requests(problem, config, gpu)
-        found.append(Compile(attention_extend.OP, request, config))
+        found.append(Compile(attention_extend.OP, request, config, choice=choice(EXTEND, config)))
     chosen = {compile.config for compile in found if compile.config is not None}
     why = "default" if chosen.isdisjoint(tuned) else "measured" if chosen <= set(tuned) else "partly measured"
     return Made("paged", why + instead, tuple(found))

@@ -1,6 +1,7 @@
 """The launch plan before the port opens: everything that steps of 1 … max_batch_tokens tokens can launch on
-an NVIDIA GPU, compiled for that GPU and read back. What does not fit is refused with its numbers, before any
-weight is loaded.
+an NVIDIA GPU, compiled for that GPU and read back, before any weight is loaded. A choice of which a launch
+does not compile or fit is vetoed (kernels/_veto.py), and the plan is made again with the next candidate.
+Under --strict, and where there is none, it is refused with its numbers.
 
 Compiles run in processes of their own, one a core; their results and their binaries are kept on disk, so that
 a warm start reads them.
@@ -13,10 +14,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from firebox.errors import LaunchRefused
+from firebox.kernels import _veto
 from firebox.layers.decoder import Decoder
 
 if TYPE_CHECKING:  # Triton is imported where there is a GPU, and not before
@@ -26,16 +28,44 @@ if TYPE_CHECKING:  # Triton is imported where there is a GPU, and not before
 log = logging.getLogger(__name__)
 
 
-def compile_plan(model: Decoder, setting: Setting, max_tokens: int, *, strict: bool) -> tuple[Launch, ...]:
-    """All launches of `model`, which may be on the meta device, compiled. Raises LaunchRefused."""
+def compile_plan(
+    model: Decoder, setting: Setting, max_tokens: int, *, strict: bool
+) -> tuple[tuple[Launch, ...], list[str]]:
+    """All launches of `model`, which may be on the meta device, compiled; and a line for each choice that was
+    replaced. Raises LaunchRefused."""
     from firebox.layers.launches import launches, layers_of
 
-    began = time.perf_counter()
+    began, replaced = time.perf_counter(), list[str]()
     log.info("compiling the launch plan for %s, where it has not been", setting.gpu.name)
-    found = launches(layers_of(model, setting), setting.gpu, max_tokens, keep_binaries=True)
+    while True:
+        found = launches(layers_of(model, setting), setting.gpu, max_tokens, keep_binaries=True)
+        misfits = [launch for launch in found if launch.misfit]
+        if not misfits or strict or not all(map(_is_replaceable, misfits)):
+            break
+        replaced += _veto_all(misfits)
     refuse(found, strict=strict)
     log.info("%s, in %.1f s", summary(found), time.perf_counter() - began)
-    return found
+    return found, replaced
+
+
+def _is_replaceable(launch: Launch) -> bool:
+    """Could another candidate run? Not where the veto changed nothing."""
+    choice = launch.planned.compile.choice
+    return choice is not None and _veto.why_not(choice) is None
+
+
+def _veto_all(misfits: Sequence[Launch]) -> Iterator[str]:
+    """A line for each choice."""
+    for launch in misfits:
+        planned, choice = launch.planned, launch.planned.compile.choice
+        if choice is None or _veto.why_not(choice) is not None:
+            continue
+        config = planned.compile.config
+        tile = planned.path if config is None else f"{planned.path} with {config}"
+        _veto.veto(choice, f"{tile}, {launch.misfit} at {planned.first} tokens")
+        line = f"launch plan: not {tile}, because {launch.problem}"
+        log.warning("%s", line)
+        yield line
 
 
 def refuse(found: Sequence[Launch], *, strict: bool) -> None:

@@ -174,18 +174,21 @@ def _launches(
     setting = Setting(gpu, kv_dtype=kv, page_tokens=settings.page_tokens)
     tokens, strict = settings.max_batch_tokens, engine.strict
     found: list[tuple[Launch, ...]] = []
+    replaced: list[str] = []
     if strict:
         refuse_untuned(model, setting, tokens)
 
     def plan() -> list[Planned]:
-        found.append(compile_plan(model, setting, tokens, strict=strict))
+        compiled, others = compile_plan(model, setting, tokens, strict=strict)
+        found.append(compiled)
+        replaced.extend(others)
         return [launch.planned for launch in found[-1]]
 
     setup = Setup(gpu, torch.device(gpu.kind), tokens)
     tested = list(self_test(plan, setup, mode=engine.self_test, strict=strict))
     if not found:
         plan()
-    return found[-1], [plan_summary(found[-1]), *tested]
+    return found[-1], [plan_summary(found[-1]), *replaced, *tested]
 
 
 def _load(

@@ -1,6 +1,6 @@
-"""Choices that are not made again in this process: their launches gave a wrong result when they were tested
-before the port opened (engine/self_test.py). Whoever chooses a path or a tile asks here, and takes the next
-candidate.
+"""Choices that are not made again in this process: before the port opened their launches did not compile or
+fit (engine/launch_plan.py), raised, or gave a wrong result (engine/self_test.py). Whoever chooses a path or a
+tile asks here, and takes the next candidate.
 
 A choice is a tuple of its operation, its problem, the path's name and its configurations.
 """
@@ -46,8 +46,9 @@ def first_allowed(candidates: Iterable[C], choice_of: Callable[[C], Choice], wha
             return candidate, f"; instead of {failed[0]}" if failed else ""
         failed.append(why)
     raise LaunchRefused(
-        f"no launch of {what} gives a right result: {'; '.join(dict.fromkeys(failed))}",
-        hint="another version of Triton or of the driver; --self-test off starts all the same",
+        f"no launch of {what} is left: {'; '.join(dict.fromkeys(failed))}",
+        hint="another version of Triton or of the driver; where a tile does not fit, firebox tune finds one; "
+        "where one failed its test, --self-test off starts all the same",
     )
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from firebox.hardware.base import Gpu
+from firebox.kernels._veto import Choice
 from firebox.kernels.compile import CompileRequest
 
 CUBLAS = "cublas"
@@ -62,12 +63,14 @@ class Setting:
 class Compile:
     """One launch. `request` None: a library's kernel, which is not ours to compile. `config`: what was chosen
     for it, a kernel's Config or None. `variant` tells apart compiles that one number of tokens may launch
-    under the same name."""
+    under the same name. `choice`: what to veto so that something else is launched; None where nothing could
+    be."""
 
     op: str
     request: CompileRequest | None
     config: Any = None
     variant: str = ""
+    choice: Choice | None = None
 
     @property
     def chosen(self) -> dict[str, Any]:

@@ -174,9 +174,9 @@ def turns(problem: Problem, max_tokens: int, gpu: Gpu) -> Iterator[int]:
 
 @functools.cache
 def _made(problem: Problem, tokens: int, path: Path, gpu: Gpu) -> Made:
-    configs = {linear.OP: path.config}
+    configs, choice = {linear.OP: path.config}, choice_of(problem, path)
     found = requests(problem, tokens, gpu, path)
-    compiles = [Compile(op, request, configs.get(op)) for op, request in found.items()]
+    compiles = [Compile(op, request, configs.get(op), choice=choice) for op, request in found.items()]
     if path.name == CUBLAS:
         compiles.append(Compile(linear.OP, None))
     return Made(path.name, path.why, tuple(compiles))

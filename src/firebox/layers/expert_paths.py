@@ -298,5 +298,6 @@ def turns(problem: Problem, max_tokens: int, gpu: Gpu) -> Iterator[int]:
 @functools.cache
 def _made(problem: Problem, tokens: int, path: Path, gpu: Gpu) -> Made:
     configs = {"moe_gate_up": path.gate_up, "moe_down": path.down}
-    found = requests(problem, tokens, path, gpu)
-    return Made(path.name, path.why, tuple(Compile(op, r, configs.get(op)) for op, r in found.items()))
+    found, choice = requests(problem, tokens, path, gpu), choice_of(problem, path)
+    compiles = (Compile(op, request, configs.get(op), choice=choice) for op, request in found.items())
+    return Made(path.name, path.why, tuple(compiles))

@@ -91,13 +91,17 @@ class Launch:
         )
 
     @property
-    def problem(self) -> str | None:
+    def misfit(self) -> str | None:
         """Why it cannot run on this GPU, with the numbers; None if it can."""
         if self.compiled is None or self.fits:
             return None
         compiled = self.compiled
-        too_much = f"{compiled.shared_bytes} bytes of shared memory of {compiled.limit_bytes}"
-        return f"{self.where}: {compiled.error or too_much}"
+        return compiled.error or f"{compiled.shared_bytes} bytes of shared memory of {compiled.limit_bytes}"
+
+    @property
+    def problem(self) -> str | None:
+        """The same, and which launch it is."""
+        return f"{self.where}: {self.misfit}" if self.misfit else None
 
     @property
     def emulation(self) -> str | None:

@@ -75,7 +75,8 @@ def made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
 
 @functools.cache
 def _made(problem: Problem, config: Config, gpu: Gpu) -> Made:
-    return Made(ONE, "measured", (Compile(linear_one.OP, _launcher(problem, config, gpu).request, config),))
+    request, choice = _launcher(problem, config, gpu).request, choice_of(problem, config)
+    return Made(ONE, "measured", (Compile(linear_one.OP, request, config, choice=choice),))
 
 
 def turns(problem: Problem, max_tokens: int, gpu: Gpu) -> Iterator[int]:

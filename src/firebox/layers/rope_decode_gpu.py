@@ -75,13 +75,14 @@ def made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
 @functools.cache
 def _made(problem: Problem, config: Config, how: str, gpu: Gpu) -> Made:
     whole, part = (kernel.requests(problem, config, gpu, split=split) for split in (False, True))
+    choice = choice_of(problem, config)
     return Made(
         KIND,
         how,
         (
-            Compile(kernel.OP, whole[kernel.OP], config),
-            Compile(kernel.OP, part[kernel.OP], config, "keys divided"),
-            Compile(kernel.MERGE, part[kernel.MERGE]),
+            Compile(kernel.OP, whole[kernel.OP], config, choice=choice),
+            Compile(kernel.OP, part[kernel.OP], config, "keys divided", choice),
+            Compile(kernel.MERGE, part[kernel.MERGE], choice=choice),
         ),
     )
 

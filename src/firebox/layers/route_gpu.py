@@ -70,15 +70,16 @@ def made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
     """What so many tokens launch, for the plan."""
     config = config_of(problem, gpu, tokens)
     if config is not None:
-        return _made(problem.kernel, config, gpu)
+        return _made(problem, config, gpu)
     found = _measured(problem, gpu, tokens)
     wrong = found and why_not(choice_of(problem, found))
     return apart("three launches", wrong or "")
 
 
 @functools.cache
-def _made(problem: kernel.Problem, config: Config, gpu: Gpu) -> Made:
-    return Made(ONE, "measured", (Compile(kernel.OP, _launcher(problem, config, gpu).request, config),))
+def _made(problem: Problem, config: Config, gpu: Gpu) -> Made:
+    request, choice = _launcher(problem.kernel, config, gpu).request, choice_of(problem, config)
+    return Made(ONE, "measured", (Compile(kernel.OP, request, config, choice=choice),))
 
 
 def turns(problem: Problem, max_tokens: int, gpu: Gpu) -> Iterator[int]:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from firebox.engine.self_test import Findings
 from firebox.engine.trials import Result, Setup
 from firebox.errors import ConfigError, LaunchRefused
 from firebox.hardware.base import find_gpu
-from firebox.kernels import _veto
+from firebox.kernels import _tuned, _veto
 from firebox.kernels.compile import Compiled, CompileRequest
 from firebox.kernels.plan import Planned, Setting
 from firebox.layers import dense_gpu, launches
@@ -39,11 +40,13 @@ SMALL = {"hidden_size": 256, "head_dim": 64, "dtype": "bfloat16", "moe_intermedi
 
 
 @pytest.fixture
-def outcome(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[bool]]:
+def outcome(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[bool]]]:
     """Compiles end as told from now on; kernels whose name is in `only`, others well. The list says of every
     batch of compiles whether binaries were kept."""
 
-    def ends(only: str = "", **changes: Any) -> list[bool]:
+    def ends(
+        only: str = "", when: Callable[[CompileRequest], bool] = lambda request: True, **changes: Any
+    ) -> list[bool]:
         batches: list[bool] = []
 
         def compile_all(requests: Sequence[CompileRequest], *, keep_binaries: bool = False) -> list[Compiled]:
@@ -51,17 +54,26 @@ def outcome(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[bool]]:
             names = [request.kernel.__name__ for request in requests]
             found = [dataclasses.replace(BASE, kernel=name, instruction="none") for name in names]
             return [
-                dataclasses.replace(compiled, **changes) if only in compiled.kernel else compiled
-                for compiled in found
+                dataclasses.replace(compiled, **changes)
+                if only in compiled.kernel and when(request)
+                else compiled
+                for compiled, request in zip(found, requests, strict=True)
             ]
 
         monkeypatch.setattr(launches, "compile_all", compile_all)
         return batches
 
-    return ends
+    _veto.lift()
+    yield ends
+    _veto.lift()
 
 
 def plan(strict: bool = False) -> tuple[Launch, ...]:
+    return replaced(strict)[0]
+
+
+def replaced(strict: bool = False) -> tuple[tuple[Launch, ...], list[str]]:
+    """The plan, and what it says of other candidates."""
     model = model_of("qwen3_moe", GB10, **SMALL)
     return compile_plan(model, Setting(GB10), 100, strict=strict)
 
@@ -84,6 +96,84 @@ def test_what_does_not_compile_is_refused_with_the_compilers_words(
     outcome("route", error="PassManager::run failed")
     with pytest.raises(LaunchRefused, match=r"moe_block, route: moe_route at 1 to 100 tokens: PassManager"):
         plan()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"shared_bytes": 101_377}, "101377 bytes of shared memory of 101376"),
+        ({"error": "PassManager::run failed"}, "PassManager::run failed"),
+    ],
+)
+def test_a_tile_that_does_not_compile_or_fit_gives_way_to_the_next_candidate(
+    outcome: Callable[..., list[bool]], changes: dict[str, Any], words: str
+) -> None:
+    batches = outcome("linear_rows", **changes)
+    found, lines = replaced()
+    assert len(batches) > 1 and all(launch.problem is None for launch in found)
+    few = [launch.planned for launch in found if launch.planned.operation.name == "o"]
+    assert {(row.path, row.first, row.last) for row in few} == {("cublas", 1, 100)}
+    assert few[0].why.startswith("default; instead of few with Config(rows=")
+    assert few[0].why.endswith(f", {words} at 1 tokens")
+    (line,) = [line for line in lines if ", o: linear at 1 to " in line]
+    assert line.startswith("launch plan: not few with Config(rows=") and line.endswith(f": {words}")
+    assert ", because attention_block, o: linear at 1 to " in line
+    experts = [launch.planned for launch in found if launch.planned.operation.name == "experts"]
+    assert all("instead" not in row.why for row in experts), "what fits stays"
+    assert replaced()[1] == [], "the choice is known by now"
+
+
+def test_a_measured_tile_of_attention_that_does_not_fit_gives_way_to_the_default(
+    outcome: Callable[..., list[bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default has no stand-in."""
+    tile = {"block_m": 16, "block_n": 32, "num_warps": 8, "num_stages": 2}
+    entry = {1: {"path": "extend", "config": tile}}
+
+    class File(dict[str, Any]):
+        def get(self, key: str, default: Any = None) -> Any:
+            return entry if key.startswith("extend") else default
+
+    monkeypatch.setattr(_tuned, "_file", lambda gpu_name, name="experts": File())
+    _veto.lift()
+    outcome("extend", lambda request: request.constexprs["BLOCK_N"] == 32, shared_bytes=101_377)
+    found, (line,) = replaced()
+    assert line.startswith("launch plan: not paged with Config(block_m=16, block_n=32")
+    extend = [launch.planned for launch in found if launch.planned.op == "attention_extend"]
+    assert extend and all(row.config["block_n"] != 32 for row in extend)
+    outcome("extend", shared_bytes=101_377)
+    with pytest.raises(LaunchRefused, match=r"attention_extend at 17 to 100 tokens: 101377 bytes of shared"):
+        replaced()
+
+
+def test_strict_refuses_a_tile_that_does_not_fit(outcome: Callable[..., list[bool]]) -> None:
+    batches = outcome("linear_rows", shared_bytes=101_377)
+    with pytest.raises(LaunchRefused, match=r"linear at 1 to \d+ tokens: 101377 bytes of shared memory of 1"):
+        plan(strict=True)
+    assert len(batches) == 1
+
+
+def test_where_no_candidate_fits_all_are_named_with_their_numbers(
+    outcome: Callable[..., list[bool]],
+) -> None:
+    outcome("gate_up", shared_bytes=101_377)
+    with pytest.raises(LaunchRefused) as caught:
+        plan()
+    said = str(caught.value)
+    assert said.startswith("no launch of bf16 hidden=256 ") and "is left: " in said
+    assert "few with Config(" in said and "sorted with Config(" in said
+    assert said.count("101377 bytes of shared memory of 101376") >= 2
+    assert "firebox tune" in (caught.value.hint or "")
+
+
+def test_replaced_tiles_are_among_the_reasons(outcome: Callable[..., list[bool]]) -> None:
+    outcome("linear_rows", shared_bytes=101_377)
+    settings: Any = SimpleNamespace(kv_format="bf16", page_tokens=16, max_batch_tokens=100)
+    model = model_of("qwen3_moe", GB10, **SMALL)
+    found, reasons = engine_start._launches(model, settings, GB10, EngineConfig(self_test="off"))
+    assert reasons[0].startswith("launch plan: ") and reasons[-1] == "self-test: off"
+    assert len(reasons) > 2 and all(line.startswith("launch plan: not few") for line in reasons[1:-1])
+    assert all(launch.fits for launch in found)
 
 
 def test_emulated_instructions_are_refused_under_strict_alone(outcome: Callable[..., list[bool]]) -> None:
@@ -254,7 +344,7 @@ def test_no_launch_at_all_is_no_problem() -> None:
 def rows(outcome: Callable[..., list[bool]]) -> list[LedgerRow]:
     """gpt-oss-120b on an H200, 2,048 tokens, 64 requests."""
     outcome()
-    return launch_rows(compile_plan(opened("gpt-oss-120b").model, Setting(H200), 2048, strict=False), 64)
+    return launch_rows(compile_plan(opened("gpt-oss-120b").model, Setting(H200), 2048, strict=False)[0], 64)
 
 
 def test_every_number_of_tokens_is_in_one_row_of_a_launch(rows: list[LedgerRow]) -> None:
@@ -285,7 +375,7 @@ def test_rows_say_where_their_tiles_come_from(rows: list[LedgerRow]) -> None:
 def test_rows_that_differ_are_not_folded(outcome: Callable[..., list[bool]]) -> None:
     """Neighbours of one launch with another tile, and attention with and without a window."""
     outcome()
-    found = compile_plan(opened("gpt-oss-120b").model, Setting(H200), 2048, strict=False)
+    found, _ = compile_plan(opened("gpt-oss-120b").model, Setting(H200), 2048, strict=False)
     told: list[Launch] = []
     for launch in found:
         assert launch.compiled is None or launch.compiled.shared_bytes == 1000
