@@ -19,12 +19,17 @@ import torch
 from firebox.cli._explanation import explanation
 from firebox.config import Config, EngineConfig, ModelConfig
 from firebox.engine import start as engine_start
+from firebox.engine._attempt import Setup
+from firebox.engine._delta_trial import DeltaTrial
 from firebox.engine.messages import Ready, SamplingParams
 from firebox.engine.request import Request
 from firebox.errors import LaunchRefused, OutOfMemory
+from firebox.hardware.probe import probe_gpu
 from firebox.kernels import _veto, launch, linear_few
+from firebox.kernels._gated_delta import Problem
 from firebox.kernels.compile import CompileRequest
 from firebox.text.folder import bundled
+from tests.support.gated_delta import QWEN, QWEN_TP4
 
 pytestmark = pytest.mark.gpu
 ENGINE = EngineConfig(device="cuda", context_length=4096)
@@ -96,6 +101,20 @@ def test_plan_and_test_come_before_the_model(first: Started) -> None:
     assert count > 60 and f"{count} of them new" in compiled
     assert "all within their limits" in reason(first.ready, "self-test:")
     assert "not tested" not in reason(first.ready, "self-test:")
+
+
+@pytest.mark.parametrize("problem", [QWEN, QWEN_TP4])
+def test_the_recurrence_of_a_gated_delta_net_passes_its_trial(problem: Problem) -> None:
+    """At Qwen3.5's sizes; the reference goes token by token, and must not hold the start up."""
+    gpu = probe_gpu()
+    assert gpu is not None
+    began = time.perf_counter()
+    with torch.inference_mode():
+        trial = DeltaTrial(problem, Setup(gpu, torch.device("cuda"), 2048))
+        results = [result for tokens in (1, 8, 9, 2048) for result in trial(tokens)]
+    assert len(results) > 10 and all(result.passed for result in results), results
+    assert max(result.error for result in results) > 1e-5, "nothing was compared"
+    assert time.perf_counter() - began < 20
 
 
 def test_every_launch_is_in_the_ledger_with_its_numbers(first: Started) -> None:

@@ -3,8 +3,9 @@ a fault or without, and prints what came of it as JSON.
 
     TRITON_INTERPRET=1 python -m tests.support.interpreted_self_test MODEL FORMAT FAULT [strict]
 
-FAULT: "none", or what is a tenth too large: "few" products, "experts" of many tokens, a "norm"; or "few
-raises": products of few tokens ask for more shared memory than there is.
+FAULT: "none", or what is a tenth too large: "few" products, "experts" of many tokens, a "norm", a
+gated "delta of few" tokens and its states "of chunks"; or "few raises": products of few tokens ask for more
+shared memory than there is.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from firebox.errors import LaunchRefused
 from firebox.find import load
 from firebox.formats.select import formats_of
 from firebox.hardware.base import find_gpu
-from firebox.kernels import linear_few, moe_combine, rms_norm
+from firebox.kernels import gated_delta_chunk, gated_delta_decode, linear_few, moe_combine, rms_norm
 from firebox.kernels.plan import Planned, Setting
 from firebox.layers.base import Build
 from firebox.layers.device import Device
@@ -49,12 +50,15 @@ FAULTS: dict[str, tuple[Any, str, tuple[str, ...]]] = {
     "experts": (moe_combine, "out", ("experts",)),
     "norm": (rms_norm, "out", ("norm",)),
     "few raises": (linear_few, "", ("o", "head")),
+    "delta of few": (gated_delta_decode, "y", ("delta",)),
+    "delta of chunks": (gated_delta_chunk, "state", ("delta",)),
 }
 
 
 def planned(model: str, format: str) -> Callable[[], list[Planned]]:
     """The plan as it is whenever it is asked for."""
     gpu, config = find_gpu("gb10"), small_config(model)
+    config = config | config.get("text_config", {})
     if QUANTISED[format]:
         config = config | {"quantization_config": QUANTISED[format]}
     build = Build(

@@ -9,7 +9,8 @@ GPU cannot be used any more, the start is refused.
     FIREBOX_CACHE_DIR/self_test/<hash>.json      a plan that passed; tested again only if GPU, driver,
                                                  versions, Firebox's own code or the plan are others
 
-A plan that passed only with replacements is not kept: the next start tests again.
+A plan that passed only with replacements is not kept: the next start tests again. Kernels of ours that no
+trial makes are named at every start, and refused under --strict.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Findings:
     def sentence(self) -> str:
         """For --explain."""
         said = f"self-test: {len(self.results)} results in {self.seconds:.1f} s, all within their limits"
-        return f"{said}; not tested: {', '.join(self.untested)}" if self.untested else said
+        return f"{said}{_not_tested(self.untested)}"
 
 
 def self_test(
@@ -72,13 +73,16 @@ def self_test(
     while True:
         rows = plan()
         key = _key(rows, setup)
-        if mode == AUTO and not replaced and cache.read(key) is not None:
-            yield "self-test: this plan has passed on this GPU before"
+        passed = cache.read(key) if mode == AUTO and not replaced else None
+        if passed is not None:
+            _refuse_untested(passed["untested"], strict)
+            yield f"self-test: this plan has passed on this GPU before{_not_tested(passed['untested'])}"
             return
         found = test(rows, setup)
         if not found.failures:
             if not replaced:
                 cache.write(key, {"results": len(found.results), "untested": found.untested})
+            _refuse_untested(found.untested, strict)
             log.info("%s", found.sentence())
             yield found.sentence()
             return
@@ -143,6 +147,17 @@ def _replace(failures: Sequence[Result], strict: bool) -> Iterator[str]:
         _veto.veto(result.choice, why)
         log.warning("self-test: not %s", why)
         yield f"self-test: not {why}"
+
+
+def _refuse_untested(kernels: Sequence[str], strict: bool) -> None:
+    """For --strict: LaunchRefused if the plan has kernels of ours that no trial makes."""
+    if strict and kernels:
+        said = f"--strict: {', '.join(kernels)} would run untested: engine/trials.py does not try them"
+        raise LaunchRefused(said, hint="without --strict they run, and --explain names them")
+
+
+def _not_tested(kernels: Sequence[str]) -> str:
+    return f"; not tested: {', '.join(kernels)}" if kernels else ""
 
 
 def _said(result: Result) -> str:

@@ -22,6 +22,7 @@ import torch
 from firebox.attention import triton_paged
 from firebox.engine import _small_trials
 from firebox.engine._attempt import Result, Setup
+from firebox.engine._delta_trial import DeltaTrial
 from firebox.engine._small_trials import FP8_LIMIT, LIMIT
 from firebox.kernels import (
     _attention_choice,
@@ -46,6 +47,7 @@ from firebox.kernels.attention_decode import MAX_QUERIES, block_rows
 from firebox.kernels.launch import INTERPRETED
 from firebox.kernels.plan import Library, Operation, Single
 from firebox.layers import (
+    delta_gpu,
     dense_gpu,
     expert_paths,
     experts,
@@ -94,6 +96,8 @@ def trial_of(operation: Operation, setup: Setup) -> Trial | None:
         return functools.partial(_normed_linear, operation.problem, setup)
     if operation.source is route_gpu:
         return functools.partial(_small_trials.routes_in_one, operation.problem, setup)
+    if operation.source is delta_gpu:
+        return DeltaTrial(operation.problem, setup)
     if operation.source is rope_decode_gpu:
         return RopeDecodeTrial(operation.problem, setup)
     return AttentionTrial(operation.problem, setup) if operation.source is triton_paged else None

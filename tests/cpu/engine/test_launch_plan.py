@@ -205,14 +205,16 @@ def test_the_plan_is_refused_before_weights_are_read(
 class Played:
     """Stands in for the test of a plan: `failing` results, one list a test, then none."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *failing: list[Result]) -> None:
-        self.results, self.plans = [*failing], list[list[Planned]]()
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, *failing: list[Result], untested: tuple[str, ...] = ()
+    ) -> None:
+        self.results, self.plans, self.untested = [*failing], list[list[Planned]](), untested
         monkeypatch.setattr(self_test, "test", self.test)
 
     def test(self, rows: Iterable[Planned], setup: Setup) -> Findings:
         assert (setup.gpu, setup.device.type, setup.max_tokens) == (GB10, "cuda", 2048)
         self.plans.append(list(rows))
-        return Findings(tuple(self.results.pop(0) if self.results else ()), (), 0.1)
+        return Findings(tuple(self.results.pop(0) if self.results else ()), self.untested, 0.1)
 
 
 @pytest.fixture
@@ -324,6 +326,28 @@ def test_a_launch_that_nobody_can_try_is_named(monkeypatch: pytest.MonkeyPatch) 
     found = self_test.test(rows, Setup(GB10, torch.device("cpu"), 100))
     assert {"route", "decode", "linear_rows", "sample_rows"} <= set(found.untested) and not found.results
     assert found.sentence().endswith(f"; not tested: {', '.join(found.untested)}")
+
+
+def test_what_was_not_tested_is_said_at_every_start_and_refused_under_strict(
+    outcome: Callable[..., list[bool]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    outcome()
+    monkeypatch.setenv("FIREBOX_CACHE_DIR", str(tmp_path))
+    tests = Played(monkeypatch, untested=("route", "decode"))
+    rows = [launch.planned for launch in plan()]
+
+    def said(strict: bool, mode: str = "auto") -> list[str]:
+        setup = Setup(GB10, torch.device("cuda"), 2048)
+        return list(self_test.self_test(lambda: rows, setup, mode=mode, strict=strict))
+
+    (fresh,), (again,) = said(False), said(False)
+    assert len(tests.plans) == 1 and fresh.endswith("all within their limits; not tested: route, decode")
+    assert again == "self-test: this plan has passed on this GPU before; not tested: route, decode"
+    for mode, tried in (("auto", 1), ("on", 2)):
+        with pytest.raises(LaunchRefused, match=r"--strict: route, decode would run untested"):
+            said(True, mode)
+        assert len(tests.plans) == tried
+    assert said(True, "off") == ["self-test: off"]
 
 
 def test_what_self_test_may_be(start: Callable[..., list[str]]) -> None:

@@ -14,15 +14,19 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from firebox.attention import triton_paged
-from firebox.engine import self_test
+from firebox.engine import self_test, trials
 from firebox.engine._attempt import Result, Setup
 from firebox.errors import LaunchRefused
 from firebox.hardware.base import find_gpu
 from firebox.kernels import _attention, _attention_choice, _linear, _tuned, _veto, attention_decode
 from firebox.kernels._experts import Problem
-from firebox.kernels.plan import Operation, planned
+from firebox.kernels.plan import Operation, Setting, planned
 from firebox.layers import dense_gpu, expert_paths
+from firebox.layers.launches import layers_of
+from firebox.planning.fit import open_source
+from firebox.text.folder import bundled
 from tests.support.interpreter import interpreted
+from tests.support.planning import source_of
 
 GB10 = find_gpu("gb10")
 SETUP = Setup(GB10, torch.device("cpu"), 8)
@@ -53,7 +57,9 @@ def ran(model: str, format: str, fault: str, *strict: str) -> Any:
     return interpreted("interpreted_self_test", model, format, fault, *strict)
 
 
-@pytest.mark.parametrize(("model", "format"), [("gpt_oss", "mxfp4"), ("glm4_moe", "fp8_block")])
+@pytest.mark.parametrize(
+    ("model", "format"), [("gpt_oss", "mxfp4"), ("glm4_moe", "fp8_block"), ("qwen3_5_moe", "bf16")]
+)
 def test_a_sound_plan_passes_every_launch_is_tried_and_it_is_remembered(model: str, format: str) -> None:
     found = ran(model, format, "none")
     assert found["untested"] == []
@@ -103,6 +109,20 @@ def test_what_nothing_can_replace_is_refused(fault: str, words: list[str]) -> No
     assert all(word in found["refused"] for word in words), found["refused"]
 
 
+@pytest.mark.parametrize(
+    ("fault", "wrong", "sound"),
+    [("few", "few tokens, y", "few tokens, states"), ("chunks", "chunks, states", "chunks, y")],
+)
+def test_a_wrong_recurrence_is_found(fault: str, wrong: str, sound: str) -> None:
+    """Of the requests with few tokens and of the others; nothing else could run instead."""
+    found = ran("qwen3_5_moe", "bf16", f"delta of {fault}")
+    errors = {launch: error for launch, _, error, _ in found["errors"]}
+    assert errors[f"gated delta net of {wrong}"] == pytest.approx(0.1, abs=0.01)
+    assert errors[f"gated delta net of {sound}"] < 2e-3
+    assert f"gated delta net of {wrong} failed its test at " in found["refused"]
+    assert "nothing else could run instead" in found["refused"]
+
+
 def test_a_launch_that_raises_is_replaced_and_named() -> None:
     """By the real trials: what asks for too much shared memory is to blame, and another path runs."""
     found = ran("qwen3_moe", "bf16", "few raises")
@@ -111,6 +131,21 @@ def test_a_launch_that_raises_is_replaced_and_named() -> None:
     said = "OutOfResources: out of resource: shared memory, Required: 147456, Hardware limit: 101376"
     assert any(line.startswith("self-test: not few with") and said in line for line in found["lines"])
     assert all(said in row[5] and " at 1 tokens" in row[5] for row in found["rows"] if row[2] == 1)
+
+
+@pytest.mark.parametrize("gpu", ["h200", "gb10"])
+@pytest.mark.parametrize("card", sorted(bundled()))
+def test_there_is_a_trial_of_everything_that_a_card_launches(
+    card: str, gpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--strict refuses a plan with kernels that no trial makes."""
+    for name in ("LinearTrial", "ExpertsTrial", "AttentionTrial", "RopeDecodeTrial", "DeltaTrial"):
+        monkeypatch.setattr(trials, name, lambda problem, setup: problem)  # real ones take real weights
+    source = source_of(card, dtype="bfloat16")
+    layers = layers_of(open_source(source, find_gpu(gpu)).model, Setting(find_gpu(gpu)))
+    found = {operation for alike in layers for operation in alike.operations}
+    assert len(found) > 8
+    assert {o.name for o in found if trials.trial_of(o, SETUP) is None} == set()
 
 
 # ---- launches that raise, played
