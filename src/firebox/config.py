@@ -16,6 +16,8 @@ from firebox.hardware.base import Gpu
 
 DEFAULT_MODEL = "firebox-tiny"
 CPU_KV_BYTES = 256 * 1024 * 1024  # a CPU is for trying: more only by --kv-pages
+MOST_RUNNING = 64  # requests, where no number is asked for
+SHORT_CONTEXT_TOKENS = 256  # of each of them, at least, the caches must hold then
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] = ()) -> Any:
@@ -67,7 +69,11 @@ class EngineConfig:
     context_length: int | None = option(
         None, "tokens a request may hold; default: what the model was made for"
     )
-    max_running_requests: int = option(64, "requests computed together in one step")
+    max_running_requests: int | None = option(
+        None,
+        f"requests computed together in one step; default: {MOST_RUNNING}, or as many as the caches hold "
+        f"with {SHORT_CONTEXT_TOKENS} tokens each",
+    )
     max_batch_tokens: int = option(2048, "tokens computed in one step: decode tokens plus prefill chunks")
     prefill_chunk_tokens: int = option(512, "most prompt tokens of one request in one step")
     page_tokens: int = option(16, "tokens per KV page")
@@ -110,6 +116,12 @@ class EngineConfig:
         choices=("auto", "on", "off"),
     )
     strict: bool = option(False, "refuse to start where a choice is a fallback")
+
+    @property
+    def most_running(self) -> int:
+        """The most requests of a step, of which each needs a token; `resolve` may lower it where no number is
+        asked for."""
+        return min(self.max_running_requests or MOST_RUNNING, self.max_batch_tokens)
 
 
 @dataclass(frozen=True)
@@ -191,6 +203,10 @@ class Resolved:
 def resolve(config: EngineConfig, dtype: str, checkpoint: CheckpointFacts, gpu: Gpu) -> Resolved:
     """Fills every open setting from the checkpoint and the machine. Pure: same arguments, same answer.
 
+    Where no number of running requests is asked for, there are MOST_RUNNING, or the largest number below of
+    which the caches hold SHORT_CONTEXT_TOKENS each (the whole context, if that is shorter), with a recurrent
+    state and a snapshot of it.
+
     Raises ConfigError for values that cannot work and OutOfMemory when the budget does not hold the weights
     and one KV page.
     """
@@ -207,19 +223,21 @@ def resolve(config: EngineConfig, dtype: str, checkpoint: CheckpointFacts, gpu: 
     )
 
     context_tokens = _context_tokens(config.context_length, checkpoint.context_tokens, reasons)
-    max_running = min(config.max_running_requests, config.max_batch_tokens)
-    if max_running < config.max_running_requests:
-        reasons.append(
-            f"max_running_requests {max_running}: every running request needs a token of max_batch_tokens"
-        )
+    reasons += [f"max_batch_tokens {config.max_batch_tokens}: {_source(config, 'max_batch_tokens')}"]
+    chunk_tokens = _chunk_tokens(config, reasons)
 
     budget_bytes, why = _cache_budget(config, checkpoint, gpu)
-    states = _states(max_running, checkpoint, budget_bytes, reasons)
-    window_pages = _window_pages(config, max_running, checkpoint, reasons)
-    budget_bytes -= _states_bytes(states, checkpoint) + _window_bytes(window_pages, config, checkpoint)
-    kv_pages = config.kv_pages or _kv_pages(
-        config, context_tokens * max_running, checkpoint, budget_bytes, why, reasons
+    reasons.append(
+        f"mem_fraction {config.mem_fraction}: {_source(config, 'mem_fraction')}; of "
+        f"{gpu.memory_free_bytes / 1e9:.1f} GB free"
     )
+    max_running = _max_running(config, checkpoint, context_tokens, budget_bytes, reasons)
+    states = _states(max_running, checkpoint, budget_bytes, reasons)
+    window_pages = _window_pages(config, max_running, checkpoint)
+    if window_pages:
+        reasons.append(_window_reason(config, max_running, checkpoint, window_pages))
+    budget_bytes -= _states_bytes(states, checkpoint) + _window_bytes(window_pages, config, checkpoint)
+    kv_pages = _kv_pages(config, context_tokens * max_running, checkpoint, budget_bytes, why, reasons)
     if kv_pages * config.page_tokens < context_tokens:
         reasons.append(
             f"context_length {kv_pages * config.page_tokens}: "
@@ -237,7 +255,7 @@ def resolve(config: EngineConfig, dtype: str, checkpoint: CheckpointFacts, gpu: 
         context_tokens=context_tokens,
         max_running_requests=max_running,
         max_batch_tokens=config.max_batch_tokens,
-        prefill_chunk_tokens=min(config.prefill_chunk_tokens, config.max_batch_tokens),
+        prefill_chunk_tokens=chunk_tokens,
         page_tokens=config.page_tokens,
         kv_pages=kv_pages,
         window_pages=window_pages,
@@ -289,7 +307,59 @@ def _context_tokens(asked: int | None, made_for: int, reasons: list[str]) -> int
         raise ConfigError(
             f"context_length is {asked}", hint=f"this checkpoint was made for 1 to {made_for} tokens"
         )
+    reasons.append(f"context_length {asked}: asked for")
     return asked
+
+
+def _source(config: EngineConfig, name: str) -> str:
+    """Of a setting that has a default."""
+    return "the default" if getattr(config, name) == getattr(EngineConfig, name) else "asked for"
+
+
+def _chunk_tokens(config: EngineConfig, reasons: list[str]) -> int:
+    tokens, name = min(config.prefill_chunk_tokens, config.max_batch_tokens), "prefill_chunk_tokens"
+    lowered = f"lowered from {config.prefill_chunk_tokens}, since a step has {tokens} (max_batch_tokens)"
+    why = lowered if tokens < config.prefill_chunk_tokens else _source(config, name)
+    reasons.append(f"{name} {tokens}: {why}")
+    return tokens
+
+
+def _max_running(
+    config: EngineConfig,
+    checkpoint: CheckpointFacts,
+    context_tokens: int,
+    budget_bytes: int,
+    reasons: list[str],
+) -> int:
+    """As asked for, or as `resolve` says; no more than a step has tokens."""
+    asked, most = config.max_running_requests, config.most_running
+    short_tokens, running = min(SHORT_CONTEXT_TOKENS, context_tokens), most
+    if asked is None:
+        enough = (n for n in range(most, 0, -1) if _holds(n, config, checkpoint, short_tokens, budget_bytes))
+        running = next(enough, 1)
+    if running < most:
+        why = f"lowered from {most}: the caches hold no more requests of {short_tokens} tokens"
+    elif running < (asked or MOST_RUNNING):
+        why = "every running request needs a token of max_batch_tokens"
+    else:
+        why = "asked for" if asked else f"the default; the caches hold {short_tokens} tokens of each and more"
+    reasons.append(f"max_running_requests {running}: {why}")
+    return running
+
+
+def _holds(
+    running: int, config: EngineConfig, checkpoint: CheckpointFacts, short_tokens: int, budget_bytes: int
+) -> bool:
+    """Do the caches hold so many requests of `short_tokens`, with a recurrent state and a snapshot each?"""
+    states = _most_states(running, checkpoint, budget_bytes)
+    if checkpoint.state_bytes and states < 2 * running:
+        return False
+    pages = running * -(-short_tokens // config.page_tokens)
+    if config.kv_pages:
+        return pages <= config.kv_pages
+    kv_bytes = (pages + 1) * config.page_tokens * checkpoint.kv_bytes_per_token
+    windows = _window_bytes(_window_pages(config, running, checkpoint), config, checkpoint)
+    return kv_bytes + windows + _states_bytes(states, checkpoint) <= budget_bytes
 
 
 def _cache_budget(config: EngineConfig, checkpoint: CheckpointFacts, gpu: Gpu) -> tuple[int, str]:
@@ -368,7 +438,7 @@ def _states(max_running: int, checkpoint: CheckpointFacts, budget_bytes: int, re
             f"recurrent state, and prefix hits some more; the budget for it is {budget_bytes / 2e9:.1f} GB",
             hint=f"--max-running-requests {max(1, fitting // 2)}",
         )
-    states = min(3 * max_running, fitting)
+    states = _most_states(max_running, checkpoint, budget_bytes)
     reasons.append(
         f"states {states}: {max_running} running requests, the rest for snapshots; "
         f"{states * checkpoint.state_bytes / 2**20:.0f} MiB"
@@ -376,21 +446,28 @@ def _states(max_running: int, checkpoint: CheckpointFacts, budget_bytes: int, re
     return states
 
 
-def _window_pages(
-    config: EngineConfig, max_running: int, checkpoint: CheckpointFacts, reasons: list[str]
-) -> int:
+def _most_states(running: int, checkpoint: CheckpointFacts, budget_bytes: int) -> int:
+    """Three a request, in half of the budget."""
+    if not checkpoint.state_bytes:
+        return 0
+    return min(3 * running, budget_bytes // 2 // checkpoint.state_bytes)
+
+
+def _window_pages(config: EngineConfig, running: int, checkpoint: CheckpointFacts) -> int:
     """What every running request's window and the next step's tokens can reach, and as much again for cached
     prefixes."""
     if checkpoint.window_tokens is None:
         return 0
     per_request = -(-checkpoint.window_tokens // config.page_tokens) + 2
-    pages = 2 * (max_running * per_request + -(-config.max_batch_tokens // config.page_tokens))
+    return 2 * (running * per_request + -(-config.max_batch_tokens // config.page_tokens))
+
+
+def _window_reason(config: EngineConfig, running: int, checkpoint: CheckpointFacts, pages: int) -> str:
     page_bytes = checkpoint.window_bytes_per_token * config.page_tokens
-    reasons.append(
-        f"window_pages {pages}: windows of {checkpoint.window_tokens} tokens for {max_running} requests and "
+    return (
+        f"window_pages {pages}: windows of {checkpoint.window_tokens} tokens for {running} requests and "
         f"a step's {config.max_batch_tokens} tokens, twice; {pages * page_bytes / 2**20:.0f} MiB"
     )
-    return pages
 
 
 def _kv_pages(
@@ -401,7 +478,10 @@ def _kv_pages(
     why: str,
     reasons: list[str],
 ) -> int:
-    """As many pages as the memory budget allows and `useful_tokens` can fill."""
+    """Those that are asked for, or as many as the memory budget allows and `useful_tokens` can fill."""
+    if config.kv_pages:
+        reasons.append(f"kv_pages {config.kv_pages}: asked for")
+        return config.kv_pages
     page_bytes = max(1, checkpoint.kv_bytes_per_token * config.page_tokens)
     pages = budget_bytes // page_bytes - 1  # page 0 is nobody's
     useful_pages = -(-useful_tokens // config.page_tokens)

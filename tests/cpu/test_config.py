@@ -169,16 +169,75 @@ def test_what_a_step_and_the_loader_need_is_part_of_the_refusal() -> None:
 
 
 def test_running_requests_need_a_token_each() -> None:
-    answer = resolved(max_running_requests=64, max_batch_tokens=8)
-    assert answer.max_running_requests == 8
-    assert reason(answer, "max_running_requests")
+    for asked in (64, None):
+        answer = resolved(max_running_requests=asked, max_batch_tokens=8)
+        assert answer.max_running_requests == 8
+        assert reason(answer, "max_running_requests").endswith("needs a token of max_batch_tokens")
     plain = resolved(max_running_requests=64, max_batch_tokens=64)
     assert plain.max_running_requests == 64
-    assert not any(line.startswith("max_running_requests") for line in plain.reasons)
+    assert reason(plain, "max_running_requests") == "max_running_requests 64: asked for"
+
+
+@pytest.mark.parametrize(("pages", "got"), [(64 * 16, 64), (64 * 16 - 1, 63), (40, 2), (16, 1), (3, 1)])
+def test_pages_that_hold_fewer_short_requests_lower_their_number(pages: int, got: int) -> None:
+    """256 tokens are 16 pages of 16."""
+    answer = resolved(kv_pages=pages)
+    assert answer.max_running_requests == got
+    lowered = f"max_running_requests {got}: lowered from 64: the caches hold no more requests of 256 tokens"
+    default = "max_running_requests 64: the default; the caches hold 256 tokens of each and more"
+    assert reason(answer, "max_running_requests") == (default if got == 64 else lowered)
+    asked = resolved(kv_pages=pages, max_running_requests=64)
+    assert asked.max_running_requests == 64, "what is asked for is not lowered"
+    assert resolved(kv_pages=pages, context_length=16).max_running_requests == min(64, pages)
+
+
+def test_the_number_of_requests_follows_from_the_memory() -> None:
+    """0.85 of 2 GiB less 1 GiB of weights are 716.8 MiB: with 1 MiB a token two requests of 256 tokens."""
+    gpu = dataclasses.replace(GPU, memory_free_bytes=2 * GIB)
+    wide = dataclasses.replace(CHECKPOINT, kv_bytes_per_token=GIB >> 10)
+    answer = resolved(checkpoint=wide, gpu=gpu, kv_pages=None)
+    assert answer.max_running_requests == 2 and answer.kv_pages * 16 >= 512
+    one_more = dataclasses.replace(wide, kv_bytes_per_token=(716 << 20) // (3 * 256 + 16))
+    assert resolved(checkpoint=one_more, gpu=gpu, kv_pages=None).max_running_requests == 3
+    windowed = dataclasses.replace(one_more, window_tokens=64, window_bytes_per_token=1000)
+    assert resolved(checkpoint=windowed, gpu=gpu, kv_pages=None).max_running_requests == 2
+
+
+@pytest.mark.parametrize(("states", "got"), [(128, 64), (127, 63), (21, 10), (2, 1)])
+def test_every_derived_request_has_a_state_and_a_snapshot(states: int, got: int) -> None:
+    """In half of what the weights leave."""
+    free_bytes = int(GPU.memory_free_bytes * 0.85) - GIB
+    recurrent = dataclasses.replace(CHECKPOINT, state_bytes=free_bytes // 2 // states, kv_bytes_per_token=1)
+    answer = resolved(checkpoint=recurrent, gpu=GPU, kv_pages=None)
+    assert answer.max_running_requests == got and answer.states >= 2 * got
+    if got > 1:
+        with pytest.raises(OutOfMemory):
+            resolved(checkpoint=recurrent, gpu=GPU, kv_pages=None, max_running_requests=states)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "why"),
+    [
+        ("mem_fraction", 0.85, "the default; of 8.6 GB free"),
+        ("mem_fraction", 0.5, "asked for; of 8.6 GB free"),
+        ("max_batch_tokens", 2048, "the default"),
+        ("max_batch_tokens", 100, "asked for"),
+        ("prefill_chunk_tokens", 512, "the default"),
+        ("prefill_chunk_tokens", 50, "asked for"),
+        ("context_length", 100, "asked for"),
+        ("kv_pages", 999, "asked for"),
+    ],
+)
+def test_every_budget_says_where_it_comes_from(setting: str, value: float, why: str) -> None:
+    assert reason(resolved(**{setting: value}), setting) == f"{setting} {value}: {why}"
 
 
 def test_a_chunk_fits_the_step() -> None:
-    assert resolved(prefill_chunk_tokens=512, max_batch_tokens=100).prefill_chunk_tokens == 100
+    answer = resolved(prefill_chunk_tokens=512, max_batch_tokens=100)
+    assert answer.prefill_chunk_tokens == 100
+    assert reason(answer, "prefill_chunk_tokens").startswith(
+        "prefill_chunk_tokens 100: lowered from 512, since "
+    )
     assert resolved(prefill_chunk_tokens=50, max_batch_tokens=100).prefill_chunk_tokens == 50
 
 

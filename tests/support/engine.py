@@ -33,7 +33,7 @@ class InProcessEngine:
         requantize_limit: float = 0.04,
         **settings: object,
     ) -> None:
-        settings = {"threads": 1, "kv_pages": 256, "self_test": "off"} | settings
+        settings = {"threads": 1, "kv_pages": 256, "max_running_requests": 64, "self_test": "off"} | settings
         engine = dataclasses.replace(EngineConfig(), **settings)  # type: ignore[arg-type]
         model = ModelConfig(
             model=str(folder),

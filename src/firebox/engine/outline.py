@@ -106,7 +106,7 @@ def _further(outline: Outline, engine: EngineConfig, gpu: Gpu, slots: Sequence[i
     setting = Setting(gpu, kv_dtype=outline.kv.DTYPE, page_tokens=engine.page_tokens)
     return needs(
         outline.model, layers_of(outline.model, setting), gpu, slots,
-        tokens=engine.max_batch_tokens, rows=min(engine.max_running_requests, engine.max_batch_tokens),
+        tokens=engine.max_batch_tokens, rows=engine.most_running,
         graphs=engine.cuda_graph != "off" and not outline.model.not_capturable,
     )  # fmt: skip
 

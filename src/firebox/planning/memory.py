@@ -165,7 +165,7 @@ def ledger(
 ) -> Memory:
     """The memory of one GPU under the engine's budgets. `drafts`: tokens of a request that a decode step
     checks beside its own."""
-    running = min(engine.max_running_requests, engine.max_batch_tokens)
+    running = engine.most_running
     tokens, rows = step_tokens(engine, drafts), running * (drafts + 1)
     logits = rows * sizes.vocab * 4
     activations = tokens * 8 * sizes.hidden * sizes.itemsize + 2 * logits
@@ -186,7 +186,7 @@ def ledger(
 
 def step_tokens(engine: EngineConfig, drafts: int) -> int:
     """The most tokens of a step: those of a prefill, or of all running requests with their drafts."""
-    running = min(engine.max_running_requests, engine.max_batch_tokens)
+    running = engine.most_running
     return max(engine.max_batch_tokens, running * (drafts + 1))
 
 
@@ -211,7 +211,7 @@ def _window_request_bytes(cache: CacheBytes, engine: EngineConfig) -> int:
     """A request's share of the pool of window pages, as config.resolve sizes it."""
     if not cache.window_tokens:
         return 0
-    running = min(engine.max_running_requests, engine.max_batch_tokens)
+    running = engine.most_running
     windows = running * (-(-cache.window_tokens // engine.page_tokens) + 2)
     pages = 2 * (windows + -(-engine.max_batch_tokens // engine.page_tokens))
     return -(-pages // running) * engine.page_tokens * cache.per_window_token

@@ -338,7 +338,7 @@ def test_priority_and_params_reach_the_scheduler(loop: Loop) -> None:
 
 def config(folder: Path, **engine: Any) -> Config:
     load_format = engine.pop("load_format", "auto")
-    settings = EngineConfig(**{"threads": 1, "kv_pages": PAGES} | engine)
+    settings = EngineConfig(**{"threads": 1, "kv_pages": PAGES, "max_running_requests": 64} | engine)
     return Config(model=ModelConfig(model=str(folder), load_format=load_format), engine=settings)
 
 
