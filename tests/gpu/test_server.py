@@ -100,6 +100,16 @@ def test_the_text_is_the_cpus(server: ServerProcess) -> None:
     assert whole >= len(TEXTS) // 2 and same > 0.6 * 64 * len(TEXTS)
 
 
+def test_in_float32_the_text_is_the_cpus_to_the_letter() -> None:
+    """The bundled model's own dtype, in which layers are composed of torch operators on a GPU."""
+    with serving("--device", DEVICE) as gpu, serving("--device", "cpu") as cpu:
+        assert httpx.get(f"{gpu.url}/ledger", timeout=10).json()["settings"]["resolved"]["device"] != "cpu"
+        for text in TEXTS:
+            found, wanted = answer(gpu, text), answer(cpu, text)
+            assert found["token_ids"] == wanted["token_ids"], (text, found["text"], wanted["text"])
+            assert found["text"] == wanted["text"]
+
+
 def test_streams_decode_in_graphs(server: ServerProcess, expected: list[list[int]]) -> None:
     streams = [Stream(server, PROMPTS[i % len(PROMPTS)], TOKENS) for i in range(RUNNING)]
     assert all(len(stream.wait().ids) == TOKENS and stream.done for stream in streams)

@@ -195,12 +195,13 @@ def looks_up(vocab: int, setup: Setup, rows: int) -> list[Result]:
         launcher = Launcher(logprobs.request(problem, config, setup.gpu, interpreted=INTERPRETED))
         scratch = logprobs.scratch(problem, config, rows, setup.device)
         outputs = logprobs.outputs(problem, rows, setup.device)
-        setup.settle()
-        logprobs.run(launcher, logits, token_ids, scratch, *outputs)
+        name = f"{logprobs.OP} with {problem.top}"
+        with setup.launching(name, rows):
+            logprobs.run(launcher, logits, token_ids, scratch, *outputs)
         values, ranks, top_ids, top_values = logprobs.reference(problem, logits, token_ids)
         wrong = bool((outputs[1] != ranks).any()) or bool((outputs[2] != top_ids).any())
         error = max(relative_error(outputs[0], values.float()), float(wrong))
         if problem.top:
             error = max(error, relative_error(outputs[3], top_values.float()))
-        results.append(Result(f"{logprobs.OP} with {problem.top}", rows, error, LIMIT))
+        results.append(Result(name, rows, error, LIMIT))
     return results
