@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -17,9 +18,11 @@ def explanation(ready: Ready) -> str:
     """The ledger as text: what runs and why, what does not and why not, where the settings came from, and
     what memory was planned with and taken."""
     lines = [f"{ready.model_type} in {ready.dtype} on {ready.device}"]
-    for row in _folded(ready.ledger):
+    rows = list(_folded(ready.ledger))
+    for row, following in itertools.zip_longest(rows, rows[1:]):
         lines.append(f"  {_said(row)}")
-        lines += [f"    not {loser}: {why}" for loser, why in row.losers.items()]
+        if following is None or _reasons(row) != _reasons(following):
+            lines += [f"    not {loser}: {why}" for loser, why in row.losers.items()]
     return "\n".join([*lines, *(f"  {reason}" for reason in ready.reasons), *map(_line, ready.memory)])
 
 
@@ -42,6 +45,12 @@ def _folded(rows: Iterable[LedgerRow]) -> Iterator[LedgerRow]:
 def _goes_on(before: LedgerRow, row: LedgerRow) -> bool:
     follows = before.tokens[1] + 1 == row.tokens[0] and (before.mode, row.mode) == (GRAPH, EAGER)
     return follows and replace(before, tokens=row.tokens, mode=row.mode) == row
+
+
+def _reasons(row: LedgerRow) -> tuple[object, ...]:
+    """What is said once below the launches of one choice."""
+    operation = row.op.rpartition("/")[0] or row.op
+    return operation, row.tokens, row.losers
 
 
 def _said(row: LedgerRow) -> str:

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from firebox.config import EngineConfig
+    from firebox.kernels.plan import Chosen
     from firebox.layers.launches import Launch, Layers
     from firebox.planning.fit import Fit, Source
     from firebox.planning.memory import Memory
     from firebox.planning.roof import Roof
 
-WIDE_CHARACTERS = 200  # of a table that is not for a terminal
+WIDE_CHARACTERS = 220  # of a table that is not for a terminal
+NARROWEST_PATH = 12  # characters of a choice's path, in the lines below a table
 PARTIAL = (
     "this check is partial: memory, roof and the launches of all kernels. Composed of torch operators "
     "on a GPU, and so not checked: "
@@ -56,15 +58,18 @@ def source_of(model: str, dtype: str, requantize: str = "none") -> Source:
 
 
 def _show(fit: Fit, *, strict: bool) -> None:
+    chosen = fit.choices
     for layers in fit.layers:
         rows = [launch for launch in fit.launches or () if launch.layers is layers]
         if rows:
             _show_launches(fit, layers, rows)
+            for line in _choice_lines([choice for of, choice in chosen if of is layers]):
+                print(line)
     if fit.memory is not None:
         print("\n".join(_memory_lines(fit.memory)))
     if fit.roof is not None:
         print("\n".join(_roof_lines(fit.roof)))
-    print(PARTIAL + ", ".join(fit.not_planned))
+    print(PARTIAL + (", ".join(fit.not_planned) or "nothing"))
     for sentence in fit.planned_only:
         print(f"planned only: {sentence}")
     for problem in fit.problems:
@@ -88,24 +93,50 @@ def _show_launches(fit: Fit, layers: Layers, launches: Sequence[Launch]) -> None
     for heading in ("tokens", "bytes", "limit", "registers", "spilled"):
         table.add_column(heading, justify="right", no_wrap=True)
     for heading in ("operation", "kernel", "config", "chosen", "instruction", "native", "verdict"):
-        table.add_column(heading, no_wrap=heading not in ("chosen", "verdict"))
+        table.add_column(heading, no_wrap=heading not in ("config", "verdict"))
     for launch in launches:
         table.add_row(*_cells(launch.document()))
     Console(width=None if sys.stdout.isatty() else WIDE_CHARACTERS, highlight=False).print(table)
 
 
 def _cells(row: dict[str, Any]) -> Iterator[str]:
-    first, last = row["tokens"]
-    yield f"{first}–{last}" if last > first else str(first)
+    yield _range(*row["tokens"])
     for key in ("shared_bytes", "limit_bytes", "registers", "spill_bytes"):
         yield f"{row[key]:,}"
     yield row["operation"]
     yield row["kernel"]
-    yield " ".join(f"{key} {value}" for key, value in row["config"].items() if value is not False)
-    yield f"{row['path']}, {row['why']}"
+    yield " ".join(_tile(row["config"]))
+    yield f"{row['path']}, {row['why'].partition(',')[0].partition(':')[0]}"
     yield row["instruction"]
-    yield "yes" if row["native"] else "no"
+    yield f"{'yes' if row['native'] else 'no'}{', weight-only' if row['weight_only'] else ''}"
     yield row["error"] or ("fits" if row["fits"] else "does not fit")
+
+
+def _tile(config: Mapping[str, Any]) -> Iterator[str]:
+    """A flag by its name alone; what is not set, not at all."""
+    for name, value in config.items():
+        if value is True:
+            yield name
+        elif value is not False and value is not None:
+            yield f"{name} {value}"
+
+
+def _range(first: int, last: int) -> str:
+    return f"{first}–{last}" if last > first else str(first)
+
+
+def _choice_lines(choices: Sequence[Chosen]) -> Iterator[str]:
+    """What each operation chooses at which numbers of tokens, and why nothing else; losers of one reason
+    together. A choice that is made since another one is not has one reason for both."""
+    width = max((len(choice.operation.name) for choice in choices), default=0)
+    for choice in choices:
+        reasons: dict[str, list[str]] = {}
+        for path, why in choice.losers:
+            if why != choice.why:
+                reasons.setdefault(why, []).append(path)
+        losers = [f"not {', '.join(paths)}: {why}" for why, paths in reasons.items()]
+        where = f"{choice.operation.name:{width}}  {_range(choice.first, choice.last):>9}"
+        yield f"  {where}  {choice.path:{NARROWEST_PATH}}  {'; '.join([choice.why, *losers])}"
 
 
 def _memory_lines(memory: Memory) -> Iterator[str]:

@@ -88,6 +88,7 @@ def _launch_row(launch: Launch) -> LedgerRow:
         kernel=compiled.kernel if compiled else planned.path,
         format=planned.operation.format,
         why=planned.why,
+        losers=dict(planned.losers),
         config=planned.config,
         how=_how(planned.why),
         layers=launch.layers.layers,

@@ -150,11 +150,12 @@ class LedgerRow(msgspec.Struct, frozen=True):
 
     An operation's row (`op` "moe_block") says who was chosen, and why the others (`losers`) were not;
     `fallback`: nobody asked for torch. A launch's row (`op` "moe_block/experts/moe_gate_up") is one compile
-    of the launch plan: `config` its tile, `shared_bytes` a block of the `limit_bytes` that it may ask for,
-    `instruction` the dominant tensor instruction as read back, `native`: the one that the kernel is written
-    for. `mode`: how decode steps of so many tokens launch it, "graph" or "eager" (steps with prompts are
-    always eager). `how` its tile was found: "tuned", "predicted" or "default". `layers` it runs in. What a
-    CPU runs, and a library's kernel, has no numbers (None)."""
+    of the launch plan: `losers` are the paths that so many tokens do not take, `config` its tile,
+    `shared_bytes` a block of the `limit_bytes` that it may ask for, `instruction` the dominant tensor
+    instruction as read back, `native`: the one that the kernel is written for. `mode`: how decode steps of so
+    many tokens launch it, "graph" or "eager" (steps with prompts are always eager). `how` its tile was found:
+    "tuned", "predicted" or "default". `layers` it runs in. What a CPU runs, and a library's kernel, has no
+    numbers (None)."""
 
     op: str
     tokens: tuple[int, int]

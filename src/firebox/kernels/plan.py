@@ -3,6 +3,7 @@
     Operation   one thing that a layer does: a norm, a product, its experts
     Made        what so many tokens make of it: compiles, or a library's own kernel
     Planned     one compile, and the numbers of tokens that launch it
+    Chosen      one choice, and the numbers of tokens for which it is made
 
 What launches an operation says what it launches: `made` of layers/dense_gpu.py, layers/expert_paths.py,
 layers/delta_gpu.py, attention/triton_paged.py and kernels/sample.py, `request` of a kernel that has one
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from firebox.kernels._veto import Choice
 from firebox.kernels.compile import CompileRequest
 
 CUBLAS = "cublas"
+Losers = tuple[tuple[str, str], ...]  # path → why it was not taken
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,13 @@ class Compile:
 
 @dataclass(frozen=True)
 class Made:
-    """What some number of tokens launches of an operation. `path` and `why` of the choice."""
+    """What some number of tokens launches of an operation. `path` and `why` of the choice; `losers`: the
+    other paths, where there are any."""
 
     path: str
     why: str
     compiles: tuple[Compile, ...]
+    losers: Losers = ()
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,8 @@ class Library(Operation):
 
 @dataclass(frozen=True)
 class Planned:
-    """One launch and the numbers of tokens, `first` … `last`, that make it."""
+    """One launch and the numbers of tokens, `first` … `last`, that make it. A reason of `losers` that does
+    not hold from `first` on says from where it does."""
 
     operation: Operation
     compile: Compile
@@ -154,6 +159,7 @@ class Planned:
     last: int
     path: str
     why: str
+    losers: Losers = ()
 
     @property
     def op(self) -> str:
@@ -183,9 +189,34 @@ class Planned:
         return f"default tiles: {path} has no entry for {operation.source.key(operation.problem)!r}"
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """One choice of an operation, and the numbers of tokens, `first` … `last`, for which it is made."""
+
+    operation: Operation
+    first: int
+    last: int
+    path: str
+    why: str
+    losers: Losers
+
+
+def chosen(operation: Operation, gpu: Gpu, max_tokens: int) -> list[Chosen]:
+    """What steps of 1 … `max_tokens` tokens choose, successive numbers that choose alike together, whatever
+    their tiles are."""
+    found: list[Chosen] = []
+    for first, last, made in _runs(operation, gpu, max_tokens * operation.times):
+        before = found[-1] if found else None
+        if before and (before.path, before.why, before.losers) == (made.path, made.why, made.losers):
+            found[-1] = replace(before, last=last)
+        else:
+            found.append(Chosen(operation, first, last, made.path, made.why, made.losers))
+    return found
+
+
 def planned(operation: Operation, gpu: Gpu, max_tokens: int) -> list[Planned]:
     """Every launch that steps of 1 … `max_tokens` tokens can make, successive numbers that share one
-    together. Numbers of a row are tokens at the operation."""
+    together, with the path and the reason of the first. Numbers of a row are tokens at the operation."""
     rows: list[Planned] = []
     open_rows: dict[tuple[str, str], int] = {}  # (name, variant) → the index of its latest row
     for first, last, made in _runs(operation, gpu, max_tokens * operation.times):
@@ -194,10 +225,10 @@ def planned(operation: Operation, gpu: Gpu, max_tokens: int) -> list[Planned]:
             at = open_rows.get(key)
             before = rows[at] if at is not None else None
             if at is not None and before is not None and _continues(before, compile, first):
-                rows[at] = Planned(operation, compile, before.first, last, before.path, before.why)
+                rows[at] = replace(before, last=last, losers=_both(before, made, first))
             else:
                 open_rows[key] = len(rows)
-                rows.append(Planned(operation, compile, first, last, made.path, made.why))
+                rows.append(Planned(operation, compile, first, last, made.path, made.why, made.losers))
     return rows
 
 
@@ -220,6 +251,21 @@ def _runs(operation: Operation, gpu: Gpu, max_tokens: int) -> Iterator[tuple[int
 
 def _continues(before: Planned, compile: Compile, tokens: int) -> bool:
     return before.last == tokens - 1 and before.request == compile.request
+
+
+def _both(before: Planned, made: Made, tokens: int) -> Losers:
+    """Of a row that goes on with `tokens`."""
+    if before.losers == made.losers:
+        return before.losers
+    found = dict(before.losers)
+    for path, why in (*made.losers, (made.path, "taken")):
+        from_here, known = f"from {tokens} tokens: {why}", found.get(path)
+        if known is None:
+            found[path] = from_here
+        elif known != why and not known.endswith(f" tokens: {why}"):
+            found[path] = f"{known}; {from_here}"
+    found.pop(before.path, None)
+    return tuple(found.items())
 
 
 @functools.cache

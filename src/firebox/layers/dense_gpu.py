@@ -22,10 +22,10 @@ import torch
 
 from firebox.hardware.base import Gpu
 from firebox.kernels import _tuned, _veto, linear, linear_few, linear_one, quantise_fp8
-from firebox.kernels._linear import Problem, Weights, weight_bytes
+from firebox.kernels._linear import Problem, Weights, operand, weight_bytes
 from firebox.kernels.compile import CompileRequest, limit_bytes
 from firebox.kernels.launch import INTERPRETED, Launcher
-from firebox.kernels.plan import Compile, Made
+from firebox.kernels.plan import Compile, Losers, Made
 from firebox.layers import _dense_library, _fitting
 
 ONE, FEW, MANY, CUBLAS = "one", "few", "many", "cublas"
@@ -33,13 +33,16 @@ MODULES = {ONE: linear_one, FEW: linear_few, MANY: linear}
 TUNED = "linear"  # the file in tuned/<gpu>/
 WIDEST_TILE = 256  # tokens of a tile of linear.py
 DEFAULT_TILE = 128  # tokens of those that linear.py's default counts
+RULE = "for want of a measurement"
+ONLY_MEASURED = "only a measurement chooses it"
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Path:
     """How a number of tokens is computed. `config`: the tile, None for a library. `why`: "measured",
-    "predicted", "default" for want of both, or why no kernel here runs it."""
+    "predicted", "default" for want of both, or why no kernel here runs it; and that weights alone are
+    quantised, where they are."""
 
     name: str
     config: Any
@@ -72,7 +75,7 @@ def _candidates(problem: Problem, tokens: int, gpu: Gpu) -> Iterator[Path]:
     if linear.unquantised(problem):
         yield Path(CUBLAS, None, "default")
     elif linear.accepts(problem, gpu) is None:
-        yield Path(MANY, linear.default(problem, tokens, gpu), "default")
+        yield _default(problem, MANY, linear.default(problem, tokens, gpu))
 
 
 def _chosen(problem: Problem, tokens: int, gpu: Gpu) -> Path:
@@ -82,7 +85,8 @@ def _chosen(problem: Problem, tokens: int, gpu: Gpu) -> Path:
         barred.append(CUBLAS)  # measured for a layer of the same key with another type of output
     entry = _tuned.measured(gpu.name, TUNED, key(problem), tokens, but=barred)
     if entry is not None:
-        return Path(entry["path"], _config(entry), _tuned.how(entry))
+        why = _tuned.how(entry) + multiplied(problem, entry["path"])
+        return Path(entry["path"], _config(entry), why)
     return stock_path(problem, tokens, gpu)
 
 
@@ -118,13 +122,51 @@ def _fitted(problem: Problem, tokens: int, path: Path, gpu: Gpu, limit_bytes: in
 def stock_path(problem: Problem, tokens: int, gpu: Gpu) -> Path:
     """What so many tokens take for want of a measurement."""
     if tokens <= linear_few.MAX_TOKENS:
-        return Path(FEW, linear_few.default(problem, tokens, gpu), "default")
+        return _default(problem, FEW, linear_few.default(problem, tokens, gpu))
     if linear.unquantised(problem):
         return Path(CUBLAS, None, "default: unquantised, a library's")
     refusal = linear.accepts(problem, gpu)
     if refusal is not None:
         return Path(CUBLAS, None, f"kernels/linear.py {refusal}")
-    return Path(MANY, linear.default(problem, tokens, gpu), "default")
+    return _default(problem, MANY, linear.default(problem, tokens, gpu))
+
+
+def _default(problem: Problem, name: str, config: Any) -> Path:
+    return Path(name, config, "default" + multiplied(problem, name))
+
+
+def multiplied(problem: Problem, path: str) -> str:
+    """What is said of the choice where the weights alone are quantised."""
+    if linear.unquantised(problem) or rounds(problem, path):
+        return ""
+    how = "without tensor cores" if path == ONE else f"as {operand(problem)}"
+    return f", weight-only: multiplied {how}"
+
+
+def losers(problem: Problem, tokens: int, taken: Path, gpu: Gpu) -> Losers:
+    """The paths that so many tokens do not take, and why not."""
+    others = (name for name in (ONE, FEW, MANY, CUBLAS) if name != taken.name)
+    return tuple((name, _why_not(problem, tokens, name, taken, gpu)) for name in others)
+
+
+def _why_not(problem: Problem, tokens: int, name: str, taken: Path, gpu: Gpu) -> str:
+    accepts = _dense_library.accepts if name == CUBLAS else MODULES[name].accepts
+    refusal: str | None = accepts(problem, gpu)
+    if refusal is not None:
+        return refusal
+    if name == ONE and tokens > 1:
+        return "takes one token"
+    if name == FEW and tokens > linear_few.MAX_TOKENS:
+        return f"takes up to {linear_few.MAX_TOKENS} tokens"
+    if _chosen(problem, tokens, gpu).name == name:
+        return taken.why.partition("; instead of ")[2] or "was vetoed"
+    if not taken.why.startswith("default"):
+        return f"{TUNED}.json names {taken.name}"
+    if name == ONE or (name == CUBLAS and linear.quantised(problem)):
+        return ONLY_MEASURED
+    if tokens <= linear_few.MAX_TOKENS:
+        return f"rule: few up to {linear_few.MAX_TOKENS} tokens, {RULE}"
+    return f"rule: a library's where weights are unquantised, {RULE}"
 
 
 def _config(entry: dict[str, Any]) -> Any:
@@ -161,7 +203,7 @@ def rounds_at(problem: Problem, tokens: int, gpu: Gpu) -> bool:
 def made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
     """What so many tokens launch, for the plan."""
     path = _path_of(problem, tokens, gpu)
-    return _made(problem, like(tokens, path), path, gpu)
+    return _made(problem, like(tokens, path), path, losers(problem, tokens, path, gpu), gpu)
 
 
 def turns(problem: Problem, max_tokens: int, gpu: Gpu) -> Iterator[int]:
@@ -173,13 +215,13 @@ def turns(problem: Problem, max_tokens: int, gpu: Gpu) -> Iterator[int]:
 
 
 @functools.cache
-def _made(problem: Problem, tokens: int, path: Path, gpu: Gpu) -> Made:
+def _made(problem: Problem, tokens: int, path: Path, others: Losers, gpu: Gpu) -> Made:
     configs, choice = {linear.OP: path.config}, choice_of(problem, path)
     found = requests(problem, tokens, gpu, path)
     compiles = [Compile(op, request, configs.get(op), choice=choice) for op, request in found.items()]
     if path.name == CUBLAS:
         compiles.append(Compile(linear.OP, None))
-    return Made(path.name, path.why, tuple(compiles))
+    return Made(path.name, path.why, tuple(compiles), others)
 
 
 def like(tokens: int, path: Path) -> int:

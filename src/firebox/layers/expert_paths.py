@@ -39,10 +39,10 @@ from firebox.kernels import (
     quantise_fp8,
     quantise_groups,
 )
-from firebox.kernels._experts import NIBBLES, Problem, weight_bytes
+from firebox.kernels._experts import FP8, NIBBLES, Problem, operand, weight_bytes
 from firebox.kernels.compile import CompileRequest, limit_bytes
 from firebox.kernels.launch import INTERPRETED
-from firebox.kernels.plan import Compile, Made
+from firebox.kernels.plan import Compile, Losers, Made
 from firebox.layers import _fitting
 
 ONE, FEW, SORTED, SCALED = "one", "few", "sorted", "block-scaled"
@@ -55,12 +55,14 @@ MODULES = {
 }
 FEW_UNMEASURED = 16
 SMALLEST_BLOCK = 16  # choices of a sorted tile
+BLOCK_SCALED = {"mxfp4": "mxf8", "nvfp4": "nvf4"}  # a checkpoint's format → the instruction for nibbles
+RULE = "for want of a measurement"
 
 
 @dataclass(frozen=True)
 class Path:
     """How a number of tokens is computed. `why`: "measured", "predicted", or "default" for want of both, and
-    for 4-bit formats what is multiplied."""
+    where activations may be of another type than weights what is multiplied."""
 
     name: str
     gate_up: Any
@@ -183,7 +185,7 @@ def default_path(problem: Problem, name: str, tokens: int, gpu: Gpu) -> Path:
 def stored_as(problem: Problem, gpu: Gpu) -> Problem:
     """`problem`, in a checkpoint's format, as its weights lie on `gpu`: 4-bit floats in nibbles where the
     tensor cores multiply them, so that both paths read the same words; other 4-bit weights in panels."""
-    kind = {"mxfp4": "mxf8", "nvfp4": "nvf4"}.get(problem.format)
+    kind = BLOCK_SCALED.get(problem.format)
     if kind and f"mma.{kind}" in gpu.facts:
         return replace(problem, format=f"{problem.format}_nibbles")
     return replace(problem, panels=problem.group > 0)
@@ -196,7 +198,42 @@ def _multiplied(problem: Problem, path: str) -> str:
         return f", {kind}: bf16 products would take longer than the weights' reading (calculated)"
     if problem.format in NIBBLES:
         return ", weight-only: waits for the weights, not for products (calculated)"
-    return ", weight-only" if problem.group else ""
+    if problem.format == "bf16" or (path == SORTED and problem.format in FP8):
+        return ""
+    multiplied = "without tensor cores" if path == ONE else f"as {operand(problem)}"
+    return f", weight-only: multiplied {multiplied}"
+
+
+def losers(problem: Problem, tokens: int, taken: Path, gpu: Gpu) -> Losers:
+    """The paths that so many tokens do not take, and why not."""
+    others = (name for name in MODULES if name != taken.name)
+    return tuple((name, _why_not(problem, tokens, name, taken, gpu)) for name in others)
+
+
+def _why_not(problem: Problem, tokens: int, name: str, taken: Path, gpu: Gpu) -> str:
+    if name == SCALED and problem.format in BLOCK_SCALED:
+        return f"{gpu.name} has no mma.{BLOCK_SCALED[problem.format]}"
+    refusal: str | None = MODULES[name][0].accepts(problem, gpu)
+    if refusal is not None:
+        return refusal
+    if name == ONE and tokens > 1:
+        return "takes one token"
+    if name == FEW and tokens > moe_gate_up_few.MAX_TOKENS:
+        return f"takes up to {moe_gate_up_few.MAX_TOKENS} tokens"
+    if _chosen(problem, tokens, gpu).name == name:
+        return taken.why.partition("; instead of ")[2] or "was vetoed"
+    if not taken.why.startswith("default"):
+        return f"{TUNED}.json names {taken.name}"
+    if name == ONE:
+        return "only a measurement chooses it"
+    return f"rule: {_rule(problem, gpu)}, {RULE}"
+
+
+def _rule(problem: Problem, gpu: Gpu) -> str:
+    """Of `stock_path`."""
+    first = _block_scaled.native_from(problem, gpu)
+    further = f", block-scaled from {first}" if first < _block_scaled.NEVER else ""
+    return f"few up to {FEW_UNMEASURED} tokens{further}"
 
 
 def requests(problem: Problem, tokens: int, path: Path, gpu: Gpu) -> dict[str, CompileRequest]:
@@ -284,7 +321,7 @@ def rounds_at(problem: Problem, tokens: int, gpu: Gpu) -> bool:
 def made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
     """What so many tokens launch, for the plan."""
     path = settled_path(problem, tokens, gpu)
-    return _made(problem, like(problem, tokens, path), path, gpu)
+    return _made(problem, like(problem, tokens, path), path, losers(problem, tokens, path, gpu), gpu)
 
 
 def turns(problem: Problem, max_tokens: int, gpu: Gpu) -> Iterator[int]:
@@ -296,8 +333,8 @@ def turns(problem: Problem, max_tokens: int, gpu: Gpu) -> Iterator[int]:
 
 
 @functools.cache
-def _made(problem: Problem, tokens: int, path: Path, gpu: Gpu) -> Made:
+def _made(problem: Problem, tokens: int, path: Path, others: Losers, gpu: Gpu) -> Made:
     configs = {"moe_gate_up": path.gate_up, "moe_down": path.down}
     found, choice = requests(problem, tokens, path, gpu), choice_of(problem, path)
     compiles = (Compile(op, request, configs.get(op), choice=choice) for op, request in found.items())
-    return Made(path.name, path.why, tuple(compiles))
+    return Made(path.name, path.why, tuple(compiles), others)

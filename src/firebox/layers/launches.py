@@ -3,6 +3,7 @@ configuration, compiled for that GPU and read back.
 
     layers_of(model, setting)             the model's layers, those that are alike together
     rows(layers, gpu, max_tokens)         every launch that 1 … max_tokens tokens can make
+    choices(layers, gpu, max_tokens)      what they choose, and why nothing else
     launches(layers, gpu, max_tokens)     the same, compiled: for `fit`, and for an engine before it loads
 
 What a layer launches it says itself (`operations`); what an operation launches, the module that does it
@@ -19,7 +20,7 @@ from firebox.hardware.base import Gpu
 from firebox.kernels import logprobs, sample
 from firebox.kernels._blocks import ATTENTION_BLOCK, DENSE_BLOCK, HEAD, MOE_BLOCK
 from firebox.kernels.compile import Compiled, CompileRequest, compile_all, limit_bytes
-from firebox.kernels.plan import CUBLAS, Operation, Planned, Setting, planned
+from firebox.kernels.plan import CUBLAS, Chosen, Operation, Planned, Setting, chosen, planned
 from firebox.layers import (
     delta_gpu,
     dense_gpu,
@@ -39,6 +40,7 @@ from firebox.layers.latent_attention import LatentAttentionBlock
 from firebox.layers.moe import MoeBlock
 
 NO_TENSOR_CORE = "none"
+UNQUANTISED, WIDE = "bf16", {"bf16", "f16"}  # a format of weights; what tensor instructions multiply
 SAMPLING = "sampling"
 OPS = {
     AttentionBlock: ATTENTION_BLOCK,
@@ -80,6 +82,13 @@ class Launch:
         """It is written for a tensor instruction that the compiler did not use."""
         request = self.planned.request
         return bool(request and request.declares) and self.compiled is not None and not self.compiled.native
+
+    @property
+    def weight_only(self) -> bool:
+        """Its weights are stored narrower than what its tensor instruction multiplies."""
+        request, problem = self.planned.request, self.planned.operation.problem
+        narrow = getattr(problem, "format", UNQUANTISED) != UNQUANTISED
+        return narrow and request is not None and not WIDE.isdisjoint(request.declares)
 
     @property
     def where(self) -> str:
@@ -126,6 +135,7 @@ class Launch:
             "tokens": [planned.first, planned.last],
             "path": planned.path,
             "why": planned.why,
+            "losers": dict(planned.losers),
             "config": planned.config,
             "shared_bytes": compiled.shared_bytes if compiled else 0,
             "limit_bytes": self.limit_bytes,
@@ -133,6 +143,7 @@ class Launch:
             "spill_bytes": compiled.spill_bytes if compiled else 0,
             "instruction": compiled.instruction if compiled else NO_TENSOR_CORE,
             "native": compiled.native if compiled else True,
+            "weight_only": self.weight_only,
             "fits": self.fits,
             "error": compiled.error if compiled else None,
         }
@@ -147,6 +158,16 @@ def layers_of(model: Decoder, setting: Setting) -> tuple[Layers, ...]:
     vocab = model.head.vocab
     drawn = (Operation("sample", "f32", sample, vocab), Operation("logprobs", "f32", logprobs, vocab))
     return (begun, *_counted(found), head, Layers(SAMPLING, 1, "f32", drawn))
+
+
+def choices(layers: Iterable[Layers], gpu: Gpu, max_tokens: int) -> Iterator[tuple[Layers, Chosen]]:
+    """What 1 … `max_tokens` tokens choose, of operations that have a choice."""
+    made: dict[Operation, list[Chosen]] = {}
+    for alike in layers:
+        for operation in alike.operations:
+            if operation not in made:
+                made[operation] = chosen(operation, gpu, max_tokens)
+            yield from ((alike, choice) for choice in made[operation] if choice.losers)
 
 
 def rows(layers: Iterable[Layers], gpu: Gpu, max_tokens: int) -> Iterator[tuple[Layers, Planned]]:

@@ -20,7 +20,7 @@ from firebox.kernels.launch import INTERPRETED, Launcher
 from firebox.kernels.linear_one import Config
 from firebox.kernels.plan import Compile, Made
 from firebox.layers import dense_gpu, norm_gpu
-from firebox.layers._in_one import ONE, apart
+from firebox.layers._in_one import APART, NOT_MEASURED, ONE, SLOWER, apart
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,15 @@ def made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
         return _made(problem, config, gpu)
     found = _measured(problem, gpu, tokens)
     wrong = found and why_not(choice_of(problem, found))
-    return apart("two launches", wrong or "")
+    return apart("two launches", wrong or "", why_not="takes one token" if tokens > 1 else NOT_MEASURED)
 
 
 @functools.cache
 def _made(problem: Problem, config: Config, gpu: Gpu) -> Made:
     request, choice = _launcher(problem, config, gpu).request, choice_of(problem, config)
-    return Made(ONE, "measured", (Compile(linear_one.OP, request, config, choice=choice),))
+    why = f"measured{dense_gpu.multiplied(problem.linear, ONE)}"
+    compile = Compile(linear_one.OP, request, config, choice=choice)
+    return Made(ONE, why, (compile,), ((APART, SLOWER),))
 
 
 def turns(problem: Problem, max_tokens: int, gpu: Gpu) -> Iterator[int]:

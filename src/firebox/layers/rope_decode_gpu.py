@@ -26,7 +26,7 @@ from firebox.kernels.compile import compile_all
 from firebox.kernels.launch import Launcher
 from firebox.kernels.plan import Compile, Made
 from firebox.layers import _fitting
-from firebox.layers._in_one import apart
+from firebox.layers._in_one import NOT_MEASURED, SLOWER, apart
 
 KIND = "rope_decode"  # of entries in attention.json
 MEASURED = "measured"
@@ -67,9 +67,16 @@ def made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
     """What so many requests launch, for the plan: keys divided or not."""
     config, how = _measured(problem, gpu, tokens)
     if config is None:
-        return apart("two launches", "" if how == MEASURED else how)
+        return apart("two launches", *(["", _why_not(problem, gpu)] if how == MEASURED else [how]))
     wrong = why_not(choice_of(problem, config))
     return apart("two launches", wrong) if wrong else _made(problem, config, how, gpu)
+
+
+def _why_not(problem: Problem, gpu: Gpu) -> str:
+    """Of one launch, where the file has no tile."""
+    key = _attention_choice.key(KIND, problem.paged)
+    there = _tuned.entries(gpu.name, _attention_choice.TUNED_FILE, key)
+    return SLOWER if there else NOT_MEASURED
 
 
 @functools.cache
@@ -84,6 +91,7 @@ def _made(problem: Problem, config: Config, how: str, gpu: Gpu) -> Made:
             Compile(kernel.OP, part[kernel.OP], config, "keys divided", choice),
             Compile(kernel.MERGE, part[kernel.MERGE], choice=choice),
         ),
+        ((_attention_choice.APART, SLOWER),),
     )
 
 

@@ -22,7 +22,7 @@ from firebox.kernels.launch import INTERPRETED, Launcher
 from firebox.kernels.moe_norm_route import Config
 from firebox.kernels.plan import Compile, Made
 from firebox.layers import norm_gpu
-from firebox.layers._in_one import ONE, apart
+from firebox.layers._in_one import APART, NOT_MEASURED, ONE, SLOWER, apart
 
 TUNED_FILE = "route"  # the file in tuned/<gpu>/
 MAX_EXPERTS = 1024
@@ -73,13 +73,14 @@ def made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
         return _made(problem, config, gpu)
     found = _measured(problem, gpu, tokens)
     wrong = found and why_not(choice_of(problem, found))
-    return apart("three launches", wrong or "")
+    return apart("three launches", wrong or "", why_not="takes one token" if tokens > 1 else NOT_MEASURED)
 
 
 @functools.cache
 def _made(problem: Problem, config: Config, gpu: Gpu) -> Made:
     request, choice = _launcher(problem.kernel, config, gpu).request, choice_of(problem, config)
-    return Made(ONE, "measured", (Compile(kernel.OP, request, config, choice=choice),))
+    compile = Compile(kernel.OP, request, config, choice=choice)
+    return Made(ONE, "measured", (compile,), ((APART, SLOWER),))
 
 
 def turns(problem: Problem, max_tokens: int, gpu: Gpu) -> Iterator[int]:

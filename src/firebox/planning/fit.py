@@ -19,7 +19,7 @@ from firebox.config import EngineConfig
 from firebox.errors import ConfigError, FireboxError, UnsupportedFormat
 from firebox.hardware.base import Gpu
 from firebox.kernels._blocks import ATTENTION_BLOCK, DENSE_BLOCK, HEAD, MOE_BLOCK
-from firebox.kernels.plan import Setting
+from firebox.kernels.plan import Chosen, Setting
 from firebox.layers import gated_delta, latent_attention, launches
 from firebox.layers.launches import Launch, Layers
 from firebox.models.base import need
@@ -94,6 +94,11 @@ class Fit:
         return tuple(found)
 
     @property
+    def choices(self) -> tuple[tuple[Layers, Chosen], ...]:
+        """What steps choose, by their number of tokens, and why nothing else."""
+        return tuple(launches.choices(self.layers, self.gpu, self.max_tokens))
+
+    @property
     def planned_only(self) -> tuple[str, ...]:
         """What the answer is about although the engine does not do it yet."""
         return tuple(_verdict.planned_only(self.setting))
@@ -125,6 +130,18 @@ class Fit:
             "memory": self.memory and self.memory.document(),
             "roof": self.roof and self.roof.document(),
             "launches": [launch.document() for launch in self.launches or ()],
+            "choices": [
+                {
+                    "layer": layers.op,
+                    "layers": layers.layers,
+                    "operation": choice.operation.name,
+                    "tokens": [choice.first, choice.last],
+                    "path": choice.path,
+                    "why": choice.why,
+                    "losers": dict(choice.losers),
+                }
+                for layers, choice in self.choices
+            ],
             "refused": [
                 {"op": e.op, "layers": e.layers, "format": e.format, "why": e.refusal}
                 for e in self.layers

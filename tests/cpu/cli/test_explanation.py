@@ -61,6 +61,18 @@ def test_operations_and_launches_say_what_they_have() -> None:
     ]
 
 
+def test_launches_of_one_choice_say_once_what_was_not_chosen() -> None:
+    """Those of another range of tokens, or for other reasons, say their own."""
+    first = replace(LAUNCH, losers={"one": "takes one token", "sorted": "experts.json names few"})
+    second = replace(first, op="moe_block/experts/moe_down", kernel="down_few")
+    third = replace(second, losers={"one": "takes one token"}, tokens=(17, 90))
+    reasons = [line for line in said(first, second, third) if line.startswith("not ")]
+    assert reasons == [
+        *("not one: takes one token", "not sorted: experts.json names few"),
+        "not one: takes one token",
+    ]
+
+
 def test_memory_is_shown_planned_and_measured() -> None:
     lines = said(
         memory=(Memory("weights", 3 << 30, 3 << 30, "stored"), Memory("reserve", 1 << 20, None, "x"))

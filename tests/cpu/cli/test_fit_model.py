@@ -19,7 +19,7 @@ from tests.support.run_cache import run_cache
 
 LAUNCH = {
     *("op", "kernel", "format", "tokens", "config", "shared_bytes", "limit_bytes", "registers"),
-    *("spill_bytes", "instruction", "native", "fits"),
+    *("spill_bytes", "instruction", "native", "weight_only", "fits", "path", "why", "losers"),
 }
 
 
@@ -63,8 +63,15 @@ def test_a_model_that_fits(folder: Path) -> None:
     gate_up = [row["tokens"] for row in rows if row["op"] == "moe_gate_up"]
     assert gate_up[0][0] == 1 and gate_up[-1][1] == 8192
     assert all(before[1] + 1 == after[0] for before, after in itertools.pairwise(gate_up))
-    assert [row["op"] for row in found["not_planned"]] == ["embedding"]
-    assert {row["layer"] for row in rows} == {"attention_block", "moe_block", "head", "sampling"}
+    assert found["not_planned"] == []
+    assert {row["layer"] for row in rows} == {"embedding", "attention_block", "moe_block", "head", "sampling"}
+    for row in (row for row in rows if row["operation"] == "experts"):
+        assert set(row["losers"]) == {"one", "few", "sorted", "block-scaled"} - {row["path"]}
+    routed = [choice for choice in found["choices"] if choice["operation"] == "experts"]
+    assert (routed[0]["tokens"][0], routed[-1]["tokens"][1]) == (1, 8192)
+    assert {"takes one token", "takes up to 128 tokens"} <= {
+        why for choice in routed for why in choice["losers"].values()
+    }
     library = [row for row in rows if row["kernel"] == "cublas"]
     assert library and all((row["shared_bytes"], row["config"]) == (0, {}) for row in library)
 
@@ -76,7 +83,7 @@ def test_without_a_model_it_is_firebox_tiny(folder: Path) -> None:
     assert (no.returncode, found["model"], [row["op"] for row in found["launches"]]) == (
         1,
         "firebox-tiny",
-        ["sample", "sample"],
+        ["sample", "sample", "logprobs", "logprobs"],
     )
     assert "hidden states are float32; kernels know bfloat16 and float16" in {
         row["why"] for row in found["refused"]
@@ -87,10 +94,15 @@ def test_without_a_model_it_is_firebox_tiny(folder: Path) -> None:
     lines = yes.stdout.splitlines()
     assert lines[-1] == "firebox-tiny on 1 × rtx-5090: fits, as far as was checked"
     (partial,) = [line for line in lines if line.startswith("this check is partial")]
-    assert partial.endswith("Composed of torch operators on a GPU, and so not checked: embedding")
+    assert partial.endswith("Composed of torch operators on a GPU, and so not checked: nothing")
     (row,) = [line for line in lines if "gate_up_few" in line and "│        1 │" in line]
     for cell in ("101,376", "rows 64", "few, default", "mma.bf16", "yes", "fits"):
         assert cell in row
+    (choice,) = [line for line in lines if line.split()[:2] == ["experts", "1"]]
+    assert choice.split(maxsplit=2)[2] == (
+        "few           default; not one: only a measurement chooses it; not sorted: rule: few up to 16 "
+        "tokens, for want of a measurement; not block-scaled: knows no bf16 weights"
+    )
     assert any("datasheet; no measurement yet" in line for line in lines)
 
 

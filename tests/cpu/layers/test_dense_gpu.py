@@ -46,10 +46,11 @@ def test_the_nearest_measurement_wins(monkeypatch: pytest.MonkeyPatch) -> None:
         48: {"path": MANY, "config": asdict(many), "us": 1.0},
     }
     measured(monkeypatch, FP8, entries)
-    assert path_of(FP8, 9, GPU) == dense_gpu.Path(FEW, few, "measured")
+    only = "measured, weight-only: multiplied as f16"
+    assert path_of(FP8, 9, GPU) == dense_gpu.Path(FEW, few, only)
     assert path_of(FP8, 20, GPU) == dense_gpu.Path(MANY, many, "measured")
     assert path_of(FP8, 5000, GPU).config == many
-    assert path_of(Problem(3585, 5120, "fp8_channel"), 9, GPU).why == "default"
+    assert path_of(Problem(3585, 5120, "fp8_channel"), 9, GPU).why.startswith("default, weight-only")
 
 
 def test_few_is_never_taken_beyond_64_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

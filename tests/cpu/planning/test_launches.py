@@ -143,7 +143,8 @@ def test_measured_paths_are_planned_too(monkeypatch: pytest.MonkeyPatch) -> None
         (3, 5, "sorted"),
         (6, 8, "few"),
     ]
-    assert {row.why for row in rows} == {"measured"} and rows[1].request == rows[3].request
+    few = "measured, weight-only: multiplied as f16"
+    assert [row.why for row in rows] == [few, few, "measured", few] and rows[1].request == rows[3].request
     assert rows[2].config["rows"] == 256
 
 

@@ -99,7 +99,8 @@ def test_what_is_written_is_what_the_engine_launches(gpu: object, tuned_folder: 
             entry = linear.entry(option) | {"us": option.us}
             tuned_folder.write(gpu, linear.FILE, {task.key: {str(tokens): entry}})
             path = dense_gpu.path_of(problem, tokens, gpu)
-            assert path == dense_gpu.Path(candidate.path, candidate.config, "measured")
+            why = "measured" + dense_gpu.multiplied(problem, candidate.path)
+            assert path == dense_gpu.Path(candidate.path, candidate.config, why)
             launched = {c.op: c.request for c in dense_gpu.made(problem, tokens, gpu).compiles}
             assert launched["linear"] == candidate.request
             others = [r for op, r in launched.items() if op != "linear"]
