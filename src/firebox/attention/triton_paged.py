@@ -26,16 +26,15 @@ from firebox.attention.base import KvSpec, LatentSpec
 from firebox.cache.pool import LayerCache
 from firebox.hardware.base import Gpu
 from firebox.hardware.probe import probe_gpu
+from firebox.kernels import _attention_choice
 from firebox.kernels._attention_choice import (
     DECODE,
     EXTEND,
-    TUNED_FILE,
     choice_of,
     decode_config,
     decode_tile,
     extend_config,
     failed,
-    key,
     measured,
     splits,
 )
@@ -44,6 +43,15 @@ if TYPE_CHECKING:  # Triton is imported where there is a GPU, and not before
     from firebox.kernels._attention import Config, Paged, Problem
     from firebox.kernels._veto import Choice
     from firebox.kernels.plan import Made
+
+
+TUNED = _attention_choice.TUNED_FILE  # the file in tuned/<gpu>/
+TUNED_EVERYWHERE = False  # a GPU without such a file runs default tiles by rule
+
+
+def key(problem: Problem) -> str:
+    """How attention.json calls a problem of decode. Extend has one default for all and need not be there."""
+    return _attention_choice.key(DECODE, problem)
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,7 @@ def turns(problem: Problem, max_tokens: int, gpu: Gpu) -> Iterator[int]:
 
     yield from range(1, MAX_QUERIES + 2)
     for kernel in (DECODE, EXTEND):
-        yield from _tuned.turns(gpu.name, TUNED_FILE, key(kernel, problem))
+        yield from _tuned.turns(gpu.name, TUNED, _attention_choice.key(kernel, problem))
 
 
 @functools.cache

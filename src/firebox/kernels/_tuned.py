@@ -66,6 +66,11 @@ def entries(gpu_name: str, file: str, key: str) -> tuple[dict[str, Any], ...]:
     return tuple(_file(gpu_name, file).get(key, {}).values())
 
 
+def keys(gpu_name: str, file: str) -> frozenset[str]:
+    """What a file calls the problems that have entries."""
+    return frozenset(_file(gpu_name, file))
+
+
 def measured(
     gpu_name: str, file: str, key: str, tokens: int, but: Sequence[str] = ()
 ) -> dict[str, Any] | None:

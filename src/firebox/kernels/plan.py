@@ -100,7 +100,8 @@ class Operation:
     """`name`: what the layer calls it; `format`: of its weights, or of what it computes in. `source`: the
     module whose `made(problem, tokens, gpu)` says what is launched, and whose `turns(problem, max_tokens,
     gpu)` from which numbers of tokens on that may be something else; `TUNED` in it is the file of
-    tuned/<gpu>/ that its configurations come from, if they come from one. `times`: as many tokens as in a
+    tuned/<gpu>/ that its configurations come from, if they come from one, and `key(problem)` its entry there;
+    without `TUNED_EVERYWHERE` a GPU need not have such a file. `times`: as many tokens as in a
     step of one group of GPUs may meet here."""
 
     name: str
@@ -179,14 +180,18 @@ class Planned:
     def untuned(self, gpu: Gpu) -> str | None:
         """Which entry of a tuned file is missing, where a default configuration was taken for want of it;
         None where there is one, or where no file has any."""
-        operation = self.operation
-        file: str | None = getattr(operation.source, "TUNED", None)
+        source = self.operation.source
+        file: str | None = getattr(source, "TUNED", None)
         if file is None or self.request is None or not self.why.startswith("default"):
             return None
-        from firebox.kernels._tuned import folder
+        from firebox.kernels import _tuned
 
-        path = f"tuned/{folder(gpu.name)}/{file}.json"
-        return f"default tiles: {path} has no entry for {operation.source.key(operation.problem)!r}"
+        key = source.key(self.operation.problem)
+        if not getattr(source, "TUNED_EVERYWHERE", True):
+            there = _tuned.keys(gpu.name, file)
+            if not there or key in there:  # by rule, or a tuned tile is there and serves other requests
+                return None
+        return f"default tiles: tuned/{_tuned.folder(gpu.name)}/{file}.json has no entry for {key!r}"
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from firebox.kernels.select import TORCH, Choice, select
 from firebox.layers import latent_attention_gpu
 from firebox.layers.base import Build
 from firebox.layers.latent_attention_gpu import Problem
-from firebox.layers.linear import Linear
+from firebox.layers.linear import DENSE, Linear
 from firebox.layers.norm import RMSNorm
 from firebox.layers.rope import rotate, rotate_pairs
 from firebox.step import Step
@@ -93,7 +93,7 @@ class LatentAttentionBlock:
         self.q_b = Linear(build, q_latent_dim or 0, {f"{name}.q_b_proj": q_b_rows}, cuts=(by_head,))
         self.kv_norm = RMSNorm(build, f"{name}.kv_a_layernorm", spec.latent_dim, LATENT_EPS)
         kv_b = {f"{name}.kv_b_proj": heads * (nope_dim + value_dim)}
-        self.kv_b = Linear(build, spec.latent_dim, kv_b, cuts=(by_head,), dense=True)
+        self.kv_b = Linear(build, spec.latent_dim, kv_b, cuts=(by_head,), dense=DENSE)
         self.o = Linear(
             build, heads * value_dim, {f"{name}.o_proj": p.hidden}, cuts=(inwards,), residual=True
         )

@@ -20,7 +20,10 @@ if TYPE_CHECKING:  # Triton is imported where there is a GPU, and not before
     from firebox.kernels.plan import Operation, Setting
     from firebox.layers.dense_gpu import LinearKernels
 
+# What layers give to torch, by intention and no matter what kernels accept: none of these is a fallback.
 DENSE = "dequantised weights were asked for"
+ONE_ROW = "has one row, a dot product for each token: a library's"
+INTENDED = (DENSE, ONE_ROW)
 INNER_UNIT = 16  # columns of an MLP that any kernel takes
 
 
@@ -42,10 +45,10 @@ class Linear:
     (--requantize); not so the few numbers that gate others. `cuts`: how tensor parallelism divides each part;
     a bias is divided with the output features, and kept whole otherwise.
 
-    On an NVIDIA GPU the weight stays as it is stored, for kernels that read it so, unless `dense` asks for
-    numbers that torch can compute with, or the parts' formats are not those of one kernel. Elsewhere it is
-    dequantised as it is loaded. With `build.requantise` unquantised parts become FP8 while they are packed,
-    and the layer is one in FP8 from the beginning, unless no kernel would read it.
+    On an NVIDIA GPU the weight stays as it is stored, for kernels that read it so, unless `dense`, one of
+    INTENDED, says why torch is to compute with it, or the parts' formats are not those of one kernel.
+    Elsewhere it is dequantised as it is loaded. With `build.requantise` unquantised parts become FP8 while
+    they are packed, and the layer is one in FP8 from the beginning, unless no kernel would read it.
 
     `residual`: calls add one; `out_dtype`: of y, by default the compute dtype, for kernels only. `unit`: for
     kernels, a share that is cut is grown with zeros to a multiple of this: rows of y that are 0, columns of x
@@ -62,7 +65,7 @@ class Linear:
         bias: bool = False,
         requantisable: bool = True,
         cuts: Sequence[Cut | None] = (),
-        dense: bool = False,
+        dense: str | None = None,
         residual: bool = False,
         out_dtype: torch.dtype | None = None,
         unit: int = 1,
@@ -167,8 +170,8 @@ class Linear:
 
     def refused(self, gpu: Gpu, tp: int = 1) -> str | None:
         """Why no kernel of `gpu` reads one of `tp` shares as it is stored, or None."""
-        if self._dense:
-            return DENSE
+        if self._dense is not None:
+            return self._dense
         if self._build.dtype not in KERNEL_DTYPES:
             return f"kernels compute in bfloat16, not {self._build.dtype}"
         from firebox.kernels import _linear

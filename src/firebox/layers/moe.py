@@ -15,7 +15,7 @@ from firebox.formats.base import Cut, Format, OneOf, PlainSlot, Slot, Slots, Wei
 from firebox.kernels._blocks import MOE_BLOCK, MoeProblem
 from firebox.kernels.select import TORCH, Choice, select
 from firebox.layers.base import Build
-from firebox.layers.linear import INNER_UNIT, Linear, fitted
+from firebox.layers.linear import INNER_UNIT, ONE_ROW, Linear, fitted
 from firebox.layers.moe_names import MoeNames
 from firebox.layers.norm import RMSNorm
 
@@ -71,7 +71,7 @@ class MoeBlock:
         self.shared_gate_up = Linear(build, p.hidden, gate_up, cuts=(rows, rows), unit=INNER_UNIT)
         self.shared_down = Linear(build, wide, down, cuts=(columns,), unit=INNER_UNIT)
         shared_gate = {names.shared_gate: int(p.shared_gate)}
-        self.shared_gate = Linear(build, p.hidden, shared_gate, requantisable=False, dense=True)
+        self.shared_gate = Linear(build, p.hidden, shared_gate, requantisable=False, dense=ONE_ROW)
         self._build = build
         self._choice = self._chosen(build)
         self._threads = build.threads

@@ -9,7 +9,7 @@ from firebox.hardware.base import Gpu
 from firebox.kernels._blocks import MOE_BLOCK
 from firebox.kernels.plan import Library, Setting
 from firebox.layers.launches import Launch, Layers
-from firebox.layers.linear import DENSE
+from firebox.layers.linear import INTENDED
 from firebox.planning.memory import GIB, Memory
 
 TORCH_ONLY = "composed of torch operators on a GPU"
@@ -48,7 +48,7 @@ def fallbacks(
         if alike.refusal is not None:
             yield f"{alike.op} of {alike.layers} layers falls back to torch operators: {alike.refusal}"
         for operation in alike.operations:
-            if isinstance(operation, Library) and operation.problem != DENSE:
+            if isinstance(operation, Library) and operation.problem not in INTENDED:
                 yield f"{alike.op}, {operation.name} falls back to torch operators: {operation.problem}"
     launches = tuple(launches)
     for launch in launches:

@@ -154,7 +154,7 @@ def test_strict_refuses_default_tiles_on_a_gpu(monkeypatch: pytest.MonkeyPatch) 
     """The missing entries by name; with entries for all, measured or not, it starts."""
     gb10 = find_gpu("gb10")
     model = model_of("qwen3_moe", gb10, **SMALL)
-    files: dict[str, dict[str, object]] = {"experts": {}, "linear": {}}
+    files: dict[str, dict[str, object]] = {"experts": {}, "linear": {}, "attention": {}}
     monkeypatch.setattr(_tuned, "_file", lambda gpu_name, name="experts": files[name])
 
     setting = Setting(gb10)

@@ -19,7 +19,7 @@ from firebox.hardware.probe import probe_cpu
 from firebox.kernels import _linear
 from firebox.layers.base import Build
 from firebox.layers.device import Device
-from firebox.layers.linear import Linear
+from firebox.layers.linear import DENSE, Linear
 from firebox.weights.checkpoint import open_checkpoint
 from tests.support.by_hand import awq_tensors, integer_quantise, modelopt_nvfp4
 from tests.support.small_models import fp8_blocks, mxfp4_groups
@@ -153,7 +153,7 @@ def test_groups_of_different_widths_are_different_formats() -> None:
 
 @pytest.mark.parametrize("name", ["nvfp4", "bf16"])
 def test_dense_asks_for_numbers_that_torch_computes_with(name: str) -> None:
-    linear = made(CASES[name][0], dense=True)
+    linear = made(CASES[name][0], dense=DENSE)
     stored = stored_in(dict.fromkeys(PARTS, name), PARTS, COLUMNS)
     dequantises(linear, "dequantised weights were asked for", *stored)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from firebox.config import EngineConfig
 from firebox.errors import ConfigError, UnsupportedModel
 from firebox.hardware.base import find_gpu
 from firebox.hardware.probe import probe_cpu
-from firebox.kernels import _tuned
+from firebox.kernels import _attention_choice, _tuned
 from firebox.kernels.compile import Compiled
-from firebox.kernels.plan import Operation
+from firebox.kernels.plan import Library, Operation
 from firebox.kernels.plan import planned as plan_of
 from firebox.layers import dense_gpu, expert_paths, launches
 from firebox.planning.fit import Fit, compiled, open_source, plan
@@ -304,8 +305,8 @@ def test_an_emulated_launch_is_a_fallback(monkeypatch: pytest.MonkeyPatch) -> No
 def test_default_tiles_are_a_fallback_until_a_file_has_others(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """One sentence an operation. Norms, attention and sampling have one way, or choose by rule; products that
-    cuBLAS does alone are not ours."""
+    """One sentence an operation. Norms and sampling have one way, attention of a GPU without a file a rule;
+    products that cuBLAS does alone are not ours."""
     _tuned.use(tmp_path)
     found = outcome(monkeypatch)
     assert [why.partition(": default tiles: ")[0] for why in found.fallbacks] == [
@@ -326,6 +327,60 @@ def test_default_tiles_are_a_fallback_until_a_file_has_others(
     assert found.fallbacks == () and found.launches is not None
     whys = {row.planned.operation.name: row.planned.why for row in found.launches}
     assert (whys["qkv"], whys["experts"].partition(",")[0]) == ("measured", "predicted"), "and says which"
+
+
+def untuned(card: str, gpu: str, **settings: int) -> set[str]:
+    """What --strict says of attention's tiles."""
+    found = plan(opened(card), find_gpu(gpu), 1, EngineConfig(**settings))
+    rows = (
+        row for _, row in launches.rows(found.layers, found.gpu, 512) if row.operation.name == "attention"
+    )
+    return {why for why in (row.untuned(found.gpu) for row in rows) if why}
+
+
+def test_default_tiles_of_attention_are_a_fallback_where_the_gpu_has_tuned_ones(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The H200's were measured with pages of 64 tokens. A GPU without a file runs its default by rule, until
+    it has a file, of whatever model."""
+    heads = "heads=64 kv_heads=8 head_dim=64 value_dim=64"
+    sinks = f"decode bfloat16 kv=bfloat16 {heads} page_tokens={{}} {{}}sinks"
+    path = "default tiles: tuned/nvidia_{}/attention.json has no entry for {!r}"
+    assert untuned("gpt-oss-120b", "h200", page_tokens=64) == set()
+    assert untuned("gpt-oss-120b", "h200") == {
+        path.format("h200", sinks.format(16, window)) for window in ("", "window ")
+    }
+    assert untuned("gpt-oss-120b", "gb10") == set()
+    folder = tmp_path / "nvidia_gb10"
+    folder.mkdir()
+    tile = {"block_m": 16, "block_n": 64, "num_warps": 4, "num_stages": 3}
+    entries = {sinks.format(16, "window "): {"1": {"path": "decode", "config": tile}}}
+    (folder / "attention.json").write_text(json.dumps(entries))
+    _tuned.use(tmp_path)
+    _attention_choice.measured.cache_clear()
+    try:
+        assert untuned("gpt-oss-120b", "gb10") == {path.format("gb10", sinks.format(16, ""))}
+    finally:
+        _attention_choice.measured.cache_clear()
+
+
+def test_what_a_layer_gives_to_torch_by_intention_is_no_fallback() -> None:
+    """Qwen3.5's gate of the shared expert, one row, says so; the halves of MLA's kv_b are dequantised."""
+    for card, names, why in (
+        (
+            "qwen3.5-397b-a17b-nvfp4",
+            {"shared_gate"},
+            "has one row, a dot product for each token: a library's",
+        ),
+        ("kimi-k2.5-int4", {"key_half", "value_half"}, "dequantised weights were asked for"),
+    ):
+        found = planned(card, "gb10", 4)
+        given = {
+            (row.operation.name, row.why)
+            for _, row in launches.rows(found.layers, found.gpu, 64)
+            if isinstance(row.operation, Library)
+        }
+        assert given == {(name, why) for name in names} and found.fallbacks == ()
 
 
 def tuned(monkeypatch: pytest.MonkeyPatch, keys: set[str] | None) -> None:
