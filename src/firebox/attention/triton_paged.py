@@ -94,6 +94,13 @@ def made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
     return _made(problem, min(tokens, MAX_QUERIES + 1), tuned, failed(problem, gpu, tokens), gpu)
 
 
+def nearest_fit(problem: Problem, tokens: int, gpu: Gpu) -> Made:
+    """The same with default tiles, for who asks what would fit where tuned ones do not."""
+    from firebox.kernels.attention_decode import MAX_QUERIES
+
+    return _made(problem, min(tokens, MAX_QUERIES + 1), (None, None), "", gpu)
+
+
 def turns(problem: Problem, max_tokens: int, gpu: Gpu) -> Iterator[int]:
     """See kernels/plan.py: those of either kernel's tiles, and one request's up to where extend begins."""
     from firebox.kernels import _tuned

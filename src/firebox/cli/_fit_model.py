@@ -100,25 +100,18 @@ def _show_launches(fit: Fit, layers: Layers, launches: Sequence[Launch]) -> None
 
 
 def _cells(row: dict[str, Any]) -> Iterator[str]:
+    from firebox.planning._verdict import tile
+
     yield _range(*row["tokens"])
     for key in ("shared_bytes", "limit_bytes", "registers", "spill_bytes"):
         yield f"{row[key]:,}"
     yield row["operation"]
     yield row["kernel"]
-    yield " ".join(_tile(row["config"]))
+    yield tile(row["config"])
     yield f"{row['path']}, {row['why'].partition(',')[0].partition(':')[0]}"
     yield row["instruction"]
     yield f"{'yes' if row['native'] else 'no'}{', weight-only' if row['weight_only'] else ''}"
     yield row["error"] or ("fits" if row["fits"] else "does not fit")
-
-
-def _tile(config: Mapping[str, Any]) -> Iterator[str]:
-    """A flag by its name alone; what is not set, not at all."""
-    for name, value in config.items():
-        if value is True:
-            yield name
-        elif value is not False and value is not None:
-            yield f"{name} {value}"
 
 
 def _range(first: int, last: int) -> str:

@@ -206,6 +206,17 @@ def made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
     return _made(problem, like(tokens, path), path, losers(problem, tokens, path, gpu), gpu)
 
 
+def nearest_fit(problem: Problem, tokens: int, gpu: Gpu) -> Made:
+    """The same with the nearest tile that fits; where there is none, without tuned files. For who asks what
+    would fit."""
+    path = chosen = _path_of(problem, tokens, gpu)
+    if path.name not in (ONE, CUBLAS):
+        path = _fitted(problem, min(tokens, WIDEST_TILE), path, gpu, limit_bytes(gpu))
+    if path == chosen:
+        path = stock_path(problem, tokens, gpu)
+    return _made(problem, like(tokens, path), path, (), gpu)
+
+
 def turns(problem: Problem, max_tokens: int, gpu: Gpu) -> Iterator[int]:
     """See kernels/plan.py: all up to the widest tile, then those of the measurements and of the default,
     which counts tiles."""

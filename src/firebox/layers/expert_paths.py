@@ -324,6 +324,15 @@ def made(problem: Problem, tokens: int, gpu: Gpu) -> Made:
     return _made(problem, like(problem, tokens, path), path, losers(problem, tokens, path, gpu), gpu)
 
 
+def nearest_fit(problem: Problem, tokens: int, gpu: Gpu) -> Made:
+    """The same with the nearest tiles that fit, where there are such; for who asks what would."""
+    path = settled_path(problem, tokens, gpu)
+    alike = like(problem, tokens, path)
+    if path.name != ONE:
+        path = _fitted(problem, alike, path, gpu, limit_bytes(gpu))
+    return _made(problem, alike, path, (), gpu)
+
+
 def turns(problem: Problem, max_tokens: int, gpu: Gpu) -> Iterator[int]:
     """See kernels/plan.py: all of few tokens, then those of the measurements and of `stock_path`."""
     yield from range(1, max(moe_gate_up_few.MAX_TOKENS, FEW_UNMEASURED) + 2)

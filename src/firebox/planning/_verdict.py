@@ -3,7 +3,8 @@ is planned although the engine does not do it yet."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from firebox.hardware.base import Gpu
 from firebox.kernels._blocks import MOE_BLOCK
@@ -58,6 +59,12 @@ def fallbacks(
     yield from dict.fromkeys(
         f"{launch.layers.op}, {launch.planned.operation.name}: {why}" for launch, why in missing if why
     )
+
+
+def tile(config: Mapping[str, Any]) -> str:
+    """A configuration in words: a flag by its name alone; what is not set, not at all."""
+    there = ((name, value) for name, value in config.items() if value is not False and value is not None)
+    return " ".join(name if value is True else f"{name} {value}" for name, value in there)
 
 
 def planned_only(setting: Setting) -> Iterator[str]:

@@ -23,7 +23,7 @@ from firebox.kernels.plan import Chosen, Setting
 from firebox.layers import gated_delta, latent_attention, launches
 from firebox.layers.launches import Launch, Layers
 from firebox.models.base import need
-from firebox.planning import _verdict
+from firebox.planning import _misfits, _verdict
 from firebox.planning._parts import Opened, Source, kv_dtype, open_source, refused
 from firebox.planning._verdict import TORCH_ONLY
 from firebox.planning.memory import Memory, Sizes, cache_bytes, ledger, step_tokens
@@ -186,7 +186,8 @@ def compiled(fit: Fit) -> Fit:
     if fit.refusal is not None:
         return fit
     found = launches.launches(fit.layers, fit.gpu, fit.max_tokens)
-    return dataclasses.replace(fit, launches=found)
+    helps = (*fit.help, *_misfits.help_for(fit.source, fit.setting, found))
+    return dataclasses.replace(fit, launches=found, help=helps)
 
 
 def _memory(opened: Opened, setting: Setting, engine: EngineConfig) -> Memory:
