@@ -21,19 +21,24 @@ from firebox.kernels import (
     _tuned,
     attention_decode,
     attention_extend,
+    gated_delta_decode,
     moe_down_few,
     moe_gate_up_few,
+    moe_route,
+    sample,
 )
 from firebox.kernels._experts import Problem
+from firebox.kernels.compile import CompileRequest, compile_all
 from firebox.kernels.plan import Operation, Planned, Setting, planned
 from firebox.layers import dense_gpu, expert_paths, moe_gpu
 from firebox.layers.expert_paths import FEW_UNMEASURED, path_of, requests
 from firebox.layers.experts import Workspace
 from firebox.layers.launches import Layers, layers_of, rows, workspace_bytes
 from firebox.planning._parts import open_source
+from tests.support.gated_delta import QWEN_TP4
 from tests.support.planning import FP8_BLOCK, opened, source_of
 
-GB10 = find_gpu("gb10")
+GB10, L40S = find_gpu("gb10"), find_gpu("l40s")
 INTEGERS = {"quant_method": "awq", "bits": 4, "group_size": 128}
 GPTQ = INTEGERS | {"quant_method": "gptq"}
 OSS = Problem(2880, 2880, 32, 4, "mxfp4", "clamped_swiglu", 7.0, 1.702, True, "bf16", residual=True)
@@ -114,6 +119,35 @@ def test_neighbours_that_share_a_compile_are_one_row(problem: Problem, untuned: 
     kept = [row for row in rows if row.op == "moe_combine"]
     few = (moe_down_few.APART_FROM, FEW_UNMEASURED)  # which also sets counters back
     assert [(row.first, row.last) for row in kept] == [few, (FEW_UNMEASURED + 1, 8192)]
+
+
+def test_kernels_compile_for_sm_89(untuned: None) -> None:
+    """GPUs of 99 KiB without block-scaled instructions, TMA or dependent launches: experts and dense layers
+    in FP8 and four bits, each with the instruction that its path is for, and one of each small kernel."""
+    experts = {format: dataclasses.replace(GLM, format=format) for format in ("fp8_channel", "int4_group")}
+    wanted: dict[tuple[str, str, int], CompileRequest] = {}
+    for format, tokens in (("fp8_channel", 4), ("fp8_channel", 500), ("int4_group", 4), ("int4_group", 500)):
+        p = expert_paths.stored_as(experts[format], L40S)
+        made = requests(p, tokens, path_of(p, tokens, L40S), L40S)
+        wanted["moe_gate_up", format, tokens] = made["moe_gate_up"]
+    for tokens in (4, 500):
+        wanted["linear", "fp8_channel", tokens] = dense_gpu.requests(FP8, tokens, L40S)["linear"]
+    vocab = sample.Problem(151_552)
+    route = moe_route.Problem(160, 8, "sigmoid", True, 2.5)
+    wanted["route", "f32", 1] = moe_route.request(route, L40S)
+    wanted["sample", "f32", 1] = sample.request(vocab, sample.default(vocab, L40S), L40S)
+    tile = gated_delta_decode.default(QWEN_TP4, L40S)
+    wanted["delta", "bf16", 1] = gated_delta_decode.request(QWEN_TP4, tile, L40S)
+    found = dict(zip(wanted, compile_all(list(wanted.values())), strict=True))
+    for name, compiled in found.items():
+        assert compiled.fits and compiled.native, (name, compiled.error, compiled.instructions)
+        assert compiled.shared_bytes <= 101_376 and compiled.spill_bytes <= 64, name
+    products = {name: compiled.instruction for name, compiled in found.items() if name[1] != "f32"}
+    assert products.pop(("delta", "bf16", 1)) == "none"
+    for (_, format, tokens), instruction in products.items():
+        few = "mma.f16" if format == "fp8_channel" else "mma.bf16"
+        many = "mma.fp8" if format == "fp8_channel" else "mma.bf16"
+        assert instruction == (few if tokens == 4 else many), (format, tokens)
 
 
 FEW_TILE = {"rows": 16, "tokens": 8, "depth": 128, "warps": 1, "stages": 3, "tma": False}
