@@ -16,6 +16,7 @@ from firebox.hardware.base import Gpu
 
 DEFAULT_MODEL = "firebox-tiny"
 CPU_KV_BYTES = 256 * 1024 * 1024  # a CPU is for trying: more only by --kv-pages
+GPU_PAGE_TOKENS, CPU_PAGE_TOKENS = 64, 16
 MOST_RUNNING = 64  # requests, where no number is asked for
 SHORT_CONTEXT_TOKENS = 256  # of each of them, at least, the caches must hold then
 
@@ -76,7 +77,11 @@ class EngineConfig:
     )
     max_batch_tokens: int = option(2048, "tokens computed in one step: decode tokens plus prefill chunks")
     prefill_chunk_tokens: int = option(512, "most prompt tokens of one request in one step")
-    page_tokens: int = option(16, "tokens per KV page")
+    page_tokens: int | None = option(
+        None,
+        f"tokens per KV page; default: {GPU_PAGE_TOKENS} on a GPU, for which its attention is tuned, "
+        f"{CPU_PAGE_TOKENS} on a CPU",
+    )
     kv_pages: int | None = option(None, "KV pages; default: as many as --mem-fraction allows")
     kv_cache_dtype: str = option(
         "auto",
@@ -116,6 +121,17 @@ class EngineConfig:
         choices=("auto", "on", "off"),
     )
     strict: bool = option(False, "refuse to start where a choice is a fallback")
+
+    def on(self, gpu: Gpu) -> EngineConfig:
+        """With the page size that this device has by default, where none is asked for."""
+        size = GPU_PAGE_TOKENS if gpu.kind == "cuda" else CPU_PAGE_TOKENS
+        return dataclasses.replace(self, page_tokens=self.page_tokens or size)
+
+    @property
+    def tokens_a_page(self) -> int:
+        """page_tokens, known by now: see `on`."""
+        assert self.page_tokens is not None
+        return self.page_tokens
 
     @property
     def most_running(self) -> int:
@@ -210,8 +226,10 @@ def resolve(config: EngineConfig, dtype: str, checkpoint: CheckpointFacts, gpu: 
     Raises ConfigError for values that cannot work and OutOfMemory when the budget does not hold the weights
     and one KV page.
     """
-    reasons: list[str] = []
     _check_ranges(config)
+    asked, config = config.page_tokens, config.on(gpu)
+    why = "asked for" if asked else f"the default on a {'GPU' if gpu.kind == 'cuda' else 'CPU'}"
+    reasons = [f"page_tokens {config.page_tokens}: {why}"]
     check_choice(ModelConfig, "dtype", dtype)
 
     compute_dtype = checkpoint.dtype if dtype == "auto" else dtype
@@ -238,12 +256,12 @@ def resolve(config: EngineConfig, dtype: str, checkpoint: CheckpointFacts, gpu: 
         reasons.append(_window_reason(config, max_running, checkpoint, window_pages))
     budget_bytes -= _states_bytes(states, checkpoint) + _window_bytes(window_pages, config, checkpoint)
     kv_pages = _kv_pages(config, context_tokens * max_running, checkpoint, budget_bytes, why, reasons)
-    if kv_pages * config.page_tokens < context_tokens:
+    if kv_pages * config.tokens_a_page < context_tokens:
         reasons.append(
-            f"context_length {kv_pages * config.page_tokens}: "
-            f"{kv_pages} KV pages of {config.page_tokens} tokens hold no more"
+            f"context_length {kv_pages * config.tokens_a_page}: "
+            f"{kv_pages} KV pages of {config.tokens_a_page} tokens hold no more"
         )
-        context_tokens = kv_pages * config.page_tokens
+        context_tokens = kv_pages * config.tokens_a_page
     memory = _memory(config, checkpoint, gpu, kv_pages, window_pages, states)
     threads = config.threads or max(1, gpu.cpu_cores - 1)
     reasons.append(
@@ -256,7 +274,7 @@ def resolve(config: EngineConfig, dtype: str, checkpoint: CheckpointFacts, gpu: 
         max_running_requests=max_running,
         max_batch_tokens=config.max_batch_tokens,
         prefill_chunk_tokens=chunk_tokens,
-        page_tokens=config.page_tokens,
+        page_tokens=config.tokens_a_page,
         kv_pages=kv_pages,
         window_pages=window_pages,
         states=states,
@@ -354,10 +372,10 @@ def _holds(
     states = _most_states(running, checkpoint, budget_bytes)
     if checkpoint.state_bytes and states < 2 * running:
         return False
-    pages = running * -(-short_tokens // config.page_tokens)
+    pages = running * -(-short_tokens // config.tokens_a_page)
     if config.kv_pages:
         return pages <= config.kv_pages
-    kv_bytes = (pages + 1) * config.page_tokens * checkpoint.kv_bytes_per_token
+    kv_bytes = (pages + 1) * config.tokens_a_page * checkpoint.kv_bytes_per_token
     windows = _window_bytes(_window_pages(config, running, checkpoint), config, checkpoint)
     return kv_bytes + windows + _states_bytes(states, checkpoint) <= budget_bytes
 
@@ -366,7 +384,7 @@ def _cache_budget(config: EngineConfig, checkpoint: CheckpointFacts, gpu: Gpu) -
     """Bytes for everything the layers keep, and where the number comes from."""
     fixed_bytes = checkpoint.weights_bytes + checkpoint.workspace_bytes + checkpoint.graphs_bytes
     budget_bytes = int(gpu.memory_free_bytes * config.mem_fraction) - fixed_bytes
-    least_bytes = checkpoint.kv_bytes_per_token * config.page_tokens + checkpoint.state_bytes
+    least_bytes = checkpoint.kv_bytes_per_token * config.tokens_a_page + checkpoint.state_bytes
     if budget_bytes < max(least_bytes, checkpoint.loader_bytes - fixed_bytes + checkpoint.weights_bytes):
         further = {
             "workspace": checkpoint.workspace_bytes,
@@ -393,12 +411,12 @@ def _memory(
     asked for can cause."""
     free_bytes = gpu.memory_free_bytes
     budget_bytes = int(free_bytes * config.mem_fraction)
-    kv_bytes = (kv_pages + 1) * config.page_tokens * checkpoint.kv_bytes_per_token
+    kv_bytes = (kv_pages + 1) * config.tokens_a_page * checkpoint.kv_bytes_per_token
     window_bytes = _window_bytes(window_pages, config, checkpoint)
     source = "MemAvailable" if gpu.unified_memory or gpu.kind == "cpu" else "the driver's free memory"
     lines = (
         MemoryLine("weights", checkpoint.weights_bytes, "as they are stored and kept"),
-        MemoryLine("KV pages", kv_bytes, f"{kv_pages} of {config.page_tokens} tokens, and page 0"),
+        MemoryLine("KV pages", kv_bytes, f"{kv_pages} of {config.tokens_a_page} tokens, and page 0"),
         MemoryLine("window pages", window_bytes, f"{window_pages} of them, and page 0"),
         MemoryLine("states", _states_bytes(states, checkpoint), f"{states} of recurrent layers, and slot 0"),
         MemoryLine("workspace", checkpoint.workspace_bytes, "counted, and a step's activations estimated"),
@@ -424,7 +442,7 @@ def _states_bytes(states: int, checkpoint: CheckpointFacts) -> int:
 
 def _window_bytes(pages: int, config: EngineConfig, checkpoint: CheckpointFacts) -> int:
     """Page 0 included."""
-    return (pages + 1) * config.page_tokens * checkpoint.window_bytes_per_token if pages else 0
+    return (pages + 1) * config.tokens_a_page * checkpoint.window_bytes_per_token if pages else 0
 
 
 def _states(max_running: int, checkpoint: CheckpointFacts, budget_bytes: int, reasons: list[str]) -> int:
@@ -458,12 +476,12 @@ def _window_pages(config: EngineConfig, running: int, checkpoint: CheckpointFact
     prefixes."""
     if checkpoint.window_tokens is None:
         return 0
-    per_request = -(-checkpoint.window_tokens // config.page_tokens) + 2
-    return 2 * (running * per_request + -(-config.max_batch_tokens // config.page_tokens))
+    per_request = -(-checkpoint.window_tokens // config.tokens_a_page) + 2
+    return 2 * (running * per_request + -(-config.max_batch_tokens // config.tokens_a_page))
 
 
 def _window_reason(config: EngineConfig, running: int, checkpoint: CheckpointFacts, pages: int) -> str:
-    page_bytes = checkpoint.window_bytes_per_token * config.page_tokens
+    page_bytes = checkpoint.window_bytes_per_token * config.tokens_a_page
     return (
         f"window_pages {pages}: windows of {checkpoint.window_tokens} tokens for {running} requests and "
         f"a step's {config.max_batch_tokens} tokens, twice; {pages * page_bytes / 2**20:.0f} MiB"
@@ -482,9 +500,9 @@ def _kv_pages(
     if config.kv_pages:
         reasons.append(f"kv_pages {config.kv_pages}: asked for")
         return config.kv_pages
-    page_bytes = max(1, checkpoint.kv_bytes_per_token * config.page_tokens)
+    page_bytes = max(1, checkpoint.kv_bytes_per_token * config.tokens_a_page)
     pages = budget_bytes // page_bytes - 1  # page 0 is nobody's
-    useful_pages = -(-useful_tokens // config.page_tokens)
+    useful_pages = -(-useful_tokens // config.tokens_a_page)
     if pages < 1:
         raise OutOfMemory(
             f"nothing is left of {why} for KV pages", hint="fewer --max-running-requests, or more memory"
@@ -492,6 +510,7 @@ def _kv_pages(
     if useful_pages < pages:
         pages, why = useful_pages, "max_running_requests of context_length each"
     reasons.append(
-        f"kv_pages {pages}: {why}; {pages * config.page_tokens} tokens, {pages * page_bytes / 2**20:.0f} MiB"
+        f"kv_pages {pages}: {why}; {pages * config.tokens_a_page} tokens, "
+        f"{pages * page_bytes / 2**20:.0f} MiB"
     )
     return pages

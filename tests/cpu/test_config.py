@@ -132,8 +132,8 @@ GPU = dataclasses.replace(CPU, kind="cuda")
 def test_the_memory_budget_adds_up_line_by_line() -> None:
     answer = resolved(checkpoint=WHOLE, gpu=GPU, kv_pages=None, max_running_requests=5, mem_fraction=0.75)
     lines = {line.what: line.bytes for line in answer.memory}
-    assert lines["KV pages"] == (answer.kv_pages + 1) * 16 * 1024
-    assert lines["window pages"] == (answer.window_pages + 1) * 16 * 100
+    assert lines["KV pages"] == (answer.kv_pages + 1) * 64 * 1024
+    assert lines["window pages"] == (answer.window_pages + 1) * 64 * 100
     assert lines["states"] == (answer.states + 1) * 1000
     assert (lines["weights"], lines["workspace"]) == (GIB, GIB // 2)
     assert (lines["graphs"], lines["loader peak"], lines["reserve"]) == (GIB // 4, GIB // 8, 2 * GIB)
@@ -146,15 +146,15 @@ def test_the_whole_budget_and_no_more_goes_to_pages() -> None:
     wide = {"max_running_requests": 100_000, "max_batch_tokens": 100_000}
     answer = resolved(checkpoint=dataclasses.replace(WHOLE, state_bytes=0), gpu=GPU, kv_pages=None, **wide)
     kept = [line.bytes for line in answer.memory if line.what not in ("loader peak", "reserve")]
-    assert 0 <= int(0.85 * GPU.memory_free_bytes) - sum(kept) < 16 * 1024
+    assert 0 <= int(0.85 * GPU.memory_free_bytes) - sum(kept) < 64 * 1024
 
 
 @pytest.mark.parametrize("gpu", [CPU, GPU], ids=["cpu", "cuda"])
 def test_more_pages_than_there_is_memory_for_are_refused_with_all_numbers(gpu: Gpu) -> None:
     """6.8 GiB are 7.30 GB; 1 GiB of weights leaves room for 380,000 pages of 16 KiB, not for 400,000."""
-    assert resolved(gpu=gpu, kv_pages=380_000).kv_pages == 380_000
+    assert resolved(gpu=gpu, kv_pages=380_000, page_tokens=16).kv_pages == 380_000
     with pytest.raises(OutOfMemory, match=r"7\.30 GB.*1\.07 GB of weights \+ 6\.55 GB of KV pages") as caught:
-        resolved(gpu=gpu, kv_pages=400_000)
+        resolved(gpu=gpu, kv_pages=400_000, page_tokens=16)
     assert "--kv-pages" in (caught.value.hint or "")
 
 
@@ -166,6 +166,15 @@ def test_what_a_step_and_the_loader_need_is_part_of_the_refusal() -> None:
     loading = dataclasses.replace(CHECKPOINT, loader_bytes=GIB)
     with pytest.raises(OutOfMemory, match=r"1\.1 GB for loading"):
         resolved(kv_pages=1, gpu=small, checkpoint=loading)
+
+
+def test_pages_are_those_for_which_the_device_is_tuned() -> None:
+    for gpu, tokens, device in ((GPU, 64, "GPU"), (CPU, 16, "CPU")):
+        answer = resolved(gpu=gpu)
+        assert answer.page_tokens == tokens
+        assert reason(answer, "page_tokens") == f"page_tokens {tokens}: the default on a {device}"
+        asked = resolved(gpu=gpu, page_tokens=32)
+        assert asked.page_tokens == 32 and reason(asked, "page_tokens") == "page_tokens 32: asked for"
 
 
 def test_running_requests_need_a_token_each() -> None:
@@ -195,12 +204,12 @@ def test_the_number_of_requests_follows_from_the_memory() -> None:
     """0.85 of 2 GiB less 1 GiB of weights are 716.8 MiB: with 1 MiB a token two requests of 256 tokens."""
     gpu = dataclasses.replace(GPU, memory_free_bytes=2 * GIB)
     wide = dataclasses.replace(CHECKPOINT, kv_bytes_per_token=GIB >> 10)
-    answer = resolved(checkpoint=wide, gpu=gpu, kv_pages=None)
+    answer = resolved(checkpoint=wide, gpu=gpu, kv_pages=None, page_tokens=16)
     assert answer.max_running_requests == 2 and answer.kv_pages * 16 >= 512
     one_more = dataclasses.replace(wide, kv_bytes_per_token=(716 << 20) // (3 * 256 + 16))
-    assert resolved(checkpoint=one_more, gpu=gpu, kv_pages=None).max_running_requests == 3
+    assert resolved(checkpoint=one_more, gpu=gpu, kv_pages=None, page_tokens=16).max_running_requests == 3
     windowed = dataclasses.replace(one_more, window_tokens=64, window_bytes_per_token=1000)
-    assert resolved(checkpoint=windowed, gpu=gpu, kv_pages=None).max_running_requests == 2
+    assert resolved(checkpoint=windowed, gpu=gpu, kv_pages=None, page_tokens=16).max_running_requests == 2
 
 
 @pytest.mark.parametrize(("states", "got"), [(128, 64), (127, 63), (21, 10), (2, 1)])

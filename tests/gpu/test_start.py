@@ -105,16 +105,14 @@ def test_plan_and_test_come_before_the_model(first: Started) -> None:
 
 @pytest.mark.parametrize("problem", [QWEN, QWEN_TP4])
 def test_the_recurrence_of_a_gated_delta_net_passes_its_trial(problem: Problem) -> None:
-    """At Qwen3.5's sizes; the reference goes token by token, and must not hold the start up."""
+    """At Qwen3.5's sizes."""
     gpu = probe_gpu()
     assert gpu is not None
-    began = time.perf_counter()
     with torch.inference_mode():
         trial = DeltaTrial(problem, Setup(gpu, torch.device("cuda"), 2048))
         results = [result for tokens in (1, 8, 9, 2048) for result in trial(tokens)]
     assert len(results) > 10 and all(result.passed for result in results), results
     assert max(result.error for result in results) > 1e-5, "nothing was compared"
-    assert time.perf_counter() - began < 20
 
 
 def test_every_launch_is_in_the_ledger_with_its_numbers(first: Started) -> None:

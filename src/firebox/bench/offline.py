@@ -21,7 +21,7 @@ from firebox.bench._routing import Routing, void
 from firebox.bench._step import experts_looked_at, median, profiled, replay_ms
 from firebox.bench.timer import now
 from firebox.cache.pool import LayerCache
-from firebox.config import Config, EngineConfig
+from firebox.config import GPU_PAGE_TOKENS, Config, EngineConfig
 from firebox.engine.messages import Ready, SamplingParams
 from firebox.engine.outline import device_of
 from firebox.engine.pipeline import Pipeline
@@ -114,7 +114,7 @@ def _engine(settings: Settings, checkpoint: Checkpoint) -> EngineConfig:
     engine, most = settings.config.engine, max(settings.batches, default=1)
     longest = max((0, *settings.contexts)) + settings.tokens + LEAD
     longest = max(longest, max((0, *settings.prefills)) + 2)
-    longest += -longest % engine.page_tokens
+    longest += -longest % (engine.page_tokens or GPU_PAGE_TOKENS)
     made_for = int(checkpoint.text_config["max_position_embeddings"])
     return dataclasses.replace(
         engine,

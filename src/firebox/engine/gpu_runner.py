@@ -25,6 +25,7 @@ from firebox.hardware.probe import gpu_memory
 from firebox.models.base import Model
 
 NO_GRAPH, CAPTURE_AGAIN_S = "its capture failed", 30.0  # mostly for want of memory, which may come back
+SCARCE_BYTES = 2**28
 DECODE, WAITED_FOR = "decode", "decode, waited for"  # the second: adjusted logits, or logprobs
 log = logging.getLogger(__name__)
 
@@ -139,6 +140,9 @@ class GpuRunner(Runner):
         super().recover(error)
         try:
             torch.cuda.synchronize(self._device)
+            free_bytes = gpu_memory().free_bytes
+            if free_bytes < SCARCE_BYTES:  # of which libraries do not say that they have none
+                error.add_note(f"the GPU has {free_bytes / 2**20:.0f} MiB of memory left")
             torch.cuda.empty_cache()
         except RuntimeError as lost:
             raise EngineDied(f"the GPU can no longer be used: {in_words(lost)}") from error

@@ -103,7 +103,7 @@ def _further(outline: Outline, engine: EngineConfig, gpu: Gpu, slots: Sequence[i
     from firebox.kernels.plan import Setting
     from firebox.layers.launches import layers_of
 
-    setting = Setting(gpu, kv_dtype=outline.kv.DTYPE, page_tokens=engine.page_tokens)
+    setting = Setting(gpu, kv_dtype=outline.kv.DTYPE, page_tokens=engine.on(gpu).tokens_a_page)
     return needs(
         outline.model, layers_of(outline.model, setting), gpu, slots,
         tokens=engine.max_batch_tokens, rows=engine.most_running,

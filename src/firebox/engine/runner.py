@@ -221,8 +221,9 @@ class Runner:
 
 
 def in_words(error: BaseException) -> str:
-    """An error's kind and first line."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:300]}"
+    """An error's kind and first line, and what was noted of it."""
+    first = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0][:300]}"
+    return "; ".join([first, *getattr(error, "__notes__", ())])
 
 
 def _logits_rows(plan: Plan, query_start: np.ndarray) -> list[range]:

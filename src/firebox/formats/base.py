@@ -239,6 +239,38 @@ class StoredSlot:
 
 
 @dataclass(frozen=True)
+class KeptSlot:
+    """One unquantised tensor of `shape`, such as all experts' in one, that `keep` takes as it is; `invent` as
+    StoredSlot's."""
+
+    name: str
+    shape: tuple[int, ...]
+    device: torch.device
+    keep: Callable[[torch.Tensor], None]
+    cut: Cut | None
+    invent: Callable[[torch.Generator], None] = lambda generator: None
+
+    @property
+    def target(self) -> torch.Tensor:
+        """The tensor's shape, without memory."""
+        return torch.empty(self.shape, dtype=torch.bfloat16, device="meta")
+
+    @property
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        """The one tensor."""
+        return {self.name: TensorSpec(self.shape)}
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of the tensor."""
+        return self.target.nbytes
+
+    def fill(self, found: Mapping[str, torch.Tensor]) -> None:
+        """Hands it over, on the device."""
+        self.keep(found[self.name].to(self.device))
+
+
+@dataclass(frozen=True)
 class OneOf:
     """Layouts in which checkpoints store the same weights (one tensor per expert, or all experts in one): the
     loader takes the first of which the checkpoint has every tensor that must be there."""

@@ -41,7 +41,7 @@ class Setting:
     gpu: Gpu
     tp: int = 1
     kv_dtype: torch.dtype = torch.bfloat16
-    page_tokens: int = 16
+    page_tokens: int = 64
     ep: int = 1
     drafts: int = 0
 

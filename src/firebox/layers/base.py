@@ -12,7 +12,7 @@ import torch
 
 from firebox.errors import ConfigError
 from firebox.formats import bf16
-from firebox.formats.base import FormatOf, OneOf, PlainSlot, Slot, Slots, StoredSlot, WeightSlot
+from firebox.formats.base import FormatOf, KeptSlot, OneOf, PlainSlot, Slot, Slots, StoredSlot, WeightSlot
 from firebox.formats.kv.base import ScaleSlot
 from firebox.hardware.base import Gpu
 from firebox.kernels.select import Choice
@@ -21,6 +21,7 @@ from firebox.step import Step
 
 __all__ = [
     "Build",
+    "KeptSlot",
     "OneOf",
     "PlainSlot",
     "ScaleSlot",

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from firebox.formats import gptq
-from firebox.formats.base import Cut, Format, FormatOf, OneOf, PlainSlot, Slot, Slots, StoredSlot
+from firebox.formats.base import Cut, Format, FormatOf, KeptSlot, OneOf, PlainSlot, Slot, Slots, StoredSlot
 from firebox.formats.layouts import interleave
 from firebox.hardware.base import Gpu
 from firebox.layers.base import Build
@@ -287,7 +287,7 @@ class MoeKernels:
             ("gate_up_proj", (p.experts, 2 * p.inter, p.hidden), self._keep_gates, rows),
             ("down_proj", (p.experts, p.hidden, p.inter), self._keep_downs, columns),
         ):
-            yield _Whole(f"{fused}.{part}", shape, self._build.device, keep, cut)
+            yield KeptSlot(f"{fused}.{part}", shape, self._build.device, keep, cut)
 
     def _keep_gates(self, tensor: torch.Tensor) -> None:
         for e, matrix in enumerate(tensor):
@@ -313,7 +313,7 @@ class MoeKernels:
             invent = partial(self._invent, 0 if part == "gate_up_proj" else 1, self._names.gate)
             if self._format.name == "bf16":
                 stored = (shape[0], shape[2], shape[1])
-                yield _Whole(path, stored, device, partial(self._keep_transposed, keep), cut, invent)
+                yield KeptSlot(path, stored, device, partial(self._keep_transposed, keep), cut, invent)
             else:
                 yield StoredSlot(path, self._format, shape, device, keep, invent, separator="_", cut=cut)
         gate_up, down = self._store.gate_up.bias, self._store.down.bias
@@ -409,26 +409,3 @@ def _in_runs(wide: int, bias: torch.Tensor) -> torch.Tensor:
     halves = (bias[:, half::2].float() for half in (0, 1))
     grown = (F.pad(half, (0, wide - half.shape[1])).unsqueeze(-1) for half in halves)
     return interleave(*grown).squeeze(-1)
-
-
-class _Whole:
-    """A slot of one unquantised tensor for all experts."""
-
-    def __init__(
-        self, name: str, shape: tuple[int, ...], device: torch.device, keep: Any, cut: Cut,
-        invent: Any = lambda generator: None,
-    ) -> None:  # fmt: skip
-        from firebox.formats.base import TensorSpec
-
-        self.tensors = {name: TensorSpec(shape)}
-        self.target = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-        self.cut, self.device, self.invent, self._keep, self._name = cut, device, invent, keep, name
-
-    @property
-    def stored_bytes(self) -> int:
-        """Of the tensor."""
-        return self.target.nbytes
-
-    def fill(self, found: Mapping[str, torch.Tensor]) -> None:
-        """Hands it over, on the device."""
-        self._keep(found[self._name].to(self.device))

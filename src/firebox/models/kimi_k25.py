@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from firebox.layers.base import OneOf, PlainSlot, ScaleSlot, Slot, Slots, StoredSlot, WeightSlot
+from firebox.layers.base import KeptSlot, OneOf, PlainSlot, ScaleSlot, Slot, Slots, StoredSlot, WeightSlot
 from firebox.models import deepseek_v3, kimi_k2
 from firebox.models.base import require
 
@@ -53,6 +53,8 @@ class Model(deepseek_v3.Model):
 
 def _as_saved(slot: Slot) -> Slot:
     if isinstance(slot, PlainSlot):
+        return replace(slot, name=_saved_name(slot.name))
+    if isinstance(slot, KeptSlot):
         return replace(slot, name=_saved_name(slot.name))
     assert isinstance(slot, (WeightSlot, StoredSlot)), slot
     return replace(slot, module=_saved_name(slot.module))

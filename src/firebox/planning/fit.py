@@ -163,8 +163,8 @@ def plan(opened: Opened, gpu: Gpu, tp: int, engine: EngineConfig, *, ep: int = 1
         raise ConfigError(f"--tp {tp} with --ep {ep}", hint="one of them a multiple of the other")
     if not 0 <= drafts <= MOST_DRAFTS:
         raise ConfigError(f"--num-drafts {drafts}", hint=f"0 to {MOST_DRAFTS}")
-    kv = kv_dtype(opened.source, engine.kv_cache_dtype)
-    setting = Setting(gpu, tp, kv, engine.page_tokens, ep, drafts)
+    engine, kv = engine.on(gpu), kv_dtype(opened.source, engine.kv_cache_dtype)
+    setting = Setting(gpu, tp, kv, engine.tokens_a_page, ep, drafts)
     working = tuple(n for n in SIZES if refused(opened.parts, n, ep) is None)
     max_tokens = max(MAX_TOKENS, step_tokens(engine, drafts))
     fit = Fit(opened.source, setting, working, max_tokens, tuple(_not_planned(opened)))

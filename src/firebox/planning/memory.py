@@ -165,7 +165,7 @@ def ledger(
 ) -> Memory:
     """The memory of one GPU under the engine's budgets. `drafts`: tokens of a request that a decode step
     checks beside its own."""
-    running = engine.most_running
+    engine, running = engine.on(gpu), engine.most_running
     tokens, rows = step_tokens(engine, drafts), running * (drafts + 1)
     logits = rows * sizes.vocab * 4
     activations = tokens * 8 * sizes.hidden * sizes.itemsize + 2 * logits
@@ -179,7 +179,7 @@ def ledger(
         window_request_bytes=_window_request_bytes(cache, engine),
         running_requests=running,
         context_tokens=context_tokens,
-        page_tokens=engine.page_tokens,
+        page_tokens=engine.tokens_a_page,
         copied_states=int(drafts > 0),
     )
 
@@ -212,6 +212,6 @@ def _window_request_bytes(cache: CacheBytes, engine: EngineConfig) -> int:
     if not cache.window_tokens:
         return 0
     running = engine.most_running
-    windows = running * (-(-cache.window_tokens // engine.page_tokens) + 2)
-    pages = 2 * (windows + -(-engine.max_batch_tokens // engine.page_tokens))
-    return -(-pages // running) * engine.page_tokens * cache.per_window_token
+    windows = running * (-(-cache.window_tokens // engine.tokens_a_page) + 2)
+    pages = 2 * (windows + -(-engine.max_batch_tokens // engine.tokens_a_page))
+    return -(-pages // running) * engine.tokens_a_page * cache.per_window_token

@@ -20,7 +20,7 @@ from firebox.engine.gpu_runner import CAPTURE_AGAIN_S, NO_GRAPH, GpuRunner
 from firebox.engine.messages import Delta, SamplingParams
 from firebox.engine.pipeline import AGAIN, Pipeline
 from firebox.engine.request import Request
-from firebox.engine.runner import Runner
+from firebox.engine.runner import Runner, in_words
 from firebox.engine.scheduler import Chunk, Plan, Sampled, Scheduler
 from firebox.errors import ConfigError, EngineDied
 from firebox.find import load
@@ -273,8 +273,15 @@ def test_a_gpu_is_asked_whether_it_is_still_there(monkeypatch: pytest.MonkeyPatc
     runner, called = gpu_runner(), []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: called.append("synchronize"))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: called.append("empty_cache"))
-    runner.recover(RuntimeError("a launch failed"))
-    assert called == ["synchronize", "empty_cache"]
+    free_mib = [500, 2]
+    monkeypatch.setattr(
+        "firebox.engine.gpu_runner.gpu_memory", lambda: GpuMemory(free_mib.pop(0) << 20, 0, 0, 0)
+    )
+    for said in ("", "; the GPU has 2 MiB of memory left"):
+        error = RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED")
+        runner.recover(error)
+        assert in_words(error) == f"RuntimeError: CUBLAS_STATUS_EXECUTION_FAILED{said}"
+    assert called == ["synchronize", "empty_cache"] * 2
 
     def lost(device: torch.device) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might …")

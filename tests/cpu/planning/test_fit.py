@@ -346,20 +346,20 @@ def test_default_tiles_of_attention_are_a_fallback_where_the_gpu_has_tuned_ones(
     heads = "heads=64 kv_heads=8 head_dim=64 value_dim=64"
     sinks = f"decode bfloat16 kv=bfloat16 {heads} page_tokens={{}} {{}}sinks"
     path = "default tiles: tuned/nvidia_{}/attention.json has no entry for {!r}"
-    assert untuned("gpt-oss-120b", "h200", page_tokens=64) == set()
-    assert untuned("gpt-oss-120b", "h200") == {
+    assert untuned("gpt-oss-120b", "h200") == set()
+    assert untuned("gpt-oss-120b", "h200", page_tokens=16) == {
         path.format("h200", sinks.format(16, window)) for window in ("", "window ")
     }
     assert untuned("gpt-oss-120b", "gb10") == set()
     folder = tmp_path / "nvidia_gb10"
     folder.mkdir()
     tile = {"block_m": 16, "block_n": 64, "num_warps": 4, "num_stages": 3}
-    entries = {sinks.format(16, "window "): {"1": {"path": "decode", "config": tile}}}
+    entries = {sinks.format(64, "window "): {"1": {"path": "decode", "config": tile}}}
     (folder / "attention.json").write_text(json.dumps(entries))
     _tuned.use(tmp_path)
     _attention_choice.measured.cache_clear()
     try:
-        assert untuned("gpt-oss-120b", "gb10") == {path.format("gb10", sinks.format(16, ""))}
+        assert untuned("gpt-oss-120b", "gb10") == {path.format("gb10", sinks.format(64, ""))}
     finally:
         _attention_choice.measured.cache_clear()
 

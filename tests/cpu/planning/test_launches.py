@@ -45,7 +45,7 @@ OSS = Problem(2880, 2880, 32, 4, "mxfp4", "clamped_swiglu", 7.0, 1.702, True, "b
 GLM = Problem(5120, 384, 161, 9, "fp8_channel", residual=True, shared=1)
 FP8 = _linear.Problem(3584, 5120, "fp8_channel")
 BF16 = _linear.Problem(160, 5120, "bf16", out_dtype="f32")
-GQA = _attention.Problem(24, 2, 128, 128, 16)
+GQA = _attention.Problem(24, 2, 128, 128, 64)
 TOKENS = (*range(1, 70), 127, 128, 129, 511, 512, 1143, 1144, 1145, 1279, 1280, 4096, 8191, 8192)
 
 

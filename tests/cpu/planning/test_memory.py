@@ -114,11 +114,11 @@ def test_each_kind_of_cache() -> None:
 
 
 def test_what_a_running_request_takes_beside_its_tokens() -> None:
-    """gpt-oss-120b, in 18 layers: a tenth of twice 10 windows of 10 pages (128 tokens and 2 pages more) and a
-    step's 2,048 tokens, which are 128 pages of 16: 46.
+    """gpt-oss-120b, in 18 layers: a tenth of twice 10 windows of 4 pages (128 tokens and 2 pages more) and a
+    step's 2,048 tokens, which are 32 pages of 64: 15 of them.
     Qwen3.5: 45 states of 64 heads of 128 × 128 and 12,288 channels of 3, float32."""
     oss = memory("gpt-oss-120b", max_running_requests=10)
-    assert oss.window_request_bytes == 46 * 16 * 18 * 2048 and oss.requests_bytes == 10 * 27_131_904
+    assert oss.window_request_bytes == 15 * 64 * 18 * 2048 and oss.requests_bytes == 10 * 35_389_440
     qwen = memory("qwen3.5-397b-a17b-nvfp4", tp=8)
     assert qwen.cache.state == 45 * 4 * (64 * 128 * 128 + 12_288 * 3) // 8
     assert qwen.requests_bytes == 64 * qwen.cache.state and qwen.snapshots_bytes == 2 * qwen.requests_bytes

@@ -29,7 +29,7 @@ def keys(card: str, tp: int = 1, ops: str = "all") -> list[str]:
 
 
 def test_glm_on_four_gpus() -> None:
-    heads = "bfloat16 kv=bfloat16 heads=24 kv_heads=2 head_dim=128 value_dim=128 page_tokens=16"
+    heads = "bfloat16 kv=bfloat16 heads=24 kv_heads=2 head_dim=128 value_dim=128 page_tokens=64"
     assert keys("glm-4.7-fp8", 4) == [
         "experts: fp8_channel hidden=5120 inter=384 experts=161 top_k=9",
         "linear: fp8_channel rows=3584 columns=5120",
@@ -44,7 +44,7 @@ def test_glm_on_four_gpus() -> None:
 
 def test_gpt_oss() -> None:
     """Attention with a window and without."""
-    heads = "bfloat16 kv=bfloat16 heads=64 kv_heads=8 head_dim=64 value_dim=64 page_tokens=16"
+    heads = "bfloat16 kv=bfloat16 heads=64 kv_heads=8 head_dim=64 value_dim=64 page_tokens=64"
     assert keys("gpt-oss-120b") == [
         "experts: mxfp4_nibbles hidden=2880 inter=2880 experts=128 top_k=4",
         "linear: bf16 rows=5120 columns=2880",
