@@ -110,8 +110,10 @@ def search_space(problem: Problem, gpu: Gpu) -> Iterator[Config]:
 
 
 def default(problem: Problem, gpu: Gpu) -> Config:
-    """For want of a tuned one: sorting is dearer the longer a chunk is, all else cheaper."""
-    return Config() if problem.filters else Config(2048, 4)
+    """For want of a tuned one: sorting is dearer the longer a chunk is, all else cheaper. An H200, 201,088
+    tokens, 1 and 256 rows: 63 and 1,621 us with filters in chunks of 512, 58 and 2,191 of 1,024; greedy 2.9
+    and 66 us in chunks of 2,048, 3.0 and 87 of 1,024."""
+    return Config(512, 4) if problem.filters else Config(2048, 4)
 
 
 def chunks(problem: Problem, config: Config) -> int:
