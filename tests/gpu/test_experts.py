@@ -96,9 +96,12 @@ class Layer:
         return relative_error(out[:tokens], moe_down_few.reference(p, h, self.down, ids, weights))
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_every_number_of_tokens_from_1_to_300(format: str, gpu: Gpu) -> None:
-    layer = Layer(problem(format), gpu)
+LAYOUTS = [*((name, False) for name in FORMATS), *((name, True) for name in FOUR_BIT)]  # and in panels
+
+
+@pytest.mark.parametrize(("format", "panels"), LAYOUTS)
+def test_every_number_of_tokens_from_1_to_300(format: str, panels: bool, gpu: Gpu) -> None:
+    layer = Layer(problem(format, panels=panels), gpu)
     for tokens in range(1, MAX_TOKENS + 1):
         found = layer.error(tokens)
         path = path_of(layer.problem, tokens, gpu).name
@@ -117,9 +120,7 @@ def test_few_and_sorted_agree_with_the_oracle_on_both_sides(format: str, tokens:
         assert layer.error(tokens, many) < SORTED_LIMIT[format]
 
 
-@pytest.mark.parametrize(
-    ("format", "panels"), [*((name, False) for name in FORMATS), *((name, True) for name in FOUR_BIT)]
-)
+@pytest.mark.parametrize(("format", "panels"), LAYOUTS)
 @pytest.mark.parametrize(("hidden", "inter", "top_k"), [(512, 256, 3), (2048, 768, 8), (640, 384, 9)])
 def test_one_token_by_every_tile_of_whole_rows(
     hidden: int, inter: int, top_k: int, format: str, panels: bool, gpu: Gpu
