@@ -113,8 +113,9 @@ class Engines:
         return self._folders[key]
 
     def gpu(self, case: Case, **settings: Any) -> InProcessEngine:
-        """In bf16, without a prefix cache unless asked for."""
-        return self._engine(case, {"dtype": "bfloat16", "device": DEVICE, "prefix_cache": False} | settings)
+        """In bf16, in pages of 16 tokens and without a prefix cache unless asked for."""
+        usual = {"dtype": "bfloat16", "device": DEVICE, "prefix_cache": False, "page_tokens": 16}
+        return self._engine(case, usual | settings)
 
     def cpu(self, case: Case) -> InProcessEngine:
         """The reference, in float32."""
@@ -159,6 +160,14 @@ def test_prompt_and_decode_equal_the_cpu_in_float32(case: Case, engines: Engines
     found = run_rows(engines.gpu(case), prompts, replace(GREEDY, max_tokens=8), prompt=True)
     assert len({tuple(tokens) for tokens in found.tokens}) == len(prompts), "the prompts make no difference"
     assert_equals_the_cpu(engines, case, found, prompts, case.bound, str(case))
+
+
+@pytest.mark.parametrize("case", PLAIN, ids=str)
+def test_pages_of_64_tokens_equal_the_cpu_in_float32(case: Case, engines: Engines) -> None:
+    """As a server has them by default: prompts of a page less and more, decoded across its end."""
+    prompts = prompts_of(60, 64, 65, 130)
+    found = run_rows(engines.gpu(case, page_tokens=64), prompts, replace(GREEDY, max_tokens=8), prompt=True)
+    assert_equals_the_cpu(engines, case, found, prompts, case.bound, f"{case}, pages of 64")
 
 
 @every_case
@@ -459,7 +468,7 @@ def test_a_prefix_hit(case: Case, engines: Engines) -> None:
     before = engine.scheduler.stats().cached_prompt_tokens
     found = run_rows(engine, prompts)
     hits = 32 + 64 + 96
-    if case.model != "qwen3_5_moe":  # a recurrent state is kept for whole prompts, not for every page of one
+    if case.bound is not RECURRENT:  # a recurrent state is kept for whole prompts, not for every page of one
         hits += 48
     assert engine.scheduler.stats().cached_prompt_tokens - before >= hits
     assert_same_tokens(found, cold, case.bound, f"{case}, prefix hit")
