@@ -8,10 +8,19 @@ from typing import Any
 
 import pytest
 
-from firebox.config import CheckpointFacts, Config, EngineConfig, Resolved, kv_format_of, resolve
+from firebox.config import (
+    GPU_PAGE_TOKENS,
+    CheckpointFacts,
+    Config,
+    EngineConfig,
+    Resolved,
+    kv_format_of,
+    resolve,
+)
 from firebox.errors import ConfigError, OutOfMemory
 from firebox.find import names
 from firebox.hardware.base import Gpu
+from firebox.kernels.plan import Setting
 
 GIB = 1 << 30
 CHECKPOINT = CheckpointFacts(
@@ -169,6 +178,7 @@ def test_what_a_step_and_the_loader_need_is_part_of_the_refusal() -> None:
 
 
 def test_pages_are_those_for_which_the_device_is_tuned() -> None:
+    assert Setting(GPU).page_tokens == GPU_PAGE_TOKENS == 64
     for gpu, tokens, device in ((GPU, 64, "GPU"), (CPU, 16, "CPU")):
         answer = resolved(gpu=gpu)
         assert answer.page_tokens == tokens

@@ -111,8 +111,9 @@ class GpuRunner(Runner):
         """As Runner.run."""
         if self._eager_because(plan):
             return super().run(plan)
-        launched = self.launch(plan)
-        if _on_device(plan):
+        on_device = _on_device(plan)
+        launched = self._launch(plan, None, DECODE if on_device else WAITED_FOR)
+        if on_device:
             return [Sampled(token_id) for token_id in launched.token_ids()]
         graph = self._graphs[len(plan.chunks)]
         return self._sample(plan.chunks, graph.logits, [1] * graph.rows)
@@ -155,10 +156,13 @@ class GpuRunner(Runner):
     def launch(self, plan: Plan, after: Launched | None = None) -> Launched:
         """Starts a decode step and returns at once. `after`: the step before, if its tokens are not known
         yet; requests of it take them from the device."""
+        return self._launch(plan, after, DECODE)
+
+    def _launch(self, plan: Plan, after: Launched | None, reason: str) -> Launched:
         graph = self._graph(len(plan.chunks))
         self._copy_states(plan.state_copies)
         launched = graph.launch(plan.chunks, after)
-        self.steps[GRAPH, DECODE if _on_device(plan) else WAITED_FOR] += 1
+        self.steps[GRAPH, reason] += 1
         return launched
 
     def _eager_because(self, plan: Plan) -> str:

@@ -1,5 +1,5 @@
-"""Next tokens and logprobs on an NVIDIA GPU, by kernels/sample.py and kernels/logprobs.py. Nothing here waits
-for the device but `logprobs`, so that the next step can be launched behind a draw."""
+"""Next tokens and logprobs on an NVIDIA GPU, by kernels/sample.py and kernels/logprobs.py. A draw does not
+wait for the device, so that the next step can be launched behind it; looking up logprobs does."""
 
 from __future__ import annotations
 

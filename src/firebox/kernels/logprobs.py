@@ -14,7 +14,6 @@ Source: own.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +25,7 @@ from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before
 from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
 from firebox.kernels.moe_route import TAKEN, first_largest, sortable, unsortable
-from firebox.kernels.plan import Compile, Made
+from firebox.kernels.plan import Compile
 
 # ---- 1. the problem
 
@@ -229,23 +228,13 @@ def kinds(vocab: int) -> tuple[Problem, Problem]:
     return Problem(vocab, 0), Problem(vocab, min(MOST, vocab))
 
 
-def made(vocab: int, rows: int, gpu: Gpu) -> Made:
-    """What so many rows launch, for the plan: the same whatever their number."""
-    return _made(vocab, gpu)
-
-
-def turns(vocab: int, max_rows: int, gpu: Gpu) -> tuple[int, ...]:
-    """See kernels/plan.py; there are none."""
-    return ()
-
-
-@functools.cache
-def _made(vocab: int, gpu: Gpu) -> Made:
+def variants(vocab: int, gpu: Gpu) -> tuple[Compile, ...]:
+    """Those of `kinds`, for the plan."""
     found = []
     for problem, variant in zip(kinds(vocab), ("", "alternatives"), strict=True):
         config = default(problem, gpu)
         found.append(Compile(OP, request(problem, config, gpu), config, variant))
-    return Made("one", "default", tuple(found))
+    return tuple(found)
 
 
 def run(

@@ -6,9 +6,9 @@
     Chosen      one choice, and the numbers of tokens for which it is made
 
 What launches an operation says what it launches: `made` of layers/dense_gpu.py, layers/expert_paths.py,
-layers/delta_gpu.py, attention/triton_paged.py and kernels/sample.py, `request` of a kernel that has one
-compile. The engine asks the same functions when it launches. Between two of the numbers of tokens that
-`turns` names `made` says the same, so the plan of thousands of numbers asks at some hundred of them.
+layers/delta_gpu.py and attention/triton_paged.py, `request` of a kernel that has one compile, `variants` of
+one that has a few. The engine asks the same functions when it launches. Between two of the numbers of tokens
+that `turns` names `made` says the same, so the plan of thousands of numbers asks at some hundred of them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Setting:
     gpu: Gpu
     tp: int = 1
     kv_dtype: torch.dtype = torch.bfloat16
-    page_tokens: int = 64
+    page_tokens: int = 64  # config.GPU_PAGE_TOKENS, which kernels do not know
     ep: int = 1
     drafts: int = 0
 
@@ -130,6 +130,20 @@ class Single(Operation):
     def made(self, tokens: int, gpu: Gpu) -> Made:
         """See Operation."""
         return _single(self.source, self.problem, gpu)
+
+    def turns(self, max_tokens: int, gpu: Gpu) -> Iterable[int]:
+        """There are none."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Variants(Operation):
+    """An operation of the same compiles for any number of tokens, `variants(problem, gpu)` of the kernel
+    `source`, of which each launch is one."""
+
+    def made(self, tokens: int, gpu: Gpu) -> Made:
+        """See Operation."""
+        return _variants(self.source, self.problem, gpu)
 
     def turns(self, max_tokens: int, gpu: Gpu) -> Iterable[int]:
         """There are none."""
@@ -277,6 +291,11 @@ def _both(before: Planned, made: Made, tokens: int) -> Losers:
 def _single(kernel: Any, problem: Any, gpu: Gpu) -> Made:
     request = kernel.request(problem, gpu)
     return Made("one", "default", (Compile(kernel.OP, request),))
+
+
+@functools.cache
+def _variants(kernel: Any, problem: Any, gpu: Gpu) -> Made:
+    return Made("one", "default", kernel.variants(problem, gpu))
 
 
 @functools.cache

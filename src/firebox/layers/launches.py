@@ -20,7 +20,7 @@ from firebox.hardware.base import Gpu
 from firebox.kernels import logprobs, sample
 from firebox.kernels._blocks import ATTENTION_BLOCK, DENSE_BLOCK, HEAD, MOE_BLOCK
 from firebox.kernels.compile import Compiled, CompileRequest, compile_all, limit_bytes
-from firebox.kernels.plan import CUBLAS, Chosen, Operation, Planned, Setting, chosen, planned
+from firebox.kernels.plan import CUBLAS, Chosen, Operation, Planned, Setting, Variants, chosen, planned
 from firebox.layers import (
     delta_gpu,
     dense_gpu,
@@ -156,7 +156,7 @@ def layers_of(model: Decoder, setting: Setting) -> tuple[Layers, ...]:
     begun = _layers(embedding.OP, model.embedding, setting)
     head = _layers(HEAD, model.head, setting)
     vocab = model.head.vocab
-    drawn = (Operation("sample", "f32", sample, vocab), Operation("logprobs", "f32", logprobs, vocab))
+    drawn = (Variants("sample", "f32", sample, vocab), Variants("logprobs", "f32", logprobs, vocab))
     return (begun, *_counted(found), head, Layers(SAMPLING, 1, "f32", drawn))
 
 

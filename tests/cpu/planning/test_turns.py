@@ -17,9 +17,9 @@ import pytest
 from firebox.attention import triton_paged
 from firebox.find import load
 from firebox.hardware.base import Gpu, find_gpu
-from firebox.kernels import _attention, _attention_choice, _linear, _tuned, _veto
+from firebox.kernels import _attention, _attention_choice, _linear, _tuned, _veto, logprobs, sample
 from firebox.kernels._experts import Problem
-from firebox.kernels.plan import Operation, Planned, Setting, planned
+from firebox.kernels.plan import Operation, Planned, Setting, Variants, planned
 from firebox.layers import _fitting, dense_gpu, expert_paths
 from firebox.layers.launches import layers_of
 from firebox.layers.moe import MoeBlock
@@ -79,11 +79,9 @@ def test_the_plan_of_a_model_is_that_of_every_number(card: str, gpu_name: str, t
     gpu = find_gpu(gpu_name)
     layers = layers_of(opened(card).model, Setting(gpu, tp, ep=ep, drafts=3))
     operations = {o for alike in layers for o in alike.operations if type(o) is Operation}
-    assert {o.source.__name__.rpartition(".")[2] for o in operations} >= {
-        "dense_gpu",
-        "expert_paths",
-        "sample",
-    }
+    assert {o.source.__name__.rpartition(".")[2] for o in operations} >= {"dense_gpu", "expert_paths"}
+    alone = {o.source for alike in layers for o in alike.operations if type(o) is Variants}
+    assert alone == {sample, logprobs}, "what launches the same for every number is not asked"
     for operation in operations:
         assert differences(operation, gpu) == [], operation
 
