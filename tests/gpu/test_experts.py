@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton
 
 from firebox.hardware.base import Gpu
 from firebox.hardware.probe import probe_gpu
@@ -202,8 +203,8 @@ def test_a_layer_that_fails_leaves_no_count_behind(gpu: Gpu, monkeypatch: pytest
 @pytest.mark.parametrize("format", FP8)
 @pytest.mark.parametrize("tokens", [130, 1000])
 def test_sums_in_units_of_the_step(format: str, tokens: int, gpu: Gpu) -> None:
-    """Tiles of 128 numbers a thread. Blocks' scales differ by a thousand from one step to the next, and some
-    are zero."""
+    """Tiles of 128 numbers a thread; one that does not fit this GPU is no fault. Blocks' scales differ by a
+    thousand from one step to the next, and some are zero."""
     layer = Layer(problem(format, hidden=1024, inter=512, experts=24), gpu, tokens)
     p, scale = layer.problem, layer.gate_up.scale
     ups = list(moe_gate_up.search_space(p, 128, gpu))
@@ -213,9 +214,16 @@ def test_sums_in_units_of_the_step(format: str, tokens: int, gpu: Gpu) -> None:
         ups = [tile for tile in ups if moe_gate_up.rescaled(tile, every_step=True)]
         scale[..., ::2] *= 1e-3
         scale[3:5, 0] = 0.0
-    for i, down in enumerate(downs[::3]):
+    some, right = downs[::2], 0
+    for i, down in enumerate(some):
         path = Path(SORTED, ups[i % len(ups)], down, "test")
-        assert layer.error(tokens, path) < SORTED_LIMIT[format], path
+        try:
+            found = layer.error(tokens, path)
+        except triton.runtime.errors.OutOfResources:
+            continue
+        assert found < SORTED_LIMIT[format], path
+        right += 1
+    assert right > len(some) // 2
 
 
 def test_sorted_tiles_with_fewer_registers(gpu: Gpu) -> None:

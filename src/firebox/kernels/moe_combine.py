@@ -87,7 +87,10 @@ def request(problem: Problem, gpu: Gpu, *, experts: int = 0, interpreted: bool =
 
 def run(launcher: Launcher, y: torch.Tensor, out: torch.Tensor, ready: torch.Tensor | None = None) -> None:
     """Writes `out` [tokens, hidden], and zeros to `ready` [experts] int32 if the request has it."""
-    counters = {"ready": ready} if "ready" in launcher.request.signature else {}
+    counters = {}
+    if "ready" in launcher.request.signature:
+        assert ready is not None, "what was counted is to be zero again"
+        counters["ready"] = ready
     launcher((out.shape[0], -(-out.shape[1] // COLUMNS), 1), y=y, out=out, **counters)
 
 

@@ -377,7 +377,7 @@ def run(
     if "table" in launcher.request.signature:
         arguments["table"] = table
     if "ready" in launcher.request.signature:
-        assert first_half is not None
+        assert ready is not None and first_half is not None, "nothing was counted"
         parts = 2 * problem.inter // first_half.rows
         arguments |= {"ready": ready, "parts": parts, "width": first_half.tokens}
     if not launcher.request.constexprs["APART"]:

@@ -397,6 +397,7 @@ def run(
     if "table" in launcher.request.signature:
         arguments["table"] = table
     if "ready" in launcher.request.signature:
+        assert ready is not None, "programs that are done have nowhere to be counted"
         arguments["ready"] = ready
     launcher(
         grid, **arguments, x=x, expert_ids=expert_ids, h=h, tokens=tokens, choices=tokens * problem.top_k

@@ -27,6 +27,7 @@ from firebox.kernels import (
     quantise_fp8,
 )
 from firebox.kernels._experts import FP8, Problem
+from firebox.kernels.compile import CompileRequest
 from firebox.kernels.launch import Launcher
 from firebox.layers._expert_store import ExpertStore
 from firebox.layers._invented import relative_error, vary
@@ -49,6 +50,11 @@ PLAIN_LIMIT, FP8_LIMIT = 8e-3, 6e-2
 def path_of(parts: Mapping[str, Candidate]) -> Path:
     """The parts as the engine's own path."""
     return Path(parts[GATE_UP].path, parts[GATE_UP].config, parts[DOWN].config, "tuning")
+
+
+def tables_request(problem: Problem, tokens: int, gpu: Gpu) -> CompileRequest:
+    """Of a first half that counts nothing, on its own: it writes the tables that any second half reads."""
+    return moe_gate_up_few.request(problem, tokens, default_path(problem, FEW, tokens, gpu).gate_up, gpu)
 
 
 class Weighted:
@@ -184,9 +190,8 @@ class ExpertBench:
         if data.few_ready:
             return
         p, space, gpu = self.problem, data.space, self._layer.gpu
-        request = requests(p, self._tokens, default_path(p, FEW, self._tokens, gpu), gpu)["moe_gate_up"]
-        gate_up = self._layer.gate_up
-        moe_gate_up_few.run(launcher(request), p, data.x, gate_up, data.ids, space.h_few, space.table)
+        first_half = launcher(tables_request(p, self._tokens, gpu))
+        moe_gate_up_few.run(first_half, p, data.x, self._layer.gate_up, data.ids, space.h_few, space.table)
         space.h_few.normal_(generator=self._layer.generator)
         data.few_ready = True
 

@@ -17,7 +17,7 @@ from firebox.kernels._experts import Problem
 from firebox.kernels.compile import Compiled, CompileRequest
 from firebox.layers.expert_paths import FEW, MODULES, ONE, SCALED, SORTED, default_path, requests, stock_path
 from firebox.tuning import estimate
-from firebox.tuning._expert_bench import DOWN, Weighted
+from firebox.tuning._expert_bench import DOWN, Weighted, tables_request
 from firebox.tuning.base import Bench, Candidate, Option, Task
 from firebox.tuning.estimate import GATE_UP
 
@@ -134,6 +134,8 @@ def further_requests(task: Task, gpu: Gpu) -> Iterator[CompileRequest]:
         for block in _blocks(task, path):
             stock_tiles = default_path(task.problem, path, block, gpu)
             yield from requests(task.problem, task.tokens, stock_tiles, gpu).values()
+        if path == FEW:
+            yield tables_request(task.problem, task.tokens, gpu)
     if task.tokens >= SORTED_FROM:
         smallest = default_path(task.problem, SORTED, BLOCKS[0], gpu)
         yield from requests(task.problem, task.tokens, smallest, gpu).values()
