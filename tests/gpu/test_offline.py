@@ -70,7 +70,8 @@ def test_longer_contexts_take_longer(report: Offline) -> None:
 
 def test_granted_contexts_cost_what_computed_ones_do() -> None:
     card = "qwen3-30b-a3b"
-    both = (run(card, granted=granted, contexts=(2048,)).decode for granted in (True, False))
-    for granted, computed in zip(*both, strict=True):
+    both = [run(card, granted=granted, contexts=(2048,)) for granted in (True, False)]
+    assert not any(report.not_measured for report in both), [report.not_measured for report in both]
+    for granted, computed in zip(*(report.decode for report in both), strict=True):
         print(granted.batch, f"{granted.ms_per_token:.4f} granted, {computed.ms_per_token:.4f} computed")
         assert granted.ms_per_token == pytest.approx(computed.ms_per_token, rel=0.2)

@@ -14,7 +14,7 @@
                    all tokens one way. None: it counts
     kv             "granted": a request's pages were given to it and its context counts as computed, though
                    no prompt was run; the pages hold normally distributed values. "computed": its prompt was
-                   run
+                   run, and contexts are as much longer as it took steps to run the others'
     share_of_roof  roof_ms / ms_per_token
 
 Prefill: one prompt alone, from its arrival to its first token (ttft_ms); its roof is the matrix units' rate

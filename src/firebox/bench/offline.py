@@ -112,7 +112,7 @@ def _checkpoint(config: Config) -> Checkpoint:
 
 def _engine(settings: Settings, checkpoint: Checkpoint) -> EngineConfig:
     engine, most = settings.config.engine, max(settings.batches, default=1)
-    longest = max((0, *settings.contexts)) + settings.tokens + LEAD
+    longest = max((_reached(settings, context, most) for context in settings.contexts), default=0)
     longest = max(longest, max((0, *settings.prefills)) + 2)
     longest += -longest % (engine.page_tokens or GPU_PAGE_TOKENS)
     made_for = int(checkpoint.text_config["max_position_embeddings"])
@@ -123,6 +123,16 @@ def _engine(settings: Settings, checkpoint: Checkpoint) -> EngineConfig:
         context_length=engine.context_length or min(longest, made_for),
         prefix_cache=False,
     )
+
+
+def _reached(settings: Settings, context: int, batch: int) -> int:
+    """The most tokens that a request of a row comes to. Where prompts are run, the first one's goes on while
+    the others' run: a token for each step they take."""
+    engine, others = settings.config.engine, 0
+    if not settings.granted:
+        others = -(-batch * context // max(1, engine.max_batch_tokens - batch))
+        others += -(-context // engine.prefill_chunk_tokens)
+    return context + others + settings.tokens + LEAD
 
 
 def _modes(steps: Counter[tuple[str, str]]) -> dict[str, int]:
@@ -225,7 +235,7 @@ class _Bench:
 
     def _refusal(self, context: int, batch: int) -> str | None:
         """Why the pool does not hold this row, with the numbers."""
-        tokens = context + self.settings.tokens + LEAD
+        tokens = _reached(self.settings, context, batch)
         if tokens > self.ready.context_tokens:
             return f"{tokens} tokens a request; the engine's context holds {self.ready.context_tokens}"
         page_tokens, pages = self.ready.page_tokens, batch * -(-tokens // self.ready.page_tokens)

@@ -97,6 +97,17 @@ def test_granted_and_computed_contexts_are_the_same_work() -> None:
     assert [start + 1 for start, _ in counted[True]] == [start for start, _ in counted[False]]
 
 
+def test_computed_contexts_have_room_while_the_others_prompts_run() -> None:
+    """24 prompts of 104 tokens, 64 a step: the first request goes on for 40 steps before the last begins."""
+    engine = EngineConfig(
+        device="cpu", threads=1, page_tokens=16, max_batch_tokens=64, prefill_chunk_tokens=64
+    )
+    config = Config(model=ModelConfig(model=str(TINY)), engine=engine)
+    found = measure(settings(config=config, batches=(24,), contexts=(112,), granted=False))
+    assert not found.not_measured and [row.batch for row in found.decode] == [24]
+    assert found.context_tokens > 112 + 40 + 6 + LEAD
+
+
 def test_no_row_begins_after_the_time() -> None:
     found = measure(settings(batches=(1,), contexts=(40,), prefills=(20,), within_s=0.0))
     assert not found.decode and not found.prefill
