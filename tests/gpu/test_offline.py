@@ -66,6 +66,10 @@ def test_longer_contexts_take_longer(report: Offline) -> None:
     (prompt,) = report.prefill
     assert prompt.ttft_ms > at[128, 1].ms_per_token and 0 < prompt.share_of_roof < 1
     assert "matrix" in prompt.roof
+    assert prompt.profile is not None and prompt.profile.total_ms < 5 * prompt.ttft_ms + 0.5
+    of_prompt, of_step = prompt.profile, at[128, 64].profile
+    print(f"prompt: {prompt.ttft_ms:.1f} ms, {of_prompt.launches} launches, gaps {of_prompt.gaps:.1%}")
+    assert of_step is not None and of_step.launches / 3 < of_prompt.launches < 3 * of_step.launches
 
 
 def test_granted_contexts_cost_what_computed_ones_do() -> None:

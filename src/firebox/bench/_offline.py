@@ -18,7 +18,8 @@
     share_of_roof  roof_ms / ms_per_token
 
 Prefill: one prompt alone, from its arrival to its first token (ttft_ms); its roof is the matrix units' rate
-of the GPU's datasheet where that is known, else reading the weights once.
+of the GPU's datasheet where that is known, else reading the weights once. Its profile is of one more such
+prompt, all its steps.
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ class Prefill(msgspec.Struct, frozen=True, kw_only=True):
     roof: str
     share_of_roof: float
     runs_ms: list[float]
+    profile: Profile | None = None
 
 
 class NotMeasured(msgspec.Struct, frozen=True):

@@ -30,10 +30,10 @@ class Kernel(msgspec.Struct, frozen=True):
 
 
 class Profile(msgspec.Struct, frozen=True):
-    """One step under the profiler. `total_ms`: from its first kernel's begin to its last one's end, which the
-    profiler stretches; `gaps`: the share of it in which no kernel runs. A kernel that was launched early and
-    waits for the one before it counts as running, so gaps are what is left even so. `kernels`: those that
-    take longest, then the others as one."""
+    """One step, or all steps of a prompt, under the profiler. `total_ms`: from its first kernel's begin to
+    its last one's end, which the profiler stretches; `gaps`: the share of it in which no kernel runs. A
+    kernel that was launched early and waits for the one before it counts as running, so gaps are what is
+    left even so. `kernels`: those that take longest, then the others as one."""
 
     total_ms: float
     gaps: float

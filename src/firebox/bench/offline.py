@@ -18,7 +18,7 @@ import firebox
 from firebox.bench._bandwidth import copy_gb_s, give_back, wait_for
 from firebox.bench._offline import FIRST, AnyRow, Decode, NotMeasured, Offline, Prefill, Settings
 from firebox.bench._routing import Routing, void
-from firebox.bench._step import experts_looked_at, median, profiled, replay_ms
+from firebox.bench._step import Profile, experts_looked_at, median, profiled, replay_ms
 from firebox.bench.timer import now
 from firebox.cache.pool import LayerCache
 from firebox.config import GPU_PAGE_TOKENS, Config, EngineConfig
@@ -244,15 +244,14 @@ class _Bench:
             return f"{batch} requests need {pages * page_tokens} tokens of KV cache; the pool holds {held}"
         return None
 
-    def _request(self, known: int, *, random: bool) -> Request:
-        """A new one with a prompt of `known` tokens; unless `random`, only the last of them is: the others
-        are not read."""
+    def _request(self, known: int, *, random: bool, output: int | None = None) -> Request:
+        """A new one with a prompt of `known` tokens, for so many or as many tokens as its context holds;
+        unless `random`, only the prompt's last is: the others are not read."""
         number = len(self._requests) + 1
         generator = torch.Generator().manual_seed(number)
         ids = torch.randint(5, self.ready.vocab_size, (known if random else 1,), generator=generator).tolist()
-        params = SamplingParams(
-            max_tokens=self.ready.context_tokens - known, temperature=0.0, ignore_eos=True
-        )
+        most = self.ready.context_tokens - known
+        params = SamplingParams(max_tokens=output or most, temperature=0.0, ignore_eos=True)
         request = Request(number, [0] * (known - len(ids)) + ids, params)
         self._requests.append(request)
         return request
@@ -336,6 +335,7 @@ class _Bench:
             roof=roof,
             share_of_roof=roof_ms / middle,
             runs_ms=ms,
+            profile=self._profile_of_prompt(tokens) if self.settings.profile else None,
         )
 
     def _first_token_ms(self, tokens: int) -> float:
@@ -348,6 +348,17 @@ class _Bench:
         ended = now()
         self._end(pipeline)
         return (ended - began) * 1e3
+
+    def _profile_of_prompt(self, tokens: int) -> Profile | None:
+        """Of its steps alone: a request that wants no second token makes none of decode."""
+        pipeline = Pipeline(self.scheduler, self.runner)
+
+        def run() -> None:
+            self.scheduler.add(self._request(tokens, random=True, output=1))
+            while pipeline.has_work:
+                pipeline.step()
+
+        return profiled(run, self.device)
 
     def _prefill_roof(self, tokens: int) -> tuple[float, str]:
         seconds = matrix_s(self.parts, self.gpu)

@@ -15,6 +15,7 @@ from firebox.errors import ConfigError
 
 if TYPE_CHECKING:
     from firebox.bench._offline import AnyRow, Decode, Offline
+    from firebox.bench._step import Profile
 
 SET_HERE = ("served_model_name", "max_running_requests", "prefix_cache")  # the last two follow from the rows
 BATCHES, CONTEXTS, PREFILLS = "1,2,4,5,8,10,16,32,64,128,256", "128,2048,32768", "2048,8192,32768"
@@ -102,7 +103,9 @@ def table(report: Offline) -> Sequence[str]:
             f"{prompt.tokens_per_s:.0f} tokens/s, {prompt.share_of_roof:.3f} of {prompt.roof}"
         )
     for row in _broken_down(report.decode):
-        lines += _breakdown(row)
+        lines += _breakdown(f"context {row.context}, batch {row.batch}", row.profile)
+    for prompt in report.prefill:
+        lines += _breakdown(f"prefill {prompt.tokens}", prompt.profile)
     lines += [f"not measured: {missing.what}: {missing.why}" for missing in report.not_measured]
     return lines
 
@@ -132,13 +135,13 @@ def _broken_down(rows: Sequence[Decode]) -> Iterator[Decode]:
         yield from (row for row in with_profile if row.context == context and row.batch in at_ends)
 
 
-def _breakdown(row: Decode) -> Iterator[str]:
-    """The kernels of one step; its profile is there."""
-    found = row.profile
-    assert found is not None, row
+def _breakdown(what: str, found: Profile | None) -> Iterator[str]:
+    """The kernels of one step or prompt, where they were seen."""
+    if found is None:
+        return
     yield (
-        f"context {row.context}, batch {row.batch}: {found.total_ms:.3f} ms under the profiler, "
-        f"{found.launches} launches, gaps {found.gaps:.1%}"
+        f"{what}: {found.total_ms:.3f} ms under the profiler, {found.launches} launches, "
+        f"gaps {found.gaps:.1%}"
     )
     for kernel in found.kernels:
         share = kernel.us / found.total_ms / 1e3 if found.total_ms else 0.0

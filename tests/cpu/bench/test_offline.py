@@ -59,7 +59,7 @@ def test_rows_are_consistent(report: Offline) -> None:
     assert 1 < report.copy_gb_s < 2000 and report.device == "cpu" and report.layers == 4
     (prompt,) = report.prefill
     assert prompt.ttft_ms == sorted(prompt.runs_ms)[1] and len(prompt.runs_ms) == 3
-    assert prompt.tokens_per_s == pytest.approx(50e3 / prompt.ttft_ms)
+    assert prompt.tokens_per_s == pytest.approx(50e3 / prompt.ttft_ms) and prompt.profile is None
 
 
 def test_what_does_not_fit_is_named(report: Offline) -> None:
@@ -224,7 +224,10 @@ def test_the_table_shows_the_kernels_of_steps(report: Offline) -> None:
     ]
     rows.append(msgspec.structs.replace(rows[0], batch=9, profile=None))
     rows.append(msgspec.structs.replace(rows[0], batch=10, void="alike"))
-    lines = table(msgspec.structs.replace(report, decode=rows))
+    prompts = [msgspec.structs.replace(report.prefill[0], tokens=2048, profile=profile), *report.prefill]
+    lines = table(msgspec.structs.replace(report, decode=rows, prefill=prompts))
+    assert sum("under the profiler" in line for line in lines if line.startswith("prefill ")) == 1
+    assert "prefill 2048: 0.500 ms under the profiler, 7 launches, gaps 3.1%" in lines
     at = [line for line in lines if line.startswith("context ")]
     wanted = [(context, batch) for context in (128, 2048) for batch in (1, 8)]
     assert at == [
