@@ -7,7 +7,8 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-from firebox.config import Config, EngineConfig, ModelConfig, Resolved, resolve
+from firebox.config import Config, EngineConfig, ModelConfig
+from firebox.engine.budget import Resolved, resolve
 from firebox.engine.messages import Delta, SamplingParams
 from firebox.engine.outline import facts
 from firebox.engine.pipeline import Pipeline

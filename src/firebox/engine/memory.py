@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from firebox.config import MemoryLine, Resolved
+from firebox.engine.budget import MemoryLine, Resolved
 from firebox.engine.messages import Memory
 from firebox.hardware.base import Gpu
 from firebox.hardware.probe import forget_gpu_peak, gpu_memory, resident_bytes

@@ -10,7 +10,8 @@ from typing import cast
 import torch
 
 from firebox.cache.specs import cache_needs
-from firebox.config import CheckpointFacts, Config, EngineConfig, ModelConfig, check_choice, kv_format_of
+from firebox.config import Config, EngineConfig, ModelConfig, check_choice, kv_format_of
+from firebox.engine.budget import CheckpointFacts
 from firebox.engine.memory import Needs, needs
 from firebox.errors import ConfigError, UnsupportedFormat, UnsupportedModel
 from firebox.find import load, names

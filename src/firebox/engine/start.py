@@ -14,14 +14,8 @@ from msgspec import structs
 from firebox.cache.kv_cache import CacheSizes, KVCache
 from firebox.cache.pool import PoolSizes, allocate_pool
 from firebox.cache.specs import CacheSpec, RecurrentSpec
-from firebox.config import (
-    Config,
-    EngineConfig,
-    ModelConfig,
-    Resolved,
-    check_choice,
-    resolve,
-)
+from firebox.config import Config, EngineConfig, ModelConfig, check_choice
+from firebox.engine.budget import Resolved, resolve
 from firebox.engine.launch_plan import compile_plan
 from firebox.engine.launch_plan import summary as plan_summary
 from firebox.engine.ledger import launch_rows, ledger_rows, refuse_fallbacks, refuse_untuned

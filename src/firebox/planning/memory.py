@@ -208,7 +208,7 @@ def reserve_bytes(gpu: Gpu) -> int:
 
 
 def _window_request_bytes(cache: CacheBytes, engine: EngineConfig) -> int:
-    """A request's share of the pool of window pages, as config.resolve sizes it."""
+    """A request's share of the pool of window pages, as engine/budget.py sizes it."""
     if not cache.window_tokens:
         return 0
     running = engine.most_running

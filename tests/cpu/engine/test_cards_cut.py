@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from firebox.config import CheckpointFacts, Config, EngineConfig, ModelConfig
+from firebox.config import Config, EngineConfig, ModelConfig
+from firebox.engine.budget import CheckpointFacts
 from firebox.engine.outline import Outline, facts, make_outline
 from firebox.hardware.base import find_gpu
 from firebox.kernels.plan import Setting

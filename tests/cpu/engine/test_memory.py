@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 import firebox
-from firebox.config import Config, EngineConfig, MemoryLine, ModelConfig, Resolved
+from firebox.config import Config, EngineConfig, ModelConfig
 from firebox.engine import memory
+from firebox.engine.budget import MemoryLine, Resolved
 from firebox.engine.gpu_sampler import scratch_bytes
 from firebox.engine.memory import Meter, graph_nodes_bytes, needs, token_bytes
 from firebox.engine.outline import facts
