@@ -38,6 +38,7 @@ class Step:
     are host arrays. `caches`: one per layer. `full`: pages of paged and latent layers; `window`: of windowed
     ones, None if the model has none. `state_slots` [requests] int64: each request's recurrent state, and
     `starts` [requests + 1] int32: `query_start` on the device; None if the model has no recurrent layers.
+    `outputs` [rows] int64: the tokens whose hidden states are wanted, in this order; None: all, in theirs.
     """
 
     positions: torch.Tensor
@@ -49,6 +50,7 @@ class Step:
     window: Pages | None = None
     state_slots: torch.Tensor | None = None
     starts: torch.Tensor | None = None
+    outputs: torch.Tensor | None = None
 
     @property
     def tokens(self) -> int:

@@ -4,6 +4,7 @@ verb of the engine."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import traceback
 from collections import Counter
 from collections.abc import Sequence
@@ -88,13 +89,14 @@ class Runner:
         self.steps[EAGER, self._eager_because(plan)] += 1
         self._copy_states(plan.state_copies)
         token_ids, step = self._build(plan)
-        hidden = self.model(self._tensor(token_ids), step)  # [tokens, hidden]
         rows = _logits_rows(plan, step.query_start)
-        if not any(rows):
+        wanted = np.array([row for chunk_rows in rows for row in chunk_rows], np.int64)
+        if len(wanted) < step.tokens:
+            step = dataclasses.replace(step, outputs=self._tensor(wanted))
+        hidden = self.model(self._tensor(token_ids), step)  # [wanted, hidden]
+        if not len(wanted):
             return [Sampled(None)] * len(plan.chunks)
-        flat = [row for chunk_rows in rows for row in chunk_rows]
-        logits = self.model.logits(hidden if len(flat) == step.tokens else hidden[flat])  # [rows, vocab]
-        return self._sample(plan.chunks, logits, [len(chunk_rows) for chunk_rows in rows])
+        return self._sample(plan.chunks, self.model.logits(hidden), [len(chunk_rows) for chunk_rows in rows])
 
     def recover(self, error: Exception) -> None:
         """Makes ready for another step after one that raised: what its frames hold is let go of. Raises

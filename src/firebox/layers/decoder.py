@@ -94,11 +94,16 @@ class Decoder:
             layer.finish()
 
     def __call__(self, token_ids: torch.Tensor, step: Step) -> torch.Tensor:
-        """`token_ids` [tokens] int64 → hidden states [tokens, hidden] before the final norm."""
+        """`token_ids` [tokens] int64 → hidden states [rows, hidden] before the final norm, of the tokens that
+        the step wants. Of the others the last block's keys and values are all that anybody reads."""
         x = self.embedding(token_ids)
-        for attention, mlp in self.blocks:
+        for attention, mlp in self.blocks[:-1]:
             x = mlp(attention(x, step))
-        return x
+        attention, mlp = self.blocks[-1]
+        x = attention(x, step)
+        if step.outputs is not None:
+            x = x[step.outputs]
+        return mlp(x) if len(x) else x
 
     def logits(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """`x` [rows, hidden] → [rows, vocab] float32, in `out` where that is given; the final norm is in

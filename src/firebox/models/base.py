@@ -63,7 +63,8 @@ class Model(Protocol):
         ...
 
     def __call__(self, token_ids: torch.Tensor, step: Step) -> torch.Tensor:
-        """`token_ids` [tokens] int64 → hidden states [tokens, hidden]; writes the step's cache."""
+        """`token_ids` [tokens] int64 → hidden states [rows, hidden] of those that the step wants; writes its
+        cache."""
         ...
 
     def logits(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
