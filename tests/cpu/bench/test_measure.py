@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,8 @@ def test_answers_are_held_against_references() -> None:
     found = report({}, references=prompts)
     assert [row.workload for row in found.rows] == ["quick", "quick", "reference"]
     assert [row.verdict for row in found.rows] == ["ok", "ok", "garbage"]
-    assert any("share 0% of their words" in why for why in found.rows[2].why)
+    reasons = found.rows[2].why  # a word that the server draws may be one of a reference's
+    assert any(re.search(r"share \d{1,2}% of their words", why) for why in reasons), reasons
 
 
 def test_flat_logits_are_found_by_their_perplexity() -> None:
