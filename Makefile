@@ -36,8 +36,8 @@ demo: setup
 # Here and in test-gpu one thread a process: torch's own would stand in each other's way (16 cores, 15
 # processes: a reference of 1 s took 234).
 test: setup
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/cpu tests/e2e -m timing
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/cpu tests/e2e -m 'not timing' --numprocesses 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/cpu tests/e2e -m alone
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/cpu tests/e2e -m 'not alone' --numprocesses 2 --dist worksteal
 
 check: setup
 	$(PYTHON) -m ruff check
@@ -52,8 +52,8 @@ compile: setup
 test-gpu:
 	@ls tests/gpu/test_*.py >/dev/null 2>&1 || { echo 'error: there is no GPU code yet, so there are no GPU tests' >&2; exit 1; }
 	@if [ '$(PYTHON)' = '$(VENV)/bin/python' ]; then $(MAKE) setup; fi
-	$(PYTHON) -m pytest tests/gpu -m 'gpu and timing'
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/gpu -m 'gpu and not timing' --numprocesses 8 --dist worksteal
+	$(PYTHON) -m pytest tests/gpu -m 'gpu and alone'
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/gpu -m 'gpu and not alone' --numprocesses 8 --dist worksteal
 
 test-gpu-sanitize:
 	@if [ '$(PYTHON)' = '$(VENV)/bin/python' ]; then \

@@ -9,7 +9,7 @@ from firebox.bench.offline import measure
 from firebox.config import Config, EngineConfig, ModelConfig
 from firebox.text.folder import resolve_folder
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timing]  # and the pool takes what memory others leave
+pytestmark = [pytest.mark.gpu, pytest.mark.alone]  # and the pool takes what memory others leave
 
 BATCHES, CONTEXTS = (1, 8, 64), (128, 4096)
 

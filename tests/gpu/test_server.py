@@ -24,7 +24,7 @@ from tests.support.faulty.sitecustomize import ILLEGAL, LATE, LATE_TOKENS, MEMOR
 from tests.support.server_process import ServerProcess, serving, wait_for
 from tests.support.streams import Stream, body, ids_of, nothing_is_held, post
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.alone]  # one test takes the GPU's memory from all others
 
 DEVICE = "cuda"
 RUNNING, QUEUED = 8, 4

@@ -31,7 +31,7 @@ from firebox.kernels.compile import CompileRequest
 from firebox.text.folder import bundled
 from tests.support.gated_delta import QWEN, QWEN_TP4
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.alone]  # what is free is held against what was planned
 ENGINE = EngineConfig(device="cuda", context_length=4096)
 MIB = 2**20
 

@@ -24,7 +24,7 @@ from firebox.bench.tokens import count
 from firebox.bench.watch import Watch
 from tests.support.simulated_server import Behaviour, simulated
 
-pytestmark = pytest.mark.timing
+pytestmark = pytest.mark.alone
 FIRST_S, TOKEN_S, TOKENS = 0.4, 0.01, 60
 PLAIN = FIRST_S + (TOKENS - 1) * TOKEN_S  # seconds an answer takes
 

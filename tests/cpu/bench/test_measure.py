@@ -33,7 +33,7 @@ def report(behaviour: dict[str, Any], **settings: Any) -> Report:
         return measure(Settings(url=url, choices=SMALL, seed=5, **settings))
 
 
-@pytest.mark.timing  # 5 % of 128 ms
+@pytest.mark.alone  # 5 % of 128 ms
 def test_rows_of_a_sound_server_have_numbers() -> None:
     found = report({"ids": True})
     assert found.passed and found.model == "simulated" and found.notes == []

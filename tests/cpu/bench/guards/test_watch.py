@@ -82,7 +82,7 @@ def test_a_failed_request_is_not_called_empty() -> None:
     assert found is not None and found.guard == "one_token"
 
 
-@pytest.mark.timing
+@pytest.mark.alone
 def test_all_guards_cost_at_most_ten_microseconds_a_piece() -> None:
     streams = [record.pieces for record in kind("good") if len(record.pieces) > 200]
     least = min(_cost_us(streams) for _ in range(3))
