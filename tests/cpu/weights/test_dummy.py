@@ -146,7 +146,8 @@ def test_routing_spreads(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(MoeBlock, "_route", spy)
     ids = torch.randint(1, 320, (8, 256), generator=torch.Generator().manual_seed(0))
-    engine.generate(ids.tolist(), SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True))
+    every_token = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, prompt_logprobs=0)
+    engine.generate(ids.tolist(), every_token)  # the last layer's, too
     assert len(chosen) >= 2
     for layer in chosen.values():
         experts = torch.cat(layer)  # [tokens, top_k]
