@@ -15,6 +15,7 @@ language model is one of several parts has `language_model.` before its names; a
 from __future__ import annotations
 
 import fnmatch
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -92,12 +93,19 @@ def matches_parts(path: str, patterns: Sequence[str]) -> bool:
 def matches_modelopt(path: str, patterns: Sequence[str]) -> bool:
     """Shell patterns over the whole name, or over a module that contains it ("model.layers.92" excludes all
     of layer 92)."""
-    parts = path.split(".")
-    heads = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return any(fnmatch.fnmatchcase(head, pattern) for pattern in patterns for head in heads)
+    return _in_a_shell(tuple(patterns)).match(path) is not None
+
+
+@functools.cache
+def _in_a_shell(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    """Any of the shell patterns, up to a dot or to the end: one expression, since a model asks of each of its
+    experts' matrices."""
+    each = (fnmatch.translate(pattern).removesuffix(r"\Z").removesuffix(r"\z") for pattern in patterns)
+    return re.compile(rf"(?:{'|'.join(each)})(?=\.|\Z)" if patterns else r"(?!)")
 
 
 def _all_but(format: Format, exceptions: Sequence[str], match: Match) -> FormatOf:
+    exceptions = tuple(exceptions)
     return lambda path: PLAIN if _excepted(path, lambda name: match(name, exceptions)) else format
 
 

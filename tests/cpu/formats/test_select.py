@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 import torch
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 from compressed_tensors.utils.match import is_match, match_name
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from firebox.errors import UnsupportedFormat
@@ -136,6 +139,17 @@ def test_no_pattern_means_a_part_of_a_name(
 ) -> None:
     assert all(match(name, [pattern]) for name in meant)
     assert not any(match(name, [pattern]) for name in not_meant)
+
+
+SHELL = st.lists(st.text("ab.*?", max_size=8), max_size=3)
+
+
+@given(st.text("ab.", max_size=10), SHELL)
+@settings(max_examples=500)
+def test_shell_patterns_mean_a_module_or_one_that_contains_it(path: str, patterns: list[str]) -> None:
+    heads = [path[:i] for i in range(len(path) + 1) if path[i:][:1] in ("", ".")]
+    wanted = any(fnmatch.fnmatchcase(head, pattern) for pattern in patterns for head in heads)
+    assert matches_modelopt(path, patterns) == wanted
 
 
 # ---- whole configs against compressed-tensors itself
