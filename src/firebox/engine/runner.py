@@ -4,10 +4,10 @@ verb of the engine."""
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import traceback
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -88,13 +88,11 @@ class Runner:
         """One Sampled per chunk, in the plan's order. Writes the step's keys and values to the cache."""
         self.steps[EAGER, self._eager_because(plan)] += 1
         self._copy_states(plan.state_copies)
-        token_ids, step = self._build(plan)
-        rows = _logits_rows(plan, step.query_start)
-        wanted = np.array([row for chunk_rows in rows for row in chunk_rows], np.int64)
-        if len(wanted) < step.tokens:
-            step = dataclasses.replace(step, outputs=self._tensor(wanted))
-        hidden = self.model(self._tensor(token_ids), step)  # [wanted, hidden]
-        if not len(wanted):
+        query_start = np.cumsum([0, *(chunk.count for chunk in plan.chunks)])
+        rows = _logits_rows(plan, query_start)
+        token_ids, step = self._build(plan.chunks, query_start, list(chain.from_iterable(rows)))
+        hidden = self.model(self._tensor(token_ids), step)  # [wanted rows, hidden]
+        if not len(hidden):
             return [Sampled(None)] * len(plan.chunks)
         return self._sample(plan.chunks, self.model.logits(hidden), [len(chunk_rows) for chunk_rows in rows])
 
@@ -123,14 +121,13 @@ class Runner:
             for stack in self._stacks:
                 stack.copy(source, target)
 
-    def _build(self, plan: Plan) -> tuple[np.ndarray, Step]:
-        chunks = plan.chunks
-        counts = [chunk.count for chunk in chunks]
-        query_start = np.zeros(len(chunks) + 1, np.int64)
-        np.cumsum(counts, out=query_start[1:])
+    def _build(
+        self, chunks: Sequence[Chunk], query_start: np.ndarray, wanted: list[int]
+    ) -> tuple[np.ndarray, Step]:
+        """The step's token ids, and the step, whose hidden states are `wanted` of these rows."""
         token_ids = np.concatenate([c.request.token_ids[c.start : c.start + c.count] for c in chunks])
         positions = np.concatenate([np.arange(c.start, c.start + c.count) for c in chunks])
-        rows = np.repeat(np.arange(len(chunks)), counts)
+        rows = np.repeat(np.arange(len(chunks)), np.diff(query_start))
         context_tokens = np.array([chunk.start + chunk.count for chunk in chunks])
         holdings = [chunk.request.holding for chunk in chunks if chunk.request.holding is not None]
 
@@ -151,6 +148,7 @@ class Runner:
             if self._has_states
             else None,
             starts=self._tensor(query_start.astype(np.int32)) if self._has_states else None,
+            outputs=self._tensor(np.array(wanted, np.int64)) if len(wanted) < len(token_ids) else None,
         )
         return token_ids, step
 
