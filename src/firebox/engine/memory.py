@@ -94,6 +94,8 @@ class Meter:
         self._found: dict[str, int] = {}
         self._first = self._used()
         self._last = gpu_memory().allocated_bytes if self._cuda else 0
+        if self._cuda:
+            forget_gpu_peak()  # an engine before this one in its process
 
     def took(self, what: str, peak: str | None = None) -> None:
         """What is held now and was not at the last call; `peak`: what was held in between and no longer."""

@@ -75,7 +75,7 @@ def settings(*lines: tuple[str, int]) -> Resolved:
 
 def test_memory_is_ascribed_to_what_took_it(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = Played(monkeypatch)
-    gpu.take(5)  # before: nobody's
+    gpu.take(5, passing=700)  # before: nobody's
     meter = Meter(H200)
     gpu.take(400, passing=30)
     meter.took("weights", peak="loader peak")
