@@ -28,14 +28,16 @@ from firebox.kernels._words import in_panels, scales_of, scales_of_codes, spread
 
 
 @triton.jit
-def store(acc, factor, bias, routing_weights, products, rows, place, live, HIDDEN: tl.constexpr):
+def store(
+    acc, factor, bias, routing_weights, products, rows, place, live, HIDDEN: tl.constexpr, KEEP: tl.constexpr
+):  # fmt: skip
     if factor is not None:
         acc *= factor[:, None]
     if bias is not None:
         acc += bias[:, None]
     acc *= tl.load(routing_weights + place, mask=live, other=0.0)[None, :]
     at = products + place[None, :].to(tl.int64) * HIDDEN + rows[:, None]
-    tl.store(at, acc.to(products.dtype.element_ty), mask=live[None, :])
+    tl.store(at, acc.to(products.dtype.element_ty), mask=live[None, :], eviction_policy=KEEP)
 
 
 @triton.jit
@@ -56,7 +58,7 @@ def pass_of_tiles(
     HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, STORED: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, PANEL: tl.constexpr,
     FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr,
-    ASM: tl.constexpr, SPREAD: tl.constexpr,
+    ASM: tl.constexpr, SPREAD: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """As one_pass for the tiles from `first_tile` on; `scale` points at the expert's."""
     COLUMNS: tl.constexpr = TOKENS if SPREAD == 0 else TOKENS * SPREAD
@@ -86,7 +88,7 @@ def pass_of_tiles(
             if bias is not None:
                 bias_of_row = tl.load(bias + first_of_expert + rows)
             done = added_groups(raised(acc, GROUP, UNIT, ASM, SPREAD), ROWS, TOKENS, SPREAD)
-            store(done, factor, bias_of_row, routing_weights, products, rows, place, live, HIDDEN)
+            store(done, factor, bias_of_row, routing_weights, products, rows, place, live, HIDDEN, KEEP)
             acc = tl.zeros((ROWS, COLUMNS), tl.float32)
 
 
@@ -97,7 +99,7 @@ def one_pass(
     HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, STORED: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, PANEL: tl.constexpr,
     FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr,
-    ASM: tl.constexpr, SPREAD: tl.constexpr,
+    ASM: tl.constexpr, SPREAD: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """The n-th program's tiles for the tokens at `place`. `scale` points at the expert's; `rows`, `factor`
     and `bias_of_row` are the first tile's."""
@@ -105,7 +107,7 @@ def one_pass(
         pass_of_tiles(
             h, matrix, tiles, expert, n * TILES, scale, row_scale, bias, routing_weights, products, place,
             live, HIDDEN, INTER, GROUPS, STORED, ROWS, TILES, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP,
-            UNIT, STAGES, ASM, SPREAD,
+            UNIT, STAGES, ASM, SPREAD, KEEP,
         )  # fmt: skip
     else:
         row_of_h = h + spread(place, TOKENS, SPREAD)[:, None].to(tl.int64) * INTER
@@ -118,7 +120,7 @@ def one_pass(
             HIDDEN, INTER, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, UNIT, STAGES, ASM,
             SPREAD,
         )  # fmt: skip
-        store(acc, factor, bias_of_row, routing_weights, products, rows, place, live, HIDDEN)
+        store(acc, factor, bias_of_row, routing_weights, products, rows, place, live, HIDDEN, KEEP)
 
 
 @triton.jit
@@ -155,7 +157,7 @@ def whole_tile(
     h, matrix, scale, factor, bias, routing_weights, products, rows, first_in_expert, place, live,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, STORED: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
     TOKENS: tl.constexpr, PANEL: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr,
-    UNIT: tl.constexpr, ASM: tl.constexpr, SPREAD: tl.constexpr, PDL: tl.constexpr,
+    UNIT: tl.constexpr, ASM: tl.constexpr, SPREAD: tl.constexpr, PDL: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """The weights first, then the wait, then h. WIDE: INTER up to a power of two."""
     row_of_h = h + spread(place, TOKENS, SPREAD)[:, None].to(tl.int64) * INTER
@@ -201,4 +203,4 @@ def whole_tile(
             acc = tl.dot(w.to(DTYPE), tl.trans(x.to(DTYPE)), acc) * largest
         else:
             acc = tl.dot(w.to(DTYPE), tl.trans(x.to(DTYPE)), acc)
-    store(acc, factor, bias, routing_weights, products, rows, place, live, HIDDEN)
+    store(acc, factor, bias, routing_weights, products, rows, place, live, HIDDEN, KEEP)

@@ -50,6 +50,7 @@ _FEATURES = {
     "cp.async": r"cp\.async\.c[ag]\.",
     "clusters": r"barrier\.cluster|\.reqnctapercluster",
     "pdl": r"griddepcontrol",
+    "evict_last": r"L2::evict_last",
 }
 _PTX_LINE = re.compile(
     r"^\s*(?:@!?%\w+\s+)?((?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)[\w.:]*)", re.MULTILINE
@@ -94,7 +95,7 @@ def has_tensor_instructions(ptx: str) -> bool:
 
 
 def features(ptx: str) -> tuple[str, ...]:
-    """What else of the hardware a kernel uses: "tma", "cp.async", "clusters", "pdl"."""
+    """What else of the hardware a kernel uses: "tma", "cp.async", "clusters", "pdl", "evict_last"."""
     return tuple(name for name, pattern in _FEATURES.items() if re.search(pattern, ptx))
 
 

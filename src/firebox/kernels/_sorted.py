@@ -207,13 +207,15 @@ def arranged(column, UNIT: tl.constexpr):
 
 @triton.jit
 def store_tile(
-    out, acc, first_of_token, column, live, there, FLIP: tl.constexpr, RAGGED: tl.constexpr
+    out, acc, first_of_token, column, live, there, FLIP: tl.constexpr, RAGGED: tl.constexpr,
+    KEEP: tl.constexpr = "",
 ):  # fmt: skip
-    """`acc` to out[first_of_token + column]; RAGGED: only columns that are `there`."""
+    """`acc` to out[first_of_token + column]; RAGGED: only columns that are `there`. KEEP: see
+    _experts.eviction."""
     values = acc.to(out.dtype.element_ty)
     if FLIP:
         mask = live[:, None] & there[None, :] if RAGGED else live[:, None]
-        tl.store(out + first_of_token[:, None] + column[None, :], values, mask=mask)
+        tl.store(out + first_of_token[:, None] + column[None, :], values, mask=mask, eviction_policy=KEEP)
     else:
         mask = live[None, :] & there[:, None] if RAGGED else live[None, :]
-        tl.store(out + first_of_token[None, :] + column[:, None], values, mask=mask)
+        tl.store(out + first_of_token[None, :] + column[:, None], values, mask=mask, eviction_policy=KEEP)

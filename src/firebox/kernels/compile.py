@@ -69,10 +69,9 @@ class Compiled:
     `registers`, `spill_bytes` (stores) and `stack_bytes` are a thread's, as the assembler reported when it
     made this binary. `instruction`: the dominant tensor instruction, such as "mma.fp8" or "none";
     `instructions`: all of them; `machine_code`: they were confirmed in SASS, not read from PTX alone.
-    `features`: "tma", "cp.async", "clusters", "pdl" where used. `native`: the instructions are of the kinds
-    the kernel declares, no more and no fewer. `error`: why there is no binary, or none that can be trusted;
-    the numbers are then 0.
-    `seconds`: how long the compile took, then."""
+    `features`: "tma", "cp.async", "clusters", "pdl", "evict_last" where used. `native`: the instructions are
+    of the kinds the kernel declares, no more and no fewer. `error`: why there is no binary, or none that can
+    be trusted; the numbers are then 0. `seconds`: how long the compile took, then."""
 
     kernel: str
     target: int

@@ -134,6 +134,7 @@ def _of_choices(order, routing_weights, live, HIDDEN: tl.constexpr):
 def _store(
     acc, n, row_scale, bias, y, weight, row_of_y, live, of_expert,
     HIDDEN: tl.constexpr, ROWS: tl.constexpr, FORMAT: tl.constexpr, ASM: tl.constexpr, FLIP: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
     """The n-th tile, done; `of_expert`: where the expert's rows begin in `row_scale` and `bias`."""
     column, rows = _rows_of(n, HIDDEN, ROWS)
@@ -144,21 +145,23 @@ def _store(
     if bias is not None:
         acc = biased(acc, tl.load(bias + of_expert + rows), FLIP)
     acc = scaled(acc, None, weight, FLIP)
-    store_tile(y, acc, row_of_y, column, live, column < HIDDEN, FLIP, HIDDEN % ROWS != 0)
+    store_tile(y, acc, row_of_y, column, live, column < HIDDEN, FLIP, HIDDEN % ROWS != 0, KEEP)
 
 
 @triton.jit
 def _store_units(
     acc, token_unit, unit, other_unit, of_other, n, scale, row_scale, bias, y, weight, row_of_y, live,
     of_expert,
-    HIDDEN: tl.constexpr, ROWS: tl.constexpr, FORMAT: tl.constexpr, ASM: tl.constexpr,
+    HIDDEN: tl.constexpr, ROWS: tl.constexpr, FORMAT: tl.constexpr, ASM: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """_store, with FLIP, of what `rescaled_product` left."""
     if bias is None:  # nothing comes between a sum's unit and its weight
         token_unit *= weight
         weight = None
     acc = in_units(acc, token_unit, unit, other_unit, of_other, scale is not None)
-    _store(acc, n, row_scale, bias, y, weight, row_of_y, live, of_expert, HIDDEN, ROWS, FORMAT, ASM, True)
+    _store(
+        acc, n, row_scale, bias, y, weight, row_of_y, live, of_expert, HIDDEN, ROWS, FORMAT, ASM, True, KEEP
+    )
 
 
 @triton.jit
@@ -192,7 +195,7 @@ def _tiles(
     PANEL: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, TILES: tl.constexpr,
     HELD: tl.constexpr, FLIP: tl.constexpr, RESCALED: tl.constexpr, FORMAT: tl.constexpr,
     DTYPE: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, H_GROUP: tl.constexpr, STAGES: tl.constexpr,
-    WAITS: tl.constexpr, ASM: tl.constexpr,
+    WAITS: tl.constexpr, ASM: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """TILES tiles of ROWS for `count` choices from the `first` on, of which it takes TOKENS: their steps in
     one loop, so that a tile's weights are on their way while the one before is stored. HELD: it reads its
@@ -258,12 +261,12 @@ def _tiles(
             if RESCALED:
                 _store_units(
                     acc, token_unit, unit, other_unit, of_other, n, scale, row_scale, bias, y, weight,
-                    row_of_y, live, e * HIDDEN, HIDDEN, ROWS, FORMAT, ASM,
+                    row_of_y, live, e * HIDDEN, HIDDEN, ROWS, FORMAT, ASM, KEEP,
                 )  # fmt: skip
             else:
                 _store(
                     acc, n, row_scale, bias, y, weight, row_of_y, live, e * HIDDEN,
-                    HIDDEN, ROWS, FORMAT, ASM, FLIP,
+                    HIDDEN, ROWS, FORMAT, ASM, FLIP, KEEP,
                 )  # fmt: skip
     elif RESCALED:
         token_unit = tl.full((TOKENS,), 1.0, tl.float32)
@@ -285,7 +288,7 @@ def _tiles(
             if k == STEPS - 1:
                 _store_units(
                     acc, token_unit, unit, other_unit, of_other, n, scale, row_scale, bias, y, weight,
-                    row_of_y, live, e * HIDDEN, HIDDEN, ROWS, FORMAT, ASM,
+                    row_of_y, live, e * HIDDEN, HIDDEN, ROWS, FORMAT, ASM, KEEP,
                 )  # fmt: skip
                 acc = empty_tile(ROWS, TOKENS, FLIP)
     elif TILES == 1:
@@ -299,7 +302,7 @@ def _tiles(
         weight, row_of_y = _of_choices(order + first + i, routing_weights, live, HIDDEN)
         _store(
             acc, first_tile, row_scale, bias, y, weight, row_of_y, live, e * HIDDEN,
-            HIDDEN, ROWS, FORMAT, ASM, FLIP,
+            HIDDEN, ROWS, FORMAT, ASM, FLIP, KEEP,
         )  # fmt: skip
     else:
         steps = tl.minimum(TILES, ROW_TILES - first_tile) * STEPS
@@ -314,7 +317,7 @@ def _tiles(
             if k == STEPS - 1:
                 _store(
                     acc, n, row_scale, bias, y, weight, row_of_y, live, e * HIDDEN,
-                    HIDDEN, ROWS, FORMAT, ASM, FLIP,
+                    HIDDEN, ROWS, FORMAT, ASM, FLIP, KEEP,
                 )  # fmt: skip
                 acc = empty_tile(ROWS, TOKENS, FLIP)
 
@@ -327,7 +330,7 @@ def down_sorted(
     PARTS: tl.constexpr, DEPTH: tl.constexpr, TILES: tl.constexpr, HELD: tl.constexpr, FLIP: tl.constexpr,
     NARROW_FLIP: tl.constexpr, RESCALED: tl.constexpr,
     FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, H_GROUP: tl.constexpr,
-    STAGES: tl.constexpr, WAITS: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, WAITS: tl.constexpr, ASM: tl.constexpr, KEEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A block of choices is PARTS programs' work; see _tiles, and moe_gate_up.py for NARROW."""
     wait_for_launch_before(PDL)
@@ -345,14 +348,14 @@ def down_sorted(
             h, h_scale, w, tiles, scale, row_scale, bias, order, routing_weights, y, first_tile, expert,
             first, count,
             HIDDEN, INTER, GROUPS, STORED, PANEL, ROWS, NARROW, DEPTH, TILES, False, NARROW_FLIP, False,
-            FORMAT, DTYPE, GROUP, UNIT, H_GROUP, STAGES, WAITS, ASM,
+            FORMAT, DTYPE, GROUP, UNIT, H_GROUP, STAGES, WAITS, ASM, KEEP,
         )  # fmt: skip
     else:
         _tiles(
             h, h_scale, w, tiles, scale, row_scale, bias, order, routing_weights, y, first_tile, expert,
             first, count,
             HIDDEN, INTER, GROUPS, STORED, PANEL, ROWS, TOKENS, DEPTH, TILES, HELD, FLIP, RESCALED,
-            FORMAT, DTYPE, GROUP, UNIT, H_GROUP, STAGES, WAITS, ASM,
+            FORMAT, DTYPE, GROUP, UNIT, H_GROUP, STAGES, WAITS, ASM, KEEP,
         )  # fmt: skip
 
 
@@ -366,7 +369,7 @@ def request(
     types, absent = _experts.weight_arguments(
         problem, problem.inter, config.rows, config.depth, tma=config.tma
     )
-    native = quantised(problem)
+    native, choices = quantised(problem), (block or config.tokens) * problem.experts
     plain = f"*{_experts.POINTER_NAMES[problem.dtype]}"
     types |= {"h": "*fp8e4nv" if native else plain, "y": plain, "routing_weights": "*fp32"}
     types |= {"order": "*i32", "blocks": "*i32"} | ({"h_scale": "*fp32"} if native else {})
@@ -388,6 +391,7 @@ def request(
         "H_GROUP": inner_group(problem),
         "STAGES": config.stages,
         "WAITS": waits(gpu, decoded=problem.group > 0, interpreted=interpreted),
+        "KEEP": _experts.eviction(choices * problem.hidden * 2, gpu),
     }
     return CompileRequest(
         down_sorted,

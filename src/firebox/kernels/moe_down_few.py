@@ -169,6 +169,7 @@ def down_few(
     TILES: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, APART: tl.constexpr, FORMAT: tl.constexpr,
     DTYPE: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr, SUMMED: tl.constexpr,
     RESIDUAL: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr, LATE: tl.constexpr, SPREAD: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0)
     which, later = program_of_choices(EXPERTS, MODE)
@@ -230,7 +231,7 @@ def down_few(
                 h, matrix, scale_of_tile, factor, bias_of_row, routing_weights, products, rows, n * ROWS,
                 place, live,
                 HIDDEN, INTER, STORED, WIDE, ROWS, TOKENS, PANEL, FORMAT, DTYPE, GROUP, UNIT, ASM, SPREAD,
-                PDL,
+                PDL, KEEP,
             )  # fmt: skip
         else:
             wait_for_launch_before(PDL)
@@ -249,14 +250,14 @@ def down_few(
                         h, matrix, tiles, expert, n, rows, scale_of_expert, row_scale, bias, factor,
                         bias_of_row, routing_weights, products, moved, before + t < count,
                         HIDDEN, INTER, GROUPS, STORED, ROWS, TILES, TOKENS, DEPTH, PANEL, FORMAT, DTYPE,
-                        GROUP, UNIT, STAGES, ASM, SPREAD,
+                        GROUP, UNIT, STAGES, ASM, SPREAD, KEEP,
                     )  # fmt: skip
             elif MODE == "one" or MODE == "columns":
                 one_pass(
                     h, matrix, tiles, expert, n, rows, scale_of_expert, row_scale, bias, factor, bias_of_row,
                     routing_weights, products, place, live,
                     HIDDEN, INTER, GROUPS, STORED, ROWS, TILES, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP,
-                    UNIT, STAGES, ASM, SPREAD,
+                    UNIT, STAGES, ASM, SPREAD, KEEP,
                 )  # fmt: skip
             else:
                 entry = table + listed_by * (PADDED + 1)
@@ -271,7 +272,7 @@ def down_few(
                         h, matrix, tiles, expert, n, rows, scale_of_expert, row_scale, bias, factor,
                         bias_of_row, routing_weights, products, tl.where(there, listed, 0), there,
                         HIDDEN, INTER, GROUPS, STORED, ROWS, TILES, TOKENS, DEPTH, PANEL, FORMAT, DTYPE,
-                        GROUP, UNIT, STAGES, ASM, SPREAD,
+                        GROUP, UNIT, STAGES, ASM, SPREAD, KEEP,
                     )  # fmt: skip
                     if before + step < last:
                         listed = tl.load(entry + 1 + before + step + t)
@@ -337,6 +338,7 @@ def request(
         "RESIDUAL": problem.residual,
         "LATE": late,
         "SPREAD": spread_groups(problem, config.tokens, config.depth or wide),
+        "KEEP": _experts.eviction(padded(tokens) * problem.top_k * problem.hidden * (2 if apart else 4), gpu),
     }
     return CompileRequest(
         kernel=down_few,

@@ -173,6 +173,7 @@ def _tile(
     FLIP: tl.constexpr, RESCALED: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr,
     GROUP: tl.constexpr, UNIT: tl.constexpr, X_GROUP: tl.constexpr, STAGES: tl.constexpr,
     WAITS: tl.constexpr, CLAMPED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, ASM: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
     """The n-th ROWS of an expert for `count` choices from the `first` on, of which it takes TOKENS."""
     i = tl.arange(0, TOKENS)
@@ -233,7 +234,7 @@ def _tile(
         largest = tl.maximum(tl.max(tl.abs(y), axis=1 if FLIP else 0) / 448.0, 1e-12)
         tl.store(h_scale + at * (2 * INTER // ROWS) + n, largest, mask=live)
         y = scaled(y, None, 1 / largest, FLIP)
-    store_tile(h, y, at * INTER, arranged(place, UNIT), live, there, FLIP, RAGGED)
+    store_tile(h, y, at * INTER, arranged(place, UNIT), live, there, FLIP, RAGGED, KEEP)
 
 
 @triton.jit
@@ -245,7 +246,7 @@ def gate_up_sorted(
     FLIP: tl.constexpr, NARROW_FLIP: tl.constexpr, RESCALED: tl.constexpr, FORMAT: tl.constexpr,
     DTYPE: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, X_GROUP: tl.constexpr, STAGES: tl.constexpr,
     WAITS: tl.constexpr, CLAMPED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, ASM: tl.constexpr,
-    PDL: tl.constexpr,
+    KEEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A block of choices is PARTS programs' work. An expert's last tile is often nearly empty: with at most
     NARROW choices it is so narrow, or a fifth of the products would be of nothing (gpt-oss, 4,096 tokens, 128
@@ -264,13 +265,13 @@ def gate_up_sorted(
         _tile(
             x, x_scale, w, tiles, scale, row_scale, bias, order, h, h_scale, n, expert, first, count,
             HIDDEN, INTER, GROUPS, STORED, PANEL, TOP_K, ROWS, NARROW, DEPTH, NARROW_FLIP, False, FORMAT,
-            DTYPE, GROUP, UNIT, X_GROUP, STAGES, WAITS, CLAMPED, LIMIT, ALPHA, ASM,
+            DTYPE, GROUP, UNIT, X_GROUP, STAGES, WAITS, CLAMPED, LIMIT, ALPHA, ASM, KEEP,
         )  # fmt: skip
     else:
         _tile(
             x, x_scale, w, tiles, scale, row_scale, bias, order, h, h_scale, n, expert, first, count,
             HIDDEN, INTER, GROUPS, STORED, PANEL, TOP_K, ROWS, TOKENS, DEPTH, FLIP, RESCALED, FORMAT, DTYPE,
-            GROUP, UNIT, X_GROUP, STAGES, WAITS, CLAMPED, LIMIT, ALPHA, ASM,
+            GROUP, UNIT, X_GROUP, STAGES, WAITS, CLAMPED, LIMIT, ALPHA, ASM, KEEP,
         )  # fmt: skip
 
 
@@ -300,7 +301,7 @@ def request(
     types, absent = _experts.weight_arguments(
         problem, problem.hidden, config.rows, config.depth, tma=config.tma
     )
-    native = quantised(problem)
+    native, choices = quantised(problem), (block or config.tokens) * problem.experts
     values = "*fp8e4nv" if native else f"*{_experts.POINTER_NAMES[problem.dtype]}"
     types |= {"x": values, "h": values, "order": "*i32", "blocks": "*i32"}
     scales = ("x_scale", "h_scale")
@@ -325,6 +326,7 @@ def request(
         "CLAMPED": problem.activation == "clamped_swiglu",
         "LIMIT": problem.limit,
         "ALPHA": problem.alpha,
+        "KEEP": _experts.eviction(choices * problem.inter * (1 if native else 2), gpu),
     }
     return CompileRequest(
         gate_up_sorted,

@@ -175,6 +175,7 @@ def _pass(
     DEPTH: tl.constexpr, PANEL: tl.constexpr,
     FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr,
     CLAMPED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, ASM: tl.constexpr, SPREAD: tl.constexpr,
+    KEEP: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS by TOKENS; `place` [TOKENS]: where each token's choice stands."""
     row_of_x = x + spread(token, TOKENS, SPREAD)[:, None].to(tl.int64) * HIDDEN
@@ -191,7 +192,7 @@ def _pass(
     if h.dtype.element_ty == tl.float16:
         y = tl.minimum(tl.maximum(y, -65504.0), 65504.0)
     at = h + place[None, :].to(tl.int64) * INTER + column[:, None]
-    tl.store(at, y.to(h.dtype.element_ty), mask=live[None, :])
+    tl.store(at, y.to(h.dtype.element_ty), mask=live[None, :], eviction_policy=KEEP)
 
 
 @triton.jit
@@ -234,7 +235,7 @@ def gate_up_few(
     PADDED: tl.constexpr, MODE: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
     FORMAT: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr,
     CLAMPED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
-    LATE: tl.constexpr, SPREAD: tl.constexpr,
+    LATE: tl.constexpr, SPREAD: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0)
     which, later = program_of_choices(EXPERTS, MODE)
@@ -298,7 +299,7 @@ def gate_up_few(
         _pass(
             x, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row, h, t, place, live, column,
             HIDDEN, INTER, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, UNIT, STAGES, CLAMPED,
-            LIMIT, ALPHA, ASM, SPREAD,
+            LIMIT, ALPHA, ASM, SPREAD, KEEP,
         )  # fmt: skip
         if LATE:
             let_next_launch_begin(PDL)
@@ -311,7 +312,7 @@ def gate_up_few(
                 x, matrix, tiles, first_row, rows, scale_of_row, factor, bias_of_row, h, moved // TOP_K,
                 moved, before + t < count, column,
                 HIDDEN, INTER, STORED, ROWS, TOKENS, DEPTH, PANEL, FORMAT, DTYPE, GROUP, UNIT, STAGES,
-                CLAMPED, LIMIT, ALPHA, ASM, SPREAD,
+                CLAMPED, LIMIT, ALPHA, ASM, SPREAD, KEEP,
             )  # fmt: skip
     if ready is not None:
         say_ready(ready + expert)
@@ -364,6 +365,7 @@ def request(
         "ALPHA": problem.alpha,
         "LATE": late,
         "SPREAD": spread_groups(problem, config.tokens, config.depth),
+        "KEEP": _experts.eviction(padded(tokens) * problem.top_k * problem.inter * 2, gpu),
     }
     return CompileRequest(
         kernel=gate_up_few,

@@ -90,6 +90,7 @@ def test_features() -> None:
         "cp.async",
         "pdl",
     )
+    assert features("createpolicy.fractional.L2::evict_last.b64 %rd3, 1.0;") == ("evict_last",)
     assert features("bar.sync 0;") == ()
 
 
