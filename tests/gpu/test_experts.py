@@ -27,6 +27,8 @@ from firebox.kernels import (
 from firebox.kernels._block_scaled import GROUPS, KINDS, Rounded
 from firebox.kernels._experts import FORMATS, FOUR_BIT, FP8, INT4_ZERO, INTEGERS, MXFP4, NIBBLES, Problem
 from firebox.kernels.launch import Launcher
+from firebox.layers import expert_paths
+from firebox.layers import experts as expert_layers
 from firebox.layers.expert_paths import FEW, ONE, SCALED, SORTED, Path, default_path, path_of, requests
 from firebox.layers.experts import Experts, Workspace
 from tests.support.experts import random_routing, random_weights, relative_error
@@ -182,6 +184,38 @@ def test_the_second_half_reads_no_expert_before_the_first_is_done_with_it(tokens
     wanted, out = space.y.clone(), torch.empty_like(x)
     for _ in range(200):
         space.h_few.fill_(float("nan"))
+        experts(x, ids, weights, out)
+        assert torch.equal(space.y, wanted)
+
+
+@pytest.mark.parametrize("format", ["bf16", "fp8_block", "mxfp4"])
+def test_the_second_half_reads_no_block_before_the_first_is_done_with_it(
+    format: str, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same of many tokens, sorted into small blocks."""
+    tokens = 300
+    layer = Layer(problem(format, hidden=4096, inter=512, experts=128, top_k=8), gpu, tokens)
+    p, space = layer.problem, layer.workspace
+    path = default_path(p, SORTED, 16, gpu)
+    experts = Experts(p, layer.gate_up, layer.down, gpu, space, {tokens: path})
+    x = torch.randn(tokens, p.hidden, generator=layer.generator, device="cuda").bfloat16()
+    ids, weights = random_routing(p, tokens, layer.generator, "cuda")
+    out = torch.empty_like(x)
+
+    def counted() -> bool:
+        expert_layers._launchers.cache_clear()
+        return "ready" in requests(p, tokens, path, gpu)["moe_down"].signature
+
+    with monkeypatch.context() as patched:
+        patched.setattr(expert_paths, "COUNTED_UP_TO", 0)
+        assert not counted()
+        experts(x, ids, weights, out)
+    wanted = space.y.clone()
+    assert counted()
+    for _ in range(200):
+        space.h.view(torch.uint8).fill_(0xFF)  # not a number, whatever the type
+        if space.h_scale is not None:
+            space.h_scale.fill_(float("nan"))
         experts(x, ids, weights, out)
         assert torch.equal(space.y, wanted)
 

@@ -247,16 +247,21 @@ def sorted_(
     # rows are half a scale of h
     fitting = rescaled(p, config) if config.rows == 256 and block == BLOCK else {}
     for name, tile in {**fitting, **in_units(p, config, p.hidden), "": config}.items():
-        h = torch.empty(ids.numel(), p.inter, dtype=x.dtype)
-        launcher = Launcher(moe_gate_up.request(p, tile, GPU, interpreted=True))
-        moe_gate_up.run(launcher, p, x, x_scale, gate_up, order, blocks, h, h_scale)
+        h, ready = (
+            torch.empty(ids.numel(), p.inter, dtype=x.dtype),
+            torch.zeros(len(blocks), dtype=torch.int32),
+        )
+        launcher = Launcher(moe_gate_up.request(p, tile, GPU, counted=True, interpreted=True))
+        moe_gate_up.run(launcher, p, x, x_scale, gate_up, order, blocks, h, h_scale, ready)
+        parts = -(-2 * p.inter // tile.rows) * -(-blocks[:, 2] // tile.tokens)
+        assert torch.equal(ready, parts.int()), "programs counted wrongly"
         inner = h.float()
         if p.arranged:
             inner = torch.empty_like(inner).index_copy_(1, layouts.arranged_columns(p.inter, p.group), inner)
         if h_scale is not None:
             inner = (h.float().unflatten(-1, (-1, group)) * h_scale.unsqueeze(-1)).flatten(-2)
         found[f"{name_of_all} gate_up{name}"] = relative_error(inner, wanted)
-    config = in_depths(moe_down.default(p, block, GPU), p, p.inter)
+    first_half, config = config, in_depths(moe_down.default(p, block, GPU), p, p.inter)
     wanted = moe_down.reference(p, inner, down, ids, order, weights)
     in_a_row = replace(config, tiles=2)
     held = {" 2 tiles held": replace(in_a_row, held=True)} if moe_down.can_hold(p, config.depth) else {}
@@ -270,8 +275,8 @@ def sorted_(
     )
     for name, tile in {**many, "": config}.items():
         y = torch.full((ids.numel(), p.hidden), NAN, dtype=torch.float16)
-        launcher = Launcher(moe_down.request(p, tile, GPU, interpreted=True))
-        moe_down.run(launcher, p, h, h_scale, down, order, blocks, weights, y)
+        launcher = Launcher(moe_down.request(p, tile, GPU, counted=True, interpreted=True))
+        moe_down.run(launcher, p, h, h_scale, down, order, blocks, weights, y, ready, first_half)
         found[f"{name_of_all} down{name}"] = relative_error(y, wanted)
     sums = moe_combine.Problem(p.hidden, p.top_k, "f16")
     out = torch.full((tokens, p.hidden), NAN, dtype=torch.float16)
@@ -297,9 +302,11 @@ def in_order(p: Problem, ids: torch.Tensor, block: int = BLOCK) -> tuple[torch.T
     guarded_order = torch.full((ids.numel() + 1,), -1, dtype=torch.int32)
     guarded_blocks = torch.full((moe_sort.most_blocks(sort, ids.numel()) + 1, 3), -7, dtype=torch.int32)
     order, blocks = guarded_order[:-1], guarded_blocks[:-1]
-    count, place = (Launcher(request) for request in moe_sort.requests(sort, GPU, interpreted=True))
-    scratch = moe_sort.scratch(sort, "cpu")
-    moe_sort.run((count, place), ids, scratch, order, blocks)
+    requests = moe_sort.requests(sort, GPU, counted=True, interpreted=True)
+    count, place = (Launcher(request) for request in requests)
+    scratch, ready = moe_sort.scratch(sort, "cpu"), torch.full((len(guarded_blocks),), -1, dtype=torch.int32)
+    moe_sort.run((count, place), ids, scratch, order, blocks, ready[:-1])
+    assert not ready[:-1].any() and ready[-1] == -1, f"not zero, or behind the end: {ready}"
     assert not scratch.counts.any() and not scratch.ended.any(), "not ready for a second time"
     assert guarded_order[-1] == -1 and (guarded_blocks[-1] == -7).all(), "behind the end was written"
     of_expert, wanted_blocks = moe_sort.reference(sort, ids)

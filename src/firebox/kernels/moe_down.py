@@ -4,7 +4,8 @@
 
 h and h_scale as kernels/moe_gate_up.py leaves them; routing_weights [tokens, top_k] float32; y [choices,
 hidden] bf16 by place, so that kernels/moe_combine.py finds a token's experts next to each other. Accumulation
-in float32.
+in float32. Where the first half counts the programs of each block that are done (`ready`), a block begins
+when its own are, not when the launch before has ended (kernels/_pdl.py).
 
 Source: own. Measured: H200, 2026-11-21, docs/log/2026-11-21-gpu-kernels.md.
 """
@@ -24,7 +25,7 @@ from firebox.hardware.base import Gpu
 from firebox.kernels import _experts
 from firebox.kernels._expert_tiles import row_factors, row_of_tile, scales_of_rows
 from firebox.kernels._experts import Problem, Weights
-from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before
+from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before, wait_until_ready
 from firebox.kernels._sorted import (
     NARROW,
     add_chunk,
@@ -324,7 +325,7 @@ def _tiles(
 
 @triton.jit
 def down_sorted(
-    h, h_scale, w, tiles, scale, row_scale, bias, order, blocks, routing_weights, y,
+    h, h_scale, w, tiles, scale, row_scale, bias, order, blocks, routing_weights, y, ready, parts, width,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, STORED: tl.constexpr,
     PANEL: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
     PARTS: tl.constexpr, DEPTH: tl.constexpr, TILES: tl.constexpr, HELD: tl.constexpr, FLIP: tl.constexpr,
@@ -333,13 +334,19 @@ def down_sorted(
     STAGES: tl.constexpr, WAITS: tl.constexpr, ASM: tl.constexpr, KEEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A block of choices is PARTS programs' work; see _tiles, and moe_gate_up.py for NARROW."""
-    wait_for_launch_before(PDL)
+    if ready is None:
+        wait_for_launch_before(PDL)
     let_next_launch_begin(PDL)
+    block = tl.program_id(1) // PARTS
     part = tl.program_id(1) % PARTS
-    entry = blocks + tl.program_id(1) // PARTS * 3
-    count = tl.load(entry + 2) - part * TOKENS
+    # The blocks were written before the first half began, so they may be read before it has ended.
+    entry = blocks + block * 3
+    in_block = tl.load(entry + 2)
+    count = in_block - part * TOKENS
     if count <= 0:
         return
+    if ready is not None:
+        wait_until_ready(ready + block, parts * tl.cdiv(in_block, width), PDL)
     expert = tl.load(entry)
     first = tl.load(entry + 1) + part * TOKENS
     first_tile = tl.program_id(0) * TILES
@@ -363,9 +370,15 @@ def down_sorted(
 
 
 def request(
-    problem: Problem, config: Config, gpu: Gpu, *, block: int = 0, interpreted: bool = False
+    problem: Problem,
+    config: Config,
+    gpu: Gpu,
+    *,
+    block: int = 0,
+    counted: bool = False,
+    interpreted: bool = False,
 ) -> CompileRequest:
-    """One compile for any number of tokens. `block` as in moe_gate_up."""
+    """One compile for any number of tokens. `block` and `counted` as in moe_gate_up."""
     types, absent = _experts.weight_arguments(
         problem, problem.inter, config.rows, config.depth, tma=config.tma
     )
@@ -374,6 +387,10 @@ def request(
     types |= {"h": "*fp8e4nv" if native else plain, "y": plain, "routing_weights": "*fp32"}
     types |= {"order": "*i32", "blocks": "*i32"} | ({"h_scale": "*fp32"} if native else {})
     absent |= {} if native else {"h_scale": None}
+    if counted:
+        types |= {"ready": "*i32", "parts": "i32", "width": "i32"}
+    else:
+        absent |= dict.fromkeys(("ready", "parts", "width"))
     constants: dict[str, Any] = _experts.weight_constants(
         problem, problem.inter, gpu, interpreted=interpreted
     )
@@ -416,11 +433,18 @@ def run(
     blocks: torch.Tensor,
     routing_weights: torch.Tensor,
     y: torch.Tensor,
+    ready: torch.Tensor | None = None,
+    first_half: Config | None = None,
 ) -> None:
-    """Writes `y` [choices, hidden]; one row of programs for each of `blocks` [n, 3]."""
+    """Writes `y` [choices, hidden]; one row of programs for each of `blocks` [n, 3]. `ready` [n] int32: what
+    the first half, of these tiles, counted, if the request is `counted`."""
     arguments = _experts.bound(launcher, weights)
     if h_scale is not None:
         arguments["h_scale"] = h_scale
+    if "ready" in launcher.request.signature:
+        assert ready is not None and first_half is not None, "nothing was counted"
+        parts = -(-2 * problem.inter // first_half.rows)
+        arguments |= {"ready": ready, "parts": parts, "width": first_half.tokens}
     sizes = launcher.request.constexprs
     grid = (-(-problem.hidden // (sizes["ROWS"] * sizes["TILES"])), blocks.shape[0] * sizes["PARTS"], 1)
     launcher(grid, **arguments, h=h, order=order, blocks=blocks, routing_weights=routing_weights, y=y)

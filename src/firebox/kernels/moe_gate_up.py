@@ -26,7 +26,7 @@ from firebox.hardware.base import Gpu
 from firebox.kernels import _experts
 from firebox.kernels._expert_tiles import row_factors, row_of_tile, scales_of_rows
 from firebox.kernels._experts import Problem, Weights
-from firebox.kernels._pdl import let_next_launch_begin, wait_for_launch_before
+from firebox.kernels._pdl import let_next_launch_begin, say_ready, wait_for_launch_before
 from firebox.kernels._sorted import (
     NARROW,
     activated,
@@ -239,7 +239,7 @@ def _tile(
 
 @triton.jit
 def gate_up_sorted(
-    x, x_scale, w, tiles, scale, row_scale, bias, order, blocks, h, h_scale,
+    x, x_scale, w, tiles, scale, row_scale, bias, order, blocks, h, h_scale, ready,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUPS: tl.constexpr, STORED: tl.constexpr,
     PANEL: tl.constexpr, TOP_K: tl.constexpr, ROWS: tl.constexpr,
     TOKENS: tl.constexpr, PARTS: tl.constexpr, DEPTH: tl.constexpr,
@@ -273,6 +273,8 @@ def gate_up_sorted(
             HIDDEN, INTER, GROUPS, STORED, PANEL, TOP_K, ROWS, TOKENS, DEPTH, FLIP, RESCALED, FORMAT, DTYPE,
             GROUP, UNIT, X_GROUP, STAGES, WAITS, CLAMPED, LIMIT, ALPHA, ASM, KEEP,
         )  # fmt: skip
+    if ready is not None:
+        say_ready(ready + tl.program_id(1) // PARTS)
 
 
 @triton.jit
@@ -294,10 +296,17 @@ def _finished(
 
 
 def request(
-    problem: Problem, config: Config, gpu: Gpu, *, block: int = 0, interpreted: bool = False
+    problem: Problem,
+    config: Config,
+    gpu: Gpu,
+    *,
+    block: int = 0,
+    counted: bool = False,
+    interpreted: bool = False,
 ) -> CompileRequest:
     """One compile for any number of tokens. `block`: choices of a block, a multiple of the tile's tokens (0:
-    as many as these)."""
+    as many as these). `counted`: a block's programs that are done are counted, for the second half to begin
+    with that block."""
     types, absent = _experts.weight_arguments(
         problem, problem.hidden, config.rows, config.depth, tma=config.tma
     )
@@ -307,6 +316,10 @@ def request(
     scales = ("x_scale", "h_scale")
     types |= dict.fromkeys(scales, "*fp32") if native else {}
     absent |= {} if native else dict.fromkeys(scales)
+    if counted:
+        types["ready"] = "*i32"
+    else:
+        absent["ready"] = None
     constants: dict[str, Any] = _experts.weight_constants(
         problem, problem.hidden, gpu, interpreted=interpreted
     )
@@ -351,11 +364,16 @@ def run(
     blocks: torch.Tensor,
     h: torch.Tensor,
     h_scale: torch.Tensor | None,
+    ready: torch.Tensor | None = None,
 ) -> None:
-    """Writes `h` and, in FP8, `h_scale`; one row of programs for each of `blocks` [n, 3]."""
+    """Writes `h` and, in FP8, `h_scale`; one row of programs for each of `blocks` [n, 3]. `ready` [n] int32,
+    zero before, counts the programs of each block that have something to do, if the request is `counted`."""
     arguments = _experts.bound(launcher, weights)
     if x_scale is not None:
         arguments |= {"x_scale": x_scale, "h_scale": h_scale}
+    if "ready" in launcher.request.signature:
+        assert ready is not None, "programs that are done have nowhere to be counted"
+        arguments["ready"] = ready
     sizes = launcher.request.constexprs
     grid = (-(-2 * problem.inter // sizes["ROWS"]), blocks.shape[0] * sizes["PARTS"], 1)
     launcher(grid, **arguments, x=x, order=order, blocks=blocks, h=h)

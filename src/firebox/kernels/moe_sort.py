@@ -2,6 +2,7 @@
 
     order [choices]    places in expert_ids (token · top_k + k), those of expert 0 first
     blocks [n, 3]      expert, first place in `order`, how many (0: nothing to do), for n programs
+    ready [n]          zeros, for kernels/moe_gate_up.py to count each block's programs, where it does
 
 expert_ids [tokens, top_k] int32. Within an expert the order may differ from run to run; what is computed per
 choice does not depend on it. First launch: programs count, the last one makes offsets of the counts. Second:
@@ -108,7 +109,7 @@ def count_choices(
 
 @triton.jit
 def place_choices(
-    expert_ids, starts, last_blocks, cursors, order, blocks, choices, placing, total_blocks,
+    expert_ids, starts, last_blocks, cursors, order, blocks, ready, choices, placing, total_blocks,
     EXPERTS: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr, BLOCKS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -138,15 +139,17 @@ def place_choices(
         tl.store(entry, expert, mask=written)
         tl.store(entry + 1, first, mask=written)
         tl.store(entry + 2, tl.where(real, tl.minimum(end - first, BLOCK), 0), mask=written)
+        if ready is not None:
+            tl.store(ready + b, 0, mask=written)
 
 
 # ---- 3. the launch
 
 
 def requests(
-    problem: Problem, gpu: Gpu, *, beside: bool = False, interpreted: bool = False
+    problem: Problem, gpu: Gpu, *, beside: bool = False, counted: bool = False, interpreted: bool = False
 ) -> tuple[CompileRequest, CompileRequest]:
-    """Counting and placing; `beside`: see above."""
+    """Counting and placing; `beside`: see above; `counted`: there is `ready`."""
     pdl = "pdl" in gpu.facts and not interpreted
     shared = {
         "EXPERTS": triton.next_power_of_2(problem.experts),
@@ -157,7 +160,7 @@ def requests(
     options = {"launch_pdl": True} if pdl else {}
 
     def request(
-        kernel: object, pointers: tuple[str, ...], numbers: tuple[str, ...], **more: int
+        kernel: object, pointers: tuple[str, ...], numbers: tuple[str, ...], **more: int | None
     ) -> CompileRequest:
         signature = dict.fromkeys(pointers, "*i32") | dict.fromkeys(numbers, "i32")
         return CompileRequest(kernel, signature, shared | more, gpu, pointers, num_warps=4, options=options)
@@ -167,9 +170,10 @@ def requests(
         request(count_choices, ("expert_ids", "counts", "ended", *offsets), ("choices",), BESIDE=beside),
         request(
             place_choices,
-            ("expert_ids", *offsets, "order", "blocks"),
+            ("expert_ids", *offsets, "order", "blocks", *(("ready",) if counted else ())),
             ("choices", "placing", "total_blocks"),
             BLOCKS=BLOCKS,
+            **({} if counted else {"ready": None}),
         ),
     )
 
@@ -180,8 +184,10 @@ def run(
     scratch: Scratch,
     order: torch.Tensor,
     blocks: torch.Tensor,
+    ready: torch.Tensor | None = None,
 ) -> None:
-    """Writes `order` [choices] and `blocks` [most_blocks, 3], both int32; changes `scratch`."""
+    """Writes `order` [choices], `blocks` [most_blocks, 3] and, if the requests are `counted`, `ready`
+    [most_blocks], all int32; changes `scratch`."""
     count, place = launchers
     choices, total = expert_ids.numel(), blocks.shape[0]
     programs = -(-choices // CHOICES)
@@ -194,6 +200,10 @@ def run(
         choices=choices,
         **offsets,
     )
+    counters = {}
+    if "ready" in place.request.signature:
+        assert ready is not None, "programs of blocks are to be counted"
+        counters["ready"] = ready
     place(
         (programs + -(-total // BLOCKS), 1, 1),
         expert_ids=expert_ids,
@@ -203,6 +213,7 @@ def run(
         placing=programs,
         total_blocks=total,
         **offsets,
+        **counters,
     )
 
 

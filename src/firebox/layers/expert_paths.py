@@ -55,6 +55,7 @@ MODULES = {
 }
 FEW_UNMEASURED = 16
 SMALLEST_BLOCK = 16  # choices of a sorted tile
+COUNTED_UP_TO = 32  # choices of a block: its second half begins when its first is done (kernels/_pdl.py)
 BLOCK_SCALED = {"mxfp4": "mxf8", "nvfp4": "nvf4"}  # a checkpoint's format → the instruction for nibbles
 RULE = "for want of a measurement"
 
@@ -256,7 +257,8 @@ def requests(problem: Problem, tokens: int, path: Path, gpu: Gpu) -> dict[str, C
     sort = moe_sort.Problem(problem.experts, path.block)
     rounds = moe_gate_up.quantised(problem) and not problem.normed
     beside = path.name == SORTED and (rounds or problem.arranged)
-    count, place = moe_sort.requests(sort, gpu, beside=beside, interpreted=INTERPRETED)
+    counted = path.name == SORTED and path.block <= COUNTED_UP_TO and "pdl" in gpu.facts
+    count, place = moe_sort.requests(sort, gpu, beside=beside, counted=counted, interpreted=INTERPRETED)
     found = {"moe_count": count, "moe_place": place}
     if rounds:
         rows = quantise_fp8.Problem(problem.hidden, moe_gate_up.x_group(problem), problem.dtype)
@@ -266,11 +268,10 @@ def requests(problem: Problem, tokens: int, path: Path, gpu: Gpu) -> dict[str, C
     if problem.arranged:
         columns = moe_arrange.Problem(problem.hidden, problem.group, problem.dtype)
         found["moe_arrange"] = moe_arrange.request(columns, gpu, interpreted=INTERPRETED)
+    how = {"block": path.block, "counted": counted, "interpreted": INTERPRETED}
     return found | {
-        "moe_gate_up": moe_gate_up.request(
-            problem, path.gate_up, gpu, block=path.block, interpreted=INTERPRETED
-        ),
-        "moe_down": moe_down.request(problem, path.down, gpu, block=path.block, interpreted=INTERPRETED),
+        "moe_gate_up": moe_gate_up.request(problem, path.gate_up, gpu, **how),
+        "moe_down": moe_down.request(problem, path.down, gpu, **how),
         "moe_combine": _combine_request(problem, gpu),
     }
 

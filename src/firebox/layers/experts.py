@@ -54,6 +54,7 @@ class Workspace:
         self.y = empty(choices, p.hidden, dtype=DTYPES[p.dtype])
         self.order = empty(choices, dtype=torch.int32)
         self.blocks = empty(min(choices, choices // 16 + p.experts), 3, dtype=torch.int32)
+        self.ready_blocks = empty(len(self.blocks), dtype=torch.int32)
         self.sort = moe_sort.scratch(moe_sort.Problem(p.experts, 16), device)
         self.x = self.x_scale = self.h_scale = None
         self.rounded_x = self.rounded_h = None
@@ -192,6 +193,7 @@ class Experts:
             blocks,
             space.h,
             space.h_scale,
+            space.ready_blocks,
         )
         moe_down.run(
             launchers["moe_down"],
@@ -203,6 +205,8 @@ class Experts:
             blocks,
             routing_weights,
             space.y,
+            space.ready_blocks,
+            path.gate_up,
         )
         moe_combine.run(launchers["moe_combine"], space.y, out)
 
@@ -231,9 +235,8 @@ class Experts:
         """Fills the workspace's order; the blocks."""
         space, sort = self.workspace, moe_sort.Problem(self.problem.experts, path.block)
         blocks = space.blocks[: moe_sort.most_blocks(sort, expert_ids.numel())]
-        moe_sort.run(
-            (launchers["moe_count"], launchers["moe_place"]), expert_ids, space.sort, space.order, blocks
-        )
+        both = (launchers["moe_count"], launchers["moe_place"])
+        moe_sort.run(both, expert_ids, space.sort, space.order, blocks, space.ready_blocks)
         return blocks
 
 

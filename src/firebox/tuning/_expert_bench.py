@@ -273,7 +273,7 @@ class ExpertBench:
         space, sort = data.space, moe_sort.Problem(self.problem.experts, block)
         blocks = space.blocks[: moe_sort.most_blocks(sort, data.ids.numel())]
         both = (launchers["moe_count"], launchers["moe_place"])
-        moe_sort.run(both, data.ids, space.sort, space.order, blocks)
+        moe_sort.run(both, data.ids, space.sort, space.order, blocks, space.ready_blocks)
 
     def _change(self, launchers: dict[str, Launcher], data: _Data) -> None:
         space = data.space

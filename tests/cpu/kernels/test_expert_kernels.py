@@ -177,6 +177,18 @@ def test_what_the_next_launch_reads_is_the_last_to_leave_the_l2_where_it_fits() 
         assert ("evict_last" in compiled.features) == (" 4096 " not in name), (name, compiled.features)
 
 
+def test_a_small_block_s_second_half_begins_when_its_first_is_done() -> None:
+    """Where launches overlap."""
+    p = Problem(4096, 512, 128, 8, "fp8_block")
+    for gpu_name, block, counted in (
+        ("h200", 16, True), ("h200", 32, True), ("h200", 64, False), ("gb10", 16, True), ("l40s", 16, False),
+    ):  # fmt: skip
+        gpu = find_gpu(gpu_name)
+        found = requests(p, 300, default_path(p, SORTED, block, gpu), gpu)
+        for op in ("moe_place", "moe_gate_up", "moe_down"):
+            assert ("ready" in found[op].signature) == counted, (gpu_name, block, op)
+
+
 def test_fewer_registers_let_another_program_onto_the_multiprocessor() -> None:
     """gpt-oss's many tokens on an H200: three programs of 4 warps, two of 8 with twice the rows, which move
     two thirds of the bytes; what spills, spills outside the loop."""
