@@ -17,7 +17,8 @@ more, the tensor cores are what a layer waits for, and gpt-oss's 4,096 tokens to
 
 What a kernel reads before its wait no launch of the same step has written, but for the choices of experts
 that moe_down_few.py and moe_down_one.py read: moe_gate_up_few.py and moe_gate_up_one.py, before them, wait
-first; and that moe_sort.py's first reads beside quantise_fp8.py or moe_arrange.py, which wait first."""
+first, as moe_gate_up.py does before moe_down.py reads blocks, order and weights of choices; and that
+moe_sort.py's first reads beside quantise_fp8.py or moe_arrange.py, which wait first."""
 
 from __future__ import annotations
 
