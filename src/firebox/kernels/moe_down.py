@@ -382,7 +382,7 @@ def request(
     types, absent = _experts.weight_arguments(
         problem, problem.inter, config.rows, config.depth, tma=config.tma
     )
-    native, choices = quantised(problem), (block or config.tokens) * problem.experts
+    native, block = quantised(problem), block or config.tokens
     plain = f"*{_experts.POINTER_NAMES[problem.dtype]}"
     types |= {"h": "*fp8e4nv" if native else plain, "y": plain, "routing_weights": "*fp32"}
     types |= {"order": "*i32", "blocks": "*i32"} | ({"h_scale": "*fp32"} if native else {})
@@ -398,7 +398,7 @@ def request(
         "DTYPE": None if native else constants["DTYPE"],
         "ROWS": config.rows,
         "TOKENS": config.tokens,
-        "PARTS": (block or config.tokens) // config.tokens,
+        "PARTS": block // config.tokens,
         "DEPTH": config.depth,
         "TILES": config.tiles,
         "HELD": config.held,
@@ -408,7 +408,7 @@ def request(
         "H_GROUP": inner_group(problem),
         "STAGES": config.stages,
         "WAITS": waits(gpu, decoded=problem.group > 0, interpreted=interpreted),
-        "KEEP": _experts.eviction(choices * problem.hidden * 2, gpu),
+        "KEEP": _experts.eviction_sorted(problem, block, problem.hidden * 2, gpu),
     }
     return CompileRequest(
         down_sorted,

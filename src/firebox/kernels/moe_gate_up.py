@@ -310,7 +310,7 @@ def request(
     types, absent = _experts.weight_arguments(
         problem, problem.hidden, config.rows, config.depth, tma=config.tma
     )
-    native, choices = quantised(problem), (block or config.tokens) * problem.experts
+    native, block = quantised(problem), block or config.tokens
     values = "*fp8e4nv" if native else f"*{_experts.POINTER_NAMES[problem.dtype]}"
     types |= {"x": values, "h": values, "order": "*i32", "blocks": "*i32"}
     scales = ("x_scale", "h_scale")
@@ -328,7 +328,7 @@ def request(
         "TOP_K": problem.top_k,
         "ROWS": config.rows,
         "TOKENS": config.tokens,
-        "PARTS": (block or config.tokens) // config.tokens,
+        "PARTS": block // config.tokens,
         "DEPTH": config.depth,
         "FLIP": config.flip,
         "NARROW_FLIP": narrow_flip(config, gpu),
@@ -339,7 +339,7 @@ def request(
         "CLAMPED": problem.activation == "clamped_swiglu",
         "LIMIT": problem.limit,
         "ALPHA": problem.alpha,
-        "KEEP": _experts.eviction(choices * problem.inter * (1 if native else 2), gpu),
+        "KEEP": _experts.eviction_sorted(problem, block, problem.inter * (1 if native else 2), gpu),
     }
     return CompileRequest(
         gate_up_sorted,
