@@ -33,9 +33,12 @@ demo: setup
 	@$(VENV)/bin/firebox generate --prompt 'def fibonacci(' --max-tokens 64 --temperature 0
 	@$(PYTHON) tools/setup_venv.py
 
+# The oldest Triton that is allowed compiles every kernel too, from a folder of its own (188 MB).
 # Here and in test-gpu one thread a process: torch's own would stand in each other's way (16 cores, 15
 # processes: a reference of 1 s took 234).
 test: setup
+	@test -d $(VENV)/triton-3.6.0 || \
+	  $(PYTHON) -m pip install --quiet --no-deps --target $(VENV)/triton-3.6.0 triton==3.6.0
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/cpu tests/e2e -m alone
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/cpu tests/e2e -m 'not alone' --numprocesses 2 --dist worksteal
 

@@ -208,7 +208,7 @@ def arranged(column, UNIT: tl.constexpr):
 @triton.jit
 def store_tile(
     out, acc, first_of_token, column, live, there, FLIP: tl.constexpr, RAGGED: tl.constexpr,
-    KEEP: tl.constexpr = "",
+    KEEP: tl.constexpr,
 ):  # fmt: skip
     """`acc` to out[first_of_token + column]; RAGGED: only columns that are `there`. KEEP: see
     _experts.eviction."""

@@ -88,7 +88,7 @@ def down_scaled(
         )  # fmt: skip
     acc = finished(acc, x_row_scale, at, live, row_scale, bias, e * HIDDEN + rows, KIND)
     y = scaled(acc, None, tl.load(routing_weights + place, mask=live, other=0.0), True)
-    store_tile(out, y, place.to(tl.int64) * HIDDEN, column, live, column < HIDDEN, True, RAGGED)
+    store_tile(out, y, place.to(tl.int64) * HIDDEN, column, live, column < HIDDEN, True, RAGGED, "")
 
 
 # ---- 3. the launch

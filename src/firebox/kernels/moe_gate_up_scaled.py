@@ -89,7 +89,7 @@ def gate_up_scaled(
     acc = finished(acc, x_row_scale, token, live, row_scale, bias, e * (2 * INTER) + rows, KIND)
     y = activated(acc, ROWS, TOKENS, CLAMPED, LIMIT, ALPHA, True)
     place = n * (ROWS // 2) + tl.arange(0, ROWS // 2)
-    store_tile(out, y, (first + i).to(tl.int64) * INTER, place, live, place < INTER, True, RAGGED)
+    store_tile(out, y, (first + i).to(tl.int64) * INTER, place, live, place < INTER, True, RAGGED, "")
 
 
 # ---- 3. the launch
