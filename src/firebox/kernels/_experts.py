@@ -220,8 +220,8 @@ def eviction(size: int, gpu: Gpu) -> str:
 
 
 def eviction_sorted(problem: Problem, block: int, row: int, gpu: Gpu) -> str:
-    """`eviction` of a row of so many bytes for each choice, where every expert has a block. Larger blocks
-    than KEPT_BLOCK gain nothing (within 1 %) and spill more (sm_121, GLM-4.7 in FP8: 124 bytes for 80)."""
+    """`eviction` of a row of so many bytes for each choice, where every expert has a block; none for blocks
+    of more than KEPT_BLOCK choices, which gain nothing (H200, 4,096 tokens: within 1 % either way)."""
     return eviction(block * problem.experts * row, gpu) if block <= KEPT_BLOCK else ""
 
 
