@@ -229,7 +229,7 @@ def sorted_(
     if native:
         rows = quantise_fp8.Problem(p.hidden, moe_gate_up.x_group(p), "f16")
         x_scale = torch.full_like(quantise_fp8.reference(rows, x)[1], NAN)
-        q = torch.empty(x.shape, dtype=torch.float8_e4m3fn)
+        q = torch.full(x.shape, NAN, dtype=torch.float8_e4m3fn)
         quantise_fp8.run(Launcher(quantise_fp8.request(rows, GPU, interpreted=True)), x, q, x_scale)
         groups = q.float().unflatten(-1, (-1, rows.group or p.hidden))
         exact = (groups * x_scale.view(*groups.shape[:2], 1)).flatten(-2)
@@ -247,10 +247,8 @@ def sorted_(
     # rows are half a scale of h
     fitting = rescaled(p, config) if config.rows == 256 and block == BLOCK else {}
     for name, tile in {**fitting, **in_units(p, config, p.hidden), "": config}.items():
-        h, ready = (
-            torch.empty(ids.numel(), p.inter, dtype=x.dtype),
-            torch.zeros(len(blocks), dtype=torch.int32),
-        )
+        h = torch.full((ids.numel(), p.inter), NAN, dtype=x.dtype)
+        ready = torch.zeros(len(blocks), dtype=torch.int32)
         launcher = Launcher(moe_gate_up.request(p, tile, GPU, counted=True, interpreted=True))
         moe_gate_up.run(launcher, p, x, x_scale, gate_up, order, blocks, h, h_scale, ready)
         parts = -(-2 * p.inter // tile.rows) * -(-blocks[:, 2] // tile.tokens)

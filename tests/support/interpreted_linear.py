@@ -76,7 +76,7 @@ class Case:
         if linear.quantised(p):
             rows = quantise_fp8.Problem(p.columns, linear.x_group(p), p.dtype)
             x_scale = torch.full_like(quantise_fp8.reference(rows, x)[1], NAN)
-            x = torch.empty(x.shape, dtype=torch.float8_e4m3fn)
+            x = torch.full(x.shape, NAN, dtype=torch.float8_e4m3fn)
             quantise_fp8.run(Launcher(quantise_fp8.request(rows, GPU, interpreted=True)), self.x, x, x_scale)
             wide = x.float().unflatten(-1, (-1, rows.group or p.columns)) * x_scale.view(self.tokens, -1, 1)
             exact = wide.flatten(-2)

@@ -14,6 +14,7 @@ import functools
 import math
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from triton.runtime import interpreter
@@ -22,8 +23,12 @@ from firebox.kernels.launch import INTERPRETED
 
 
 def begin() -> None:
-    """For the first line of a process that runs kernels under the interpreter: it does, and without delay."""
+    """For the first line of a process that runs kernels under the interpreter: it does, and without delay;
+    and memory that nobody has written holds NaN, or the largest integer, wherever it is allocated. Else a
+    kernel that leaves something out could find there what a sound one had written before it."""
     assert INTERPRETED, "set TRITON_INTERPRET=1"
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty gives
+    assert torch.empty(1).isnan(), "torch.utils.deterministic.fill_uninitialized_memory is off"
     interpreter._patch_lang = _Patches(interpreter._patch_lang)
     made, scalar = interpreter._get_np_dtype, functools.cache(interpreter._get_np_dtype)
     interpreter._get_np_dtype = lambda type: scalar(type) if type.__class__ is tl.dtype else made(type)
