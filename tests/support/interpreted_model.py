@@ -3,9 +3,10 @@ interpreter in float16, and prints as JSON how far its logits are from those of 
 With "fp8" as in --requantize: from those of the same FP8 weights (`errors`), and of the checkpoint's
 (`moved`).
 
-    TRITON_INTERPRET=1 python -m tests.support.interpreted_model MODEL FORMAT [graphs|fp8]
+    TRITON_INTERPRET=1 python -m tests.support.interpreted_model MODEL CHECKPOINT [graphs|fp8]
 
-"graphs": decode steps through the runner of a GPU, see replayed.py, with a prefix cache.
+MODEL: as its file is called, of which the checkpoint is a small one (see small_models.py). "graphs": decode
+steps through the runner of a GPU, see replayed.py, with a prefix cache.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,6 @@ from firebox.weights.requantise import Requantiser
 from tests.support import quick_interpreter
 from tests.support.experts import relative_error
 from tests.support.replayed import Replayed, replayed_runner
-from tests.support.small_models import write_quantised, write_small
 
 CPU = torch.device("cpu")
 PROMPTS = (list(range(5, 26)), [7, 9])  # 21 tokens go to extend, 2 to decode
@@ -131,13 +130,11 @@ class Recorded:
         return [torch.cat(rows).float() for rows in kept], [request.token_ids for request in requests]
 
 
-def main(model: str, format: str, option: str = "") -> None:
+def main(model: str, folder: str, option: str = "") -> None:
     quick_interpreter.begin()
     gpu = find_gpu("gb10")
     triton_paged.gpu_of = lambda device: gpu  # the tensors are on a CPU
-    folder = write_small(Path(tempfile.mkdtemp()) / "plain", model)
-    folder = folder if format == "bf16" else write_quantised(folder, format)
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(Path(folder))
     graphs, (chunk_tokens, prompts) = option == "graphs", CHUNKED.get(model, (64, PROMPTS))
     stored = Requantiser(0.04, kernels=True) if option == "fp8" else None
     device = Recorded(checkpoint, gpu, torch.float16, chunk_tokens, graphs, stored)

@@ -26,7 +26,6 @@ from tests.support.by_hand import (
     read_tensors,
     write_tensors,
 )
-from tests.support.checkpoints import write_checkpoint
 
 VOCAB = 320
 WIDE: dict[str, Any] = {"hidden_size": 256, "head_dim": 64, "max_position_embeddings": 512}
@@ -81,6 +80,8 @@ def small_config(model: str) -> dict[str, Any]:
 def write_small(folder: Path, model: str) -> Path:
     """A random checkpoint, the same for every call, all of it in bf16: an engine in float32 and one in bf16
     begin with the same numbers."""
+    from tests.support.checkpoints import write_checkpoint  # not for who wants a config: 1.6 s of imports
+
     config = small_config(model)
     written = write_checkpoint(folder / "wide", config, seed=7)
     kept = json.loads((written / "config.json").read_text()) | {"dtype": "bfloat16"}

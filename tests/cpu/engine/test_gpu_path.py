@@ -4,12 +4,15 @@ tests/gpu/test_engine.py."""
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from firebox.find import names
 from tests.gpu.test_engine import ALL
 from tests.support.interpreter import interpreted
+from tests.support.small_models import write_quantised, write_small
 
 # float16 rounds to 2.8e-4 RMS, some twenty times between embedding and logits; FP8 activations of the longer
 # prompt (E4M3, truncated by the interpreter where a GPU rounds) and bf16 group scales count for more.
@@ -41,18 +44,20 @@ LATENT = {"latent_attention_gpu", "dense_gpu", "head_gpu", "moe_gpu"}
         ("minimax_m2", "gptq", KERNELS),
     ],
 )
-def test_logits_equal_torch_operators_in_float32(model: str, format: str, ran: set[str]) -> None:
-    found = interpreted("interpreted_model", model, format)
+def test_logits_equal_torch_operators_in_float32(
+    model: str, format: str, ran: set[str], tmp_path: Path
+) -> None:
+    found = as_on_a_gpu(tmp_path, model, format)
     assert set(found["ran"]) == ran
     assert set(found["steps"]) == {"eager"}
     check_errors(found["errors"], LIMITS[format])
 
 
 @pytest.mark.parametrize(("model", "cached"), [("deepseek_v3", 48 + 16), ("qwen3_5_moe", 16 + 16)])
-def test_decode_steps_as_graphs_capture_and_fill_them(model: str, cached: int) -> None:
+def test_decode_steps_as_graphs_capture_and_fill_them(model: str, cached: int, tmp_path: Path) -> None:
     """With the runner of a GPU, whose graphs are replayed by running their step again: two requests that
     decode together, and two that go on where these ended, one behind what steps from graphs wrote."""
-    found = interpreted("interpreted_model", model, "bf16", "graphs")
+    found = as_on_a_gpu(tmp_path, model, "bf16", "graphs")
     assert found["steps"]["graph"] >= 8 and found["cached"] == cached
     assert found["ahead"] == found["steps"]["graph"] - 2, "no decode step but the first of two texts waits"
     assert found["slot 0 is zero"], "capturing advanced the state before the first token"
@@ -63,6 +68,14 @@ def test_a_gpu_meets_every_architecture_and_every_format() -> None:
     """Of tests/gpu/test_engine.py, which compares graph, eager and CPU."""
     assert {case.model for case in ALL} == set(names("models")) - {"base"}
     assert {case.format for case in ALL} == {*names("formats")} - {"kv", "layouts", "select"}
+
+
+def as_on_a_gpu(folder: Path, model: str, format: str, *option: str) -> dict[str, Any]:
+    """What interpreted_model.py finds of a small checkpoint that is written here."""
+    checkpoint = write_small(folder, model)
+    checkpoint = checkpoint if format == "bf16" else write_quantised(checkpoint, format)
+    found: dict[str, Any] = interpreted("interpreted_model", model, str(checkpoint), *option)
+    return found
 
 
 def check_errors(errors: dict[str, float], limit: float) -> None:
@@ -82,11 +95,13 @@ MLPS = {f"{path}.{part}_proj" for path in ("mlp", "mlp.shared_experts") for part
         ("glm4_moe", "bf16", ATTENTION | MLPS | {"lm_head"}, KERNELS | {"dense_gpu"}),
     ],
 )
-def test_requantised_weights_stay_fp8(model: str, format: str, parts: set[str], ran: set[str]) -> None:
+def test_requantised_weights_stay_fp8(
+    model: str, format: str, parts: set[str], ran: set[str], tmp_path: Path
+) -> None:
     """Few tokens meet FP8 weights as they are: to float16's rounding the logits are those of torch operators
     on what the FP8 weights mean. From those of the checkpoint's weights they are as far as FP8 makes them:
     0.026 for each product, four a layer in three layers and the output matrix, that add up as squares."""
-    found = interpreted("interpreted_model", model, format, "fp8")
+    found = as_on_a_gpu(tmp_path, model, format, "fp8")
     assert {re.sub(r"model\.layers\.\d+\.", "", module) for module in found["requantised"]} == parts
     assert set(found["ran"]) == ran and found["left"] == []
     assert len(found["errors"]) == len(found["moved"]) == 2
