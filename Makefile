@@ -38,7 +38,7 @@ demo: setup
 # processes: a reference of 1 s took 234).
 test: setup
 	@test -d $(VENV)/triton-3.6.0 || \
-	  $(PYTHON) -m pip install --quiet --no-deps --no-compile --target $(VENV)/triton-3.6.0 triton==3.6.0
+	  $(PYTHON) -m pip install --quiet --no-deps --target $(VENV)/triton-3.6.0 triton==3.6.0
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/cpu tests/e2e -m alone
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/cpu tests/e2e -m 'not alone' --numprocesses 2 --dist worksteal
 
