@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -87,16 +88,36 @@ def test_ten_kills_and_every_cell_is_judged_once_and_rightly(tmp_path: Path) -> 
 
 
 def kill_ten_times(out: Path) -> int:
-    """Starts the runner and kills it after a while, again and again; returns how often it was running."""
+    """Starts the runner and kills it after a while, again and again: some time after its start, or after it
+    has begun another attempt. Returns how often it was running."""
     random_, killed = random.Random(SEED), 0
-    for _ in range(KILLS):
+    for turn in range(KILLS):
+        before = attempts(out)
         runner = start(out)
-        time.sleep(random_.uniform(0.4, 8.0))
+        if turn % 2:
+            until(lambda before=before: attempts(out) > before)
+        time.sleep(random_.uniform(0.4, 2.5))
         killed += runner.poll() is None
         os.kill(runner.pid, signal.SIGKILL)
         runner.wait()
     assert killed == KILLS, "the grid was through before it had been killed ten times"
     return killed
+
+
+def attempts(out: Path) -> int:
+    """How many have begun."""
+    if not (out / "matrix.sqlite").exists():
+        return 0
+    with sqlite3.connect(out / "matrix.sqlite") as db:
+        there = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'attempts'").fetchone()
+        return db.execute("SELECT count(*) FROM attempts").fetchone()[0] if there else 0
+
+
+def until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + START_S
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def start(out: Path) -> subprocess.Popen[bytes]:

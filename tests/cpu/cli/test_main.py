@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from types import ModuleType
 
 import pytest
@@ -21,14 +21,20 @@ def run(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
 
 
 def test_version_is_the_packages_and_quick():
-    """Best of three: a busy machine is not the program's fault, an import of torch or transformers is."""
+    """In seconds of a core, best of three: a busy machine is not the program's fault, an import of torch or
+    transformers is."""
     seconds = []
     for _ in range(3):
-        began_s = time.perf_counter()
+        began_s = cpu_seconds_of_children()
         done = run("--version")
-        seconds.append(time.perf_counter() - began_s)
+        seconds.append(cpu_seconds_of_children() - began_s)
         assert (done.returncode, done.stdout, done.stderr) == (0, f"firebox {firebox.__version__}\n", "")
-    assert min(seconds) < 0.6
+    assert 0 < min(seconds) < 0.6
+
+
+def cpu_seconds_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def test_starting_imports_nothing_heavy():
