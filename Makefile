@@ -36,11 +36,13 @@ demo: setup
 # The oldest Triton that is allowed compiles every kernel too, from a folder of its own (188 MB).
 # Here and in test-gpu one thread a process: torch's own would stand in each other's way (16 cores, 15
 # processes: a reference of 1 s took 234).
+# Hypothesis draws the same examples every time and gives each as long as it takes; pytest by itself draws others.
+SAME = --hypothesis-profile=ci
 test: setup
 	@test -d $(VENV)/triton-3.6.0 || \
 	  $(PYTHON) -m pip install --quiet --no-deps --target $(VENV)/triton-3.6.0 triton==3.6.0
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/cpu tests/e2e -m alone
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/cpu tests/e2e -m 'not alone' --numprocesses 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(SAME) tests/cpu tests/e2e -m alone
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(SAME) tests/cpu tests/e2e -m 'not alone' --numprocesses 2 --dist worksteal
 
 check: setup
 	$(PYTHON) -m ruff check

@@ -14,12 +14,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.conftest import serving
+from tests.support.server_process import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 SPEC = ROOT / "examples" / "matrix" / "firebox-cpu-faults.toml"
@@ -88,20 +88,24 @@ def test_ten_kills_and_every_cell_is_judged_once_and_rightly(tmp_path: Path) -> 
 
 
 def kill_ten_times(out: Path) -> int:
-    """Starts the runner and kills it after a while, again and again: some time after its start, or after it
-    has begun another attempt. Returns how often it was running."""
-    random_, killed = random.Random(SEED), 0
-    for turn in range(KILLS):
-        before = attempts(out)
-        runner = start(out)
-        if turn % 2:
-            until(lambda before=before: attempts(out) > before)
-        time.sleep(random_.uniform(0.4, 2.5))
-        killed += runner.poll() is None
-        os.kill(runner.pid, signal.SIGKILL)
-        runner.wait()
+    """Starts the runner and kills it after a while, again and again; returns how often it was running."""
+    random_ = random.Random(SEED)
+    killed = sum(kill(out, random_.uniform(0.4, 2.5), aimed=turn % 2 == 1) for turn in range(KILLS))
     assert killed == KILLS, "the grid was through before it had been killed ten times"
     return killed
+
+
+def kill(out: Path, seconds: float, *, aimed: bool) -> bool:
+    """Starts the runner and kills it so long after its start; `aimed`: after it has begun another attempt.
+    Was it running?"""
+    before, runner = attempts(out), start(out)
+    if aimed:
+        wait_for(lambda: attempts(out) > before or runner.poll() is not None, START_S)
+    time.sleep(seconds)
+    running = runner.poll() is None
+    os.kill(runner.pid, signal.SIGKILL)
+    runner.wait()
+    return running
 
 
 def attempts(out: Path) -> int:
@@ -111,13 +115,6 @@ def attempts(out: Path) -> int:
     with sqlite3.connect(out / "matrix.sqlite") as db:
         there = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'attempts'").fetchone()
         return db.execute("SELECT count(*) FROM attempts").fetchone()[0] if there else 0
-
-
-def until(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + START_S
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def start(out: Path) -> subprocess.Popen[bytes]:

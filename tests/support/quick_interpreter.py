@@ -118,19 +118,19 @@ def _numbers_made_once(check: Any) -> Any:
     made: dict[Any, Any] = {}
 
     def quick(self: Any, lhs: Any, rhs: Any, *rest: Any, **named: Any) -> Any:
-        second = lhs.__class__ is tl.tensor
-        tensor, number = (lhs, rhs) if second else (rhs, lhs)
+        behind = lhs.__class__ is tl.tensor  # the number, the tensor
+        tensor, number = (lhs, rhs) if behind else (rhs, lhs)
         if tensor.__class__ is not tl.tensor or number.__class__ not in (int, float):
             return check(self, lhs, rhs, *rest, **named)
         exact = number if number.__class__ is int else number.hex()  # 0.0 == -0.0
-        key = (exact, tensor.dtype.name, id(tensor.shape), second, rest, *named.items())
+        key = (exact, tensor.dtype.name, id(tensor.shape), behind, rest, *named.items())
         if key not in made:
             alike = check(self, lhs, rhs, *rest, **named)
-            if alike[not second] is not tensor:
+            if alike[not behind] is not tensor:
                 return alike
-            made[key] = alike[second]
+            made[key] = alike[behind]
             made[key].handle.data.flags.writeable = False
-        return (tensor, made[key]) if second else (made[key], tensor)
+        return (tensor, made[key]) if behind else (made[key], tensor)
 
     return quick
 

@@ -102,7 +102,7 @@ def with_faults() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def wait_for(holds: Callable[[], bool], seconds: float) -> None:
+def wait_for(holds: Callable[[], bool], seconds: float = 5.0) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, "it never happened"

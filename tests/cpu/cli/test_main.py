@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
+import time
 from types import ModuleType
 
 import pytest
@@ -20,21 +20,16 @@ def run(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
 
 
+@pytest.mark.alone
 def test_version_is_the_packages_and_quick():
-    """In seconds of a core, best of three: a busy machine is not the program's fault, an import of torch or
-    transformers is."""
+    """Best of three: a busy machine is not the program's fault, an import of torch or transformers is."""
     seconds = []
     for _ in range(3):
-        began_s = cpu_seconds_of_children()
+        began_s = time.perf_counter()
         done = run("--version")
-        seconds.append(cpu_seconds_of_children() - began_s)
+        seconds.append(time.perf_counter() - began_s)
         assert (done.returncode, done.stdout, done.stderr) == (0, f"firebox {firebox.__version__}\n", "")
-    assert 0 < min(seconds) < 0.6
-
-
-def cpu_seconds_of_children() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    assert min(seconds) < 0.6
 
 
 def test_starting_imports_nothing_heavy():

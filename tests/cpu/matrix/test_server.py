@@ -14,6 +14,7 @@ import pytest
 
 from firebox.matrix.processes import MARKER, Process, belonging, end, look, send
 from firebox.matrix.server import Server, free_port, healthy, sweep, wait_for_port
+from tests.support.server_process import wait_for
 
 TINY = str(Path(__file__).resolve().parents[2] / "support" / "tiny_server.py")
 
@@ -23,13 +24,6 @@ def server(tmp_path: Path, *behaviours: str) -> Server:
     return Server(
         argv, {"HERE": "{port}"}, port=free_port(), log=tmp_path / "log", marker=secrets.token_hex(8)
     )
-
-
-def wait_for(holds, seconds: float = 5.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.01)
 
 
 def test_health_and_end(tmp_path):

@@ -3,19 +3,11 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 
 import pytest
 
 from tests.cpu.server.conftest import Served, error_of, events, says
-
-
-def wait_for(holds: Callable[[], bool], seconds: float = 5.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.005)
+from tests.support.server_process import wait_for
 
 
 def post(server: Served, body: dict[str, object]):
